@@ -1,0 +1,561 @@
+"""The messages that actors exchange over links (docs/reference/links.md is the wire contract).
+
+Each is a MessagePack array whose first element is the integer tag, followed by the fields in the order
+written here. Fields are only ever appended, with a default; a tag is never reused.
+
+Ids of notifications are 16 raw bytes here and UUID text at the edges. Times are milliseconds since the
+Unix epoch. `slot` is `carillon.ids.slot_of(tenant, user)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct, field
+
+# ---------------------------------------------------------------------------------------------------
+# Values shared by several messages
+
+PRIORITIES: Final = ("low", "normal", "high", "urgent")
+"""Index = the number carried in messages and stored."""
+
+
+class Address(Struct, array_like=True, frozen=True):
+    """Where a member listens."""
+
+    host: str
+    port: int
+    unix_path: str = ""
+    """Socket path, usable by peers with the same `machine`; empty if there is none."""
+    machine: str = ""
+    """Identity of the machine (boot id): only peers with the same one can use `unix_path`."""
+
+
+class Member(Struct, array_like=True, frozen=True):
+    """One actor of the cluster."""
+
+    kind: str
+    """coordinator | router | shard | gateway | pool | ingress | other."""
+    name: str
+    """Unique and stable over restarts, e.g. "shard-<node>-0"."""
+    node: str
+    """Ray node id (hex) the actor runs on."""
+    incarnation: str
+    """New at each start of the process."""
+    address: Address
+    public: str = ""
+    """What clients dial: a gateway's ws:// URL, an ingress replica's http:// URL; else empty."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """A pool's {"provider": "fcm"}."""
+    term: int = 0
+    """A shard's fencing number, set by the coordinator; 0 for the others."""
+
+
+class Event(Struct, array_like=True):
+    """One notification for one recipient, as the ingress minted it."""
+
+    id: bytes
+    """UUIDv7, minted before the first try, the same over retries."""
+    tenant: str
+    user: str
+    slot: int
+    type: str
+    category: str | None
+    priority: int
+    content: str
+    """The members of the notification's JSON that no state change touches, without braces:
+    `"type":..,"title":..,"body":..,...,"createdAt":..` (carillon/notification.py writes and reads it)."""
+    created_ms: int
+    expires_ms: int | None = None
+    channels: list[str] | None = None
+    """Channels the event asks for; None means the default plan (in-app, push if there is a target)."""
+    collapse_key: str | None = None
+    idempotency_key: str | None = None
+    """Scoped already: "<route>:<key>", "#index" or "#userId" included."""
+    body_hash: bytes | None = None
+    """SHA-256 of the canonical body; set with `idempotency_key`."""
+    retry: bool = False
+    """True after an ambiguous failure: the shard looks first whether `id` exists."""
+
+
+class Outcome(Struct, array_like=True):
+    """What became of one event."""
+
+    id: bytes
+    """The event's own id; with `status` duplicate, merged or a replay: the id of the other one."""
+    seq: int = 0
+    status: str = "stored"
+    """delivered|queued|stored|deferred|merged|duplicate|suppressed|failed|moved. The last is internal."""
+    channels: list[str] = field(default_factory=list)
+    """Channels planned, e.g. ["in_app", "push"]."""
+    replayed: bool = False
+    """True if an earlier request with the same idempotency key made it."""
+    reason: str | None = None
+    code: str | None = None
+    """With status failed: the error's code (invalid, idempotency_conflict, in_progress, unavailable, ...)."""
+    detail: str | None = None
+    retry_after_s: float = 0.0
+
+
+# ---------------------------------------------------------------------------------------------------
+# Publishing: ingress -> router -> shard
+
+
+class Publish(Struct, array_like=True, tag=1):
+    """Request. Ingress -> router, any slots; router -> shard, slots of that shard. Reply: `Outcomes`."""
+
+    events: list[Event]
+
+
+class Outcomes(Struct, array_like=True, tag=2):
+    """Reply to `Publish`: one outcome per event, in the order of the events."""
+
+    outcomes: list[Outcome]
+
+
+# ---------------------------------------------------------------------------------------------------
+# State changes and per-user writes: routed by `slot`, passed through by the router
+
+
+class Change(Struct, array_like=True, tag=3):
+    """Request: a durable change of a user's notifications. Reply: `ChangeResult`, after the commit."""
+
+    tenant: str
+    user: str
+    slot: int
+    op: str
+    """read | read_all | seen | archive | dismiss | click."""
+    ids: list[bytes] = field(default_factory=list)
+    up_to_seq: int | None = None
+    action_id: str | None = None
+    strict: bool = False
+    """True for an id in a path: an unknown or foreign id is RemoteError not_found instead of ignored."""
+
+
+class ChangeResult(Struct, array_like=True, tag=4):
+    """What `Change` did."""
+
+    changed: int
+    """Rows that really changed."""
+    rev: int
+    unread: int
+
+
+class DevicePut(Struct, array_like=True, tag=5):
+    """Request: register or replace a push target. Reply: `Done`. Re-registration by another user moves it."""
+
+    tenant: str
+    user: str
+    slot: int
+    device: str
+    platform: str
+    provider: str
+    token_kind: str
+    """token | fid | subscription."""
+    token: str
+    app_id: str = ""
+    environment: str = "production"
+    locale: str | None = None
+
+
+class DeviceDelete(Struct, array_like=True, tag=6):
+    """Request: forget a push target. Reply: `Done` (count 0 if there was none)."""
+
+    tenant: str
+    user: str
+    slot: int
+    device: str
+
+
+class PreferencesPut(Struct, array_like=True, tag=7):
+    """Request: replace the preferences document (validated JSON text). Reply: `Done`."""
+
+    tenant: str
+    user: str
+    slot: int
+    document: str
+
+
+class Done(Struct, array_like=True, tag=8):
+    """Plain success."""
+
+    count: int = 1
+
+
+class PresenceQuery(Struct, array_like=True, tag=9):
+    """Request: presence of users of one tenant. Reply: `PresenceReply`, in the order asked."""
+
+    tenant: str
+    users: list[str]
+
+
+class DevicePresence(Struct, array_like=True):
+    """One attached device."""
+
+    device: str
+    attention: str
+    """focused | visible | idle | hidden."""
+    since_ms: int
+
+
+class UserPresence(Struct, array_like=True):
+    """Presence of one user."""
+
+    user: str
+    status: str
+    """active | idle | offline."""
+    devices: list[DevicePresence] = field(default_factory=list)
+    last_seen_ms: int | None = None
+
+
+class PresenceReply(Struct, array_like=True, tag=10):
+    """Reply to `PresenceQuery`."""
+
+    users: list[UserPresence]
+
+
+class SessionsRevoke(Struct, array_like=True, tag=11):
+    """Request: close all sockets of a user with 4001; tokens issued before now are invalid. Reply: `Done`."""
+
+    tenant: str
+    user: str
+    slot: int
+
+
+# ---------------------------------------------------------------------------------------------------
+# Sockets: gateway -> shard, one-way, strictly in order per link
+
+
+class Attach(Struct, array_like=True, tag=20):
+    """A connection wants to be part of its user's session."""
+
+    conn: int
+    """Number of the connection at this gateway; never reused by one process."""
+    tenant: str
+    user: str
+    slot: int
+    device: str
+    session_id: str
+    epoch: str | None = None
+    """Position from the URL, or (reattach) what this socket was last written; None if there is none."""
+    last_seq: int = 0
+    last_rev: int | None = None
+    reattach: bool = False
+    """True if the socket was attached before (its shard was lost or the slot moved): no WELCOME, replay
+    from the position, then live."""
+    ready: bool = False
+    """With reattach: True if the connection had passed its first frame or resume wait."""
+    legacy: bool = False
+    """True if the client named no subprotocol (it gets NEW_NOTIFICATION for updates)."""
+
+
+class Detach(Struct, array_like=True, tag=21):
+    """The socket is gone."""
+
+    conn: int
+    clean: bool
+    """True after a normal close (1000): short grace."""
+
+
+class ClientReady(Struct, array_like=True, tag=22):
+    """The first client frame came and was not RESUME: no backlog, live frames flow."""
+
+    conn: int
+
+
+class ClientResume(Struct, array_like=True, tag=23):
+    """RESUME."""
+
+    conn: int
+    epoch: str
+    last_seq: int
+    last_rev: int | None = None
+    ref: str | int | None = None
+
+
+class ClientAck(Struct, array_like=True, tag=24):
+    """ACK. `seq` is cumulative for this connection; `ids` single ones."""
+
+    conn: int
+    seq: int | None = None
+    ids: list[bytes] = field(default_factory=list)
+    ref: str | int | None = None
+
+
+class ClientChange(Struct, array_like=True, tag=25):
+    """MARK_READ, MARK_ALL_READ, MARK_SEEN, ARCHIVE, DISMISS, CLICK. Answered OK (after commit) if `ref`."""
+
+    conn: int
+    op: str
+    """As in `Change.op`."""
+    ids: list[bytes] = field(default_factory=list)
+    up_to_seq: int | None = None
+    action_id: str | None = None
+    ref: str | int | None = None
+
+
+class ClientVisibility(Struct, array_like=True, tag=26):
+    """VISIBILITY."""
+
+    conn: int
+    state: str
+    """focused | visible | hidden | idle."""
+    viewing: str | None = None
+    ref: str | int | None = None
+
+
+class ClientWatch(Struct, array_like=True, tag=27):
+    """WATCH_PRESENCE."""
+
+    conn: int
+    users: list[str]
+    ref: str | int | None = None
+
+
+class SocketDrained(Struct, array_like=True, tag=28):
+    """The write buffer of a connection that is replaying ran low: the next page may come."""
+
+    conn: int
+
+
+# Sockets: shard -> gateway, one-way, strictly in order per link
+
+
+class Write(Struct, array_like=True):
+    """One frame for some connections of this gateway."""
+
+    conns: list[int]
+    frame: bytes
+    """Compact JSON text of the frame, UTF-8; the gateway transcodes for MessagePack connections."""
+    seq: int = 0
+    """The connection's last written seq after this frame; 0: unchanged."""
+    rev: int = 0
+    """Likewise the rev."""
+    replay: bool = False
+    """True for frames of a replay page: they do not count as live for 4208, and when the buffer has run
+    low after a frame with `page_end` the gateway sends `SocketDrained`."""
+    page_end: bool = False
+    update: bool = False
+    """True for NOTIFICATION_UPDATED: a legacy connection gets it as NEW_NOTIFICATION."""
+    epoch: str = ""
+    """Set on WELCOME: the epoch this connection's position belongs to."""
+
+
+class Deliver(Struct, array_like=True, tag=30):
+    """Frames to write, in order. Gateways drop those of an older term than they have seen of that shard."""
+
+    shard: str
+    term: int
+    writes: list[Write]
+
+
+class CloseSocket(Struct, array_like=True, tag=31):
+    """Close connections with a code of protocol.md."""
+
+    shard: str
+    term: int
+    conns: list[int]
+    code: int
+    reason: str
+
+
+class AttachRefused(Struct, array_like=True, tag=32):
+    """The shard does not own the slot (any more): refresh the map and attach at the owner."""
+
+    conns: list[int]
+    map_version: int
+
+
+# ---------------------------------------------------------------------------------------------------
+# Push: shard -> router -> pool; pool -> shard
+
+
+class PushTarget(Struct, array_like=True):
+    """One device to push to."""
+
+    device: str
+    provider: str
+    token_kind: str
+    token: str
+    app_id: str
+    environment: str
+    registered_ms: int
+    """For the 410 rule: a target registered after the provider's timestamp is kept."""
+
+
+class PushJob(Struct, array_like=True):
+    """One claimed outbox row for one provider, with its targets there."""
+
+    delivery: int
+    """Id of the outbox row (deliveries.id)."""
+    attempt: int
+    """1 for the first try."""
+    tenant: str
+    user: str
+    slot: int
+    notification: bytes
+    seq: int
+    type: str
+    title: str
+    body: str | None
+    link: str | None
+    collapse_key: str
+    """Never empty: the event's, or the notification id. Cut to the provider's limit by the channel."""
+    priority: int
+    badge: int
+    expires_ms: int | None
+    targets: list[PushTarget]
+    provider: str = ""
+    """All targets are of this provider."""
+
+
+class Push(Struct, array_like=True, tag=40):
+    """Shard -> router (one-way) and router -> pool (request; reply `PushAccepted`)."""
+
+    jobs: list[PushJob]
+
+
+class PushAccepted(Struct, array_like=True, tag=41):
+    """How many of the jobs, from the first, the pool took; the rest stay in the outbox."""
+
+    accepted: int
+    queued: int
+    """Jobs the pool now holds."""
+
+
+class PushResult(Struct, array_like=True):
+    """One try at one target."""
+
+    device: str
+    outcome: str
+    """sent | unknown | failed (retry may help) | dead (never retry) | invalid_target | disabled_target."""
+    provider_id: str = ""
+    """The provider's message id."""
+    status: int = 0
+    """HTTP status, 0 if there was no answer."""
+    error: str = ""
+    """The provider's code or the exception, short."""
+    retry_after_s: float = 0.0
+    started_ms: int = 0
+    duration_ms: float = 0.0
+
+
+class PushOutcome(Struct, array_like=True, tag=42):
+    """Request, pool -> owning shard (by slot). Reply: `Done` after the commit."""
+
+    delivery: int
+    attempt: int
+    tenant: str
+    user: str
+    slot: int
+    notification: bytes
+    provider: str
+    results: list[PushResult]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Membership: member <-> coordinator
+
+
+class Join(Struct, array_like=True, tag=50):
+    """Request, first message of a member on its link to the coordinator. Reply: `ClusterMap`."""
+
+    member: Member
+
+
+class Renew(Struct, array_like=True, tag=51):
+    """One-way, every `cluster.lease_renew_s`: the lease, and the member's statistics."""
+
+    name: str
+    incarnation: str
+    counters: dict[str, float] = field(default_factory=dict)
+    """Growing since the process started, e.g. "events_accepted"."""
+    gauges: dict[str, float] = field(default_factory=dict)
+    histograms: dict[str, list[float]] = field(default_factory=dict)
+    """Per name: counts per bucket of carillon.metrics.BUCKETS_MS, then the sum in ms."""
+
+
+class ClusterMap(Struct, array_like=True, tag=52):
+    """Reply to `Join` and pushed one-way at every change. A higher `version` replaces a lower one."""
+
+    version: int
+    owners: list[int]
+    """1,024 entries: index into `shards` of each slot's owner, -1 while it has none."""
+    shards: list[Member]
+    """Every shard that owns or may own slots, with its term."""
+    members: list[Member]
+    """All other live members."""
+
+
+class Leave(Struct, array_like=True, tag=53):
+    """Request: graceful departure (drain); slots are moved first. Reply: `Done`."""
+
+    name: str
+    incarnation: str
+
+
+class StatsQuery(Struct, array_like=True, tag=54):
+    """Request to the coordinator. Reply: `StatsReply`."""
+
+
+class MemberStats(Struct, array_like=True):
+    """Latest statistics of one member, totals carried over its restarts."""
+
+    member: Member
+    age_s: float
+    counters: dict[str, float]
+    gauges: dict[str, float]
+    histograms: dict[str, list[float]]
+
+
+class StatsReply(Struct, array_like=True, tag=55):
+    """Reply to `StatsQuery`."""
+
+    version: int
+    slots: dict[str, int]
+    """Slots per shard name; "" counts the ownerless."""
+    members: list[MemberStats]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The link itself
+
+
+class Failure(Struct, array_like=True, tag=90):
+    """Reply to any request that failed; raised as `RemoteError` at the caller."""
+
+    code: str
+    message: str
+    temporary: bool
+    retry_after_s: float = 0.0
+
+
+class Ping(Struct, array_like=True, tag=91):
+    """One-way keep-alive of an idle link; receiving it is all it is for."""
+
+
+type_union = (
+    Publish | Outcomes | Change | ChangeResult | DevicePut | DeviceDelete | PreferencesPut | Done
+    | PresenceQuery | PresenceReply | SessionsRevoke | Attach | Detach | ClientReady | ClientResume
+    | ClientAck | ClientChange | ClientVisibility | ClientWatch | SocketDrained | Deliver | CloseSocket
+    | AttachRefused | Push | PushAccepted | PushOutcome | Join | Renew | ClusterMap | Leave | StatsQuery
+    | StatsReply | Failure | Ping
+)  # fmt: skip
+Message = type_union
+
+
+class Envelope(Struct, array_like=True):
+    """What a frame carries: `[request, body]`.
+
+    `request` is 0 for a one-way message, n > 0 for request n of the sender, -n for the reply to request n
+    of the receiver.
+    """
+
+    request: int
+    body: Message
+
+
+def make_envelope_decoder() -> msgspec.msgpack.Decoder[Any]:
+    """A decoder of `Envelope` (one per process: it is not to be pickled)."""
+    return msgspec.msgpack.Decoder(Envelope)

@@ -1,0 +1,286 @@
+"""One frozen tree of settings: unit, default and effect beside each field.
+
+Environment and file are parsed once, by the driver, with `load_settings`; actors get the finished tree
+as an argument. The variable of a field is `CARILLON_<SECTION>_<FIELD>` in capitals, e.g.
+`CARILLON_GATEWAY_PORT`; a TOML file named by `CARILLON_CONFIG` holds the same as `[section] field = ...`.
+The environment wins. docs/reference/settings.md is checked against this module by a test.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from carillon.errors import SettingsError
+
+T = TypeVar("T")
+
+
+def setting(
+    default: T, doc: str, *, low: float | None = None, high: float | None = None, unit: str = ""
+) -> T:
+    """Declare a field: its default, what it does, its bounds (inclusive) and its unit."""
+    meta: dict[str, Any] = {"doc": doc, "low": low, "high": high, "unit": unit}
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class PostgresSettings:
+    """The database that holds the truth."""
+
+    dsn: str = setting("", "Connection string; empty means the embedded server of `make up`.")
+    pool_size: int = setting(4, "Connections of an ingress replica.", low=1, high=100)
+    shard_pool_size: int = setting(
+        3, "Connections of a shard: appends, acknowledgements, reads.", low=2, high=20
+    )
+    connect_timeout_s: float = setting(5.0, "Longest wait for a connection.", low=0.1, unit="s")
+    statement_timeout_s: float = setting(10.0, "Longest run of one statement.", low=0.1, unit="s")
+
+
+@dataclass(frozen=True)
+class RedisSettings:
+    """The accelerator. Losing it costs speed, never correctness."""
+
+    url: str = setting("", "redis:// URL; empty means the embedded Valkey of `make up`.")
+    timeout_s: float = setting(0.5, "Longest wait for one command before going on without.", low=0.01, unit="s")
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    """Membership, leases and placement."""
+
+    secret: str = setting("", "Shared secret of all links; empty means made at first start and kept.")
+    namespace: str = setting("carillon", "Ray namespace of all actors.")
+    bind_host: str = setting("127.0.0.1", "Address that links, gateways and ingress listen on.")
+    advertise_host: str = setting("", "Address told to others; empty means the Ray node's own.")
+    runtime_dir: str = setting(".carillon", "Folder for sockets, data and state of this machine.")
+    shards_per_node: int = setting(2, "Shard actors on each node.", low=1, high=64)
+    lease_renew_s: float = setting(1.0, "How often a member renews its lease.", low=0.05, unit="s")
+    lease_timeout_s: float = setting(
+        4.0, "A member that did not renew for so long is lost and its slots move.", low=0.2, unit="s"
+    )
+    rebalance_delay_s: float = setting(
+        1.0, "Wait after a join before slots move, so that several joins move them once.", low=0.0, unit="s"
+    )
+    node_poll_s: float = setting(1.0, "How often the coordinator asks Ray for its nodes.", low=0.1, unit="s")
+
+
+@dataclass(frozen=True)
+class LinkSettings:
+    """The data plane between actors."""
+
+    max_frame_bytes: int = setting(16 * 1024 * 1024, "Longest frame; a longer one closes the link.", low=65536)
+    max_outbound_bytes: int = setting(
+        32 * 1024 * 1024, "Bytes waiting for one peer before sends fail as busy.", low=65536
+    )
+    max_in_flight: int = setting(20_000, "Unanswered requests on one link before they fail as busy.", low=1)
+    request_timeout_s: float = setting(10.0, "Default deadline of a request.", low=0.05, unit="s")
+    handshake_timeout_s: float = setting(5.0, "Longest handshake.", low=0.05, unit="s")
+    reconnect_min_s: float = setting(0.05, "First wait before dialling again (full jitter).", low=0.0, unit="s")
+    reconnect_max_s: float = setting(1.0, "Longest wait before dialling again.", low=0.01, unit="s")
+    heartbeat_s: float = setting(2.0, "A link without traffic sends a ping this often.", low=0.05, unit="s")
+    dead_after_s: float = setting(6.0, "A link that received nothing for so long is closed.", low=0.1, unit="s")
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """The actor that owns users."""
+
+    max_batch: int = setting(512, "Events of one append transaction.", low=1, high=5000)
+    max_queue: int = setting(20_000, "Events waiting for append before new ones fail as busy.", low=1)
+    context_cache: int = setting(50_000, "User contexts kept in memory.", low=100)
+    recent_window: int = setting(50, "Recent notifications kept per live session for resume.", low=0, high=1000)
+    grace_s: float = setting(5.0, "A session lives on for so long after its last connection was lost.", low=0.0, unit="s")
+    clean_close_grace_s: float = setting(0.5, "The same after a normal close (1000).", low=0.0, unit="s")
+    ack_window_s: float = setting(
+        5.0, "A live delivery that no device acknowledges in so long gets its push.", low=0.05, unit="s"
+    )
+    ack_flush_s: float = setting(0.1, "Acknowledgements are written in batches this far apart.", low=0.0, unit="s")
+    sweep_s: float = setting(2.0, "How often due outbox rows are claimed.", low=0.05, unit="s")
+    sweep_batch: int = setting(500, "Outbox rows claimed at a time.", low=1, high=5000)
+    delivery_lease_s: float = setting(
+        30.0, "A claimed outbox row whose outcome is missing is due again after so long.", low=0.5, unit="s"
+    )
+    resume_wait_s: float = setting(
+        0.5, "A connection without a position waits so long for RESUME before live frames flow.", low=0.0, unit="s"
+    )
+    replay_page: int = setting(200, "Notifications of one page of replay.", low=1, high=1000)
+    idempotency_ttl_s: float = setting(86_400.0, "How long an idempotency key is kept.", low=1.0, unit="s")
+    max_connections_per_user: int = setting(20, "Connections of a user; the oldest is closed with 4004.", low=1)
+
+
+@dataclass(frozen=True)
+class GatewaySettings:
+    """The actor that owns sockets."""
+
+    port: int = setting(8001, "TCP port of the WebSocket listener; 0 means any free one.", low=0, high=65535)
+    allowed_origins: str = setting(
+        "", "Comma-separated exact origins; empty means every origin (tokens are not ambient credentials)."
+    )
+    heartbeat_s: float = setting(25.0, "Ping interval.", low=0.05, unit="s")
+    pong_timeout_s: float = setting(8.0, "A ping without pong for so long closes with 4212.", low=0.05, unit="s")
+    auth_timeout_s: float = setting(10.0, "Longest wait for a first AUTH frame.", low=0.05, unit="s")
+    handshake_timeout_s: float = setting(10.0, "Longest HTTP upgrade.", low=0.05, unit="s")
+    max_message_bytes: int = setting(65_536, "Longest client message (1009 beyond).", low=1024)
+    max_buffer_bytes: int = setting(1_048_576, "Unsent live bytes of a connection before 4208.", low=4096)
+    frames_per_s: float = setting(100.0, "Client frames per second before reading is paused.", low=1.0, unit="1/s")
+    max_errors_per_minute: int = setting(10, "Bad frames in a minute before 4003.", low=1)
+    max_connections: int = setting(15_000, "Connections of one gateway; more are refused with 4213.", low=1)
+    reattach_timeout_s: float = setting(10.0, "Connections without owner for so long close with 4202.", low=0.1, unit="s")
+    drain_s: float = setting(20.0, "Drain closes (4201) are spread over so long.", low=0.0, high=30.0, unit="s")
+
+
+@dataclass(frozen=True)
+class IngressSettings:
+    """The HTTP side: two doors, one app."""
+
+    port: int = setting(8000, "Port of Serve's route (HAProxy).", low=1, high=65535)
+    direct_port: int = setting(8080, "Port of the replica's own door; 0 means any free one.", low=0, high=65535)
+    replicas: int = setting(1, "Serve replicas on each node.", low=1, high=64)
+    request_timeout_s: float = setting(10.0, "Deadline of a request, retries inside it.", low=0.1, unit="s")
+    max_request_bytes: int = setting(8 * 1024 * 1024, "Longest request body (413 beyond).", low=1024)
+    max_in_flight: int = setting(4096, "Requests at once before 503.", low=1)
+    auth_cache_s: float = setting(5.0, "How long a key or tenant is trusted before it is read again.", low=0.0, unit="s")
+    token_ttl_s: float = setting(3600.0, "Default lifetime of a token from POST /v1/tokens.", low=1.0, unit="s")
+    token_ttl_max_s: float = setting(86_400.0, "Longest lifetime of such a token.", low=1.0, unit="s")
+    clock_skew_s: float = setting(5.0, "Tolerance for `exp`, `nbf` and `iat` of a token.", low=0.0, unit="s")
+
+
+@dataclass(frozen=True)
+class PushSettings:
+    """Push pools and their senders."""
+
+    min_senders: int = setting(1, "Sender actors of a pool at rest.", low=1, high=64)
+    max_senders: int = setting(2, "Sender actors of a pool under load.", low=1, high=64)
+    max_queue: int = setting(5000, "Jobs in a pool before it is full (rows stay in the outbox).", low=1)
+    sender_concurrency: int = setting(500, "Requests in flight of one sender.", low=1, high=5000)
+    timeout_s: float = setting(10.0, "A provider that does not answer in so long makes the try unknown.", low=0.05, unit="s")
+    ttl_s: float = setting(2_419_200.0, "Lifetime at the provider when the event names none (28 days).", low=0.0, unit="s")
+    fcm_url: str = setting("", "Override of FCM's host, for the local server; empty means Google's.")
+    fcm_credentials: str = setting("", "Path of the service account file (JSON).")
+    fcm_ca_file: str = setting("", "CA bundle for fcm_url.")
+    fcm_project: str = setting("", "Project id; empty means the service account's.")
+    apns_url: str = setting("", "Override of APNs' host (https://host:port); empty means Apple's.")
+    apns_key_file: str = setting("", "Path of the .p8 signing key.")
+    apns_key_id: str = setting("", "Key id of the signing key.")
+    apns_team_id: str = setting("", "Apple team id.")
+    apns_topic: str = setting("", "Default topic (bundle id); a device's appId wins.")
+    apns_ca_file: str = setting("", "CA bundle for apns_url.")
+    apns_connections: int = setting(2, "HTTP/2 connections of one sender.", low=1, high=20)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The whole tree."""
+
+    postgres: PostgresSettings = field(default_factory=PostgresSettings)
+    redis: RedisSettings = field(default_factory=RedisSettings)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    link: LinkSettings = field(default_factory=LinkSettings)
+    shard: ShardSettings = field(default_factory=ShardSettings)
+    gateway: GatewaySettings = field(default_factory=GatewaySettings)
+    ingress: IngressSettings = field(default_factory=IngressSettings)
+    push: PushSettings = field(default_factory=PushSettings)
+
+    def __post_init__(self) -> None:
+        for section in dataclasses.fields(self):
+            _check_bounds(section.name, getattr(self, section.name))
+        if self.cluster.lease_timeout_s < 2 * self.cluster.lease_renew_s:
+            raise SettingsError(
+                "expected cluster.lease_timeout_s to be at least twice cluster.lease_renew_s, got "
+                f"{self.cluster.lease_timeout_s} and {self.cluster.lease_renew_s}: one late renewal would move slots"
+            )
+        if self.link.reconnect_max_s < self.link.reconnect_min_s:
+            raise SettingsError(
+                "expected link.reconnect_max_s to be at least link.reconnect_min_s, got "
+                f"{self.link.reconnect_max_s} and {self.link.reconnect_min_s}"
+            )
+        if self.push.max_senders < self.push.min_senders:
+            raise SettingsError(
+                "expected push.max_senders to be at least push.min_senders, got "
+                f"{self.push.max_senders} and {self.push.min_senders}"
+            )
+
+    def with_values(self, **sections: Mapping[str, Any]) -> Settings:
+        """A copy with some fields replaced: `with_values(gateway={"port": 0})`. Raises SettingsError."""
+        changes: dict[str, Any] = {}
+        for name, values in sections.items():
+            try:
+                changes[name] = dataclasses.replace(getattr(self, name), **values)
+            except (AttributeError, TypeError) as exc:
+                raise SettingsError(f"unknown setting in section {name!r}: {exc}") from exc
+        return dataclasses.replace(self, **changes)
+
+
+def _check_bounds(section: str, values: Any) -> None:
+    for f in dataclasses.fields(values):
+        value, low, high = getattr(values, f.name), f.metadata["low"], f.metadata["high"]
+        unit = f" {f.metadata['unit']}" if f.metadata["unit"] else ""
+        if low is not None and value < low:
+            raise SettingsError(f"expected {section}.{f.name} to be at least {low}{unit}, got {value}")
+        if high is not None and value > high:
+            raise SettingsError(f"expected {section}.{f.name} to be at most {high}{unit}, got {value}")
+
+
+def _parse(name: str, kind: type, text: Any) -> Any:
+    try:
+        if kind is bool:
+            word = str(text).lower()
+            if word not in {"1", "0", "true", "false", "yes", "no"}:
+                raise ValueError
+            return word in {"1", "true", "yes"}
+        return kind(text)
+    except (TypeError, ValueError):
+        wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
+        raise SettingsError(f"expected {name} to be {wanted}, got {text!r}") from None
+
+
+def load_settings(environ: Mapping[str, str], config_path: Path | None = None) -> Settings:
+    """Build the tree from a TOML file and environment variables.
+
+    Args:
+        environ: usually `os.environ`, read by the driver only.
+        config_path: TOML file; None means the one named by `CARILLON_CONFIG`, if any.
+
+    Raises:
+        SettingsError: a value has the wrong type, breaks a bound, or names no setting.
+    """
+    if config_path is None and environ.get("CARILLON_CONFIG"):
+        config_path = Path(environ["CARILLON_CONFIG"])
+    document: dict[str, Any] = {}
+    if config_path is not None:
+        try:
+            document = tomllib.loads(config_path.read_text())
+        except OSError as exc:
+            raise SettingsError(f"cannot read the settings file {config_path}: {exc.strerror}") from exc
+        except tomllib.TOMLDecodeError as exc:
+            raise SettingsError(f"expected {config_path} to be TOML: {exc}") from exc
+    sections = {f.name: f.default_factory for f in dataclasses.fields(Settings)}
+    for name in document:
+        if name not in sections:
+            raise SettingsError(f"unknown section [{name}] in {config_path}; known: {', '.join(sections)}")
+    built: dict[str, Any] = {}
+    known_variables: set[str] = {"CARILLON_CONFIG"}
+    for name, make in sections.items():
+        assert callable(make)
+        kinds = get_type_hints(make)
+        values: dict[str, Any] = {}
+        for key, value in document.get(name, {}).items():
+            if key not in kinds:
+                raise SettingsError(f"unknown setting {name}.{key} in {config_path}")
+            values[key] = _parse(f"{name}.{key}", kinds[key], value)
+        for key, kind in kinds.items():
+            variable = f"CARILLON_{name}_{key}".upper()
+            known_variables.add(variable)
+            if variable in environ:
+                values[key] = _parse(variable, kind, environ[variable])
+        built[name] = make(**values)
+    prefixes = tuple(f"CARILLON_{name}_".upper() for name in sections)
+    for variable in environ:
+        if variable.startswith(prefixes) and variable not in known_variables:
+            raise SettingsError(f"unknown setting {variable}; docs/reference/settings.md lists them")
+    return Settings(**built)

@@ -1,0 +1,1 @@
+"""Implementations of the push ports: one module per provider."""

@@ -1,0 +1,1 @@
+"""Bring-up, embedded services, health and the command line."""

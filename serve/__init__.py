@@ -1,0 +1,1 @@
+"""The Ray Serve ingress: one ASGI app behind two doors."""

@@ -1,0 +1,1 @@
+"""The accelerator: Redis or Valkey. Losing it costs speed, never correctness."""
