@@ -1,0 +1,71 @@
+"""Connections to PostgreSQL, and the one place where driver errors become ours."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import asyncpg
+
+from carillon.errors import StoreUnavailableError
+from carillon.settings import PostgresSettings
+
+UNAVAILABLE: tuple[type[BaseException], ...] = (
+    asyncpg.PostgresConnectionError,  # class 08
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.OperatorInterventionError,  # class 57: admin shutdown, crash shutdown, cannot connect now
+    asyncpg.InsufficientResourcesError,  # class 53: disk full, too many connections
+    asyncpg.TransactionRollbackError,  # class 40: deadlock, serialization failure
+    ConnectionError,
+    OSError,
+    TimeoutError,
+)
+"""What means "try again later" and says nothing about the data."""
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """Turn driver errors that mean "try again later" into StoreUnavailableError; let the others pass."""
+    try:
+        yield
+    except UNAVAILABLE as exc:
+        raise StoreUnavailableError(f"PostgreSQL does not answer: {type(exc).__name__}: {exc}") from exc
+
+
+async def connect(dsn: str, settings: PostgresSettings | None = None) -> asyncpg.Connection[Any]:
+    """One connection outside any pool. Raises StoreUnavailableError."""
+    settings = settings or PostgresSettings()
+    with translated():
+        return await asyncpg.connect(dsn, timeout=settings.connect_timeout_s)
+
+
+async def open_pool(settings: PostgresSettings, size: int | None = None) -> asyncpg.Pool[Any]:
+    """A pool of at most `size` connections (default: `settings.pool_size`), opened lazily but for one.
+
+    Statements are prepared and cached by the driver per connection: behind a pooler use session mode.
+
+    Raises:
+        StoreUnavailableError: the server does not answer within `connect_timeout_s`.
+    """
+    with translated():
+        pool = await asyncpg.create_pool(
+            settings.dsn,
+            min_size=1,
+            max_size=size or settings.pool_size,
+            timeout=settings.connect_timeout_s,
+            command_timeout=settings.statement_timeout_s,
+            max_inactive_connection_lifetime=0,
+            server_settings={"application_name": "carillon", "jit": "off", "timezone": "UTC"},
+        )
+        assert pool is not None
+        return pool
+
+
+@contextlib.asynccontextmanager
+async def acquired(pool: asyncpg.Pool[Any], timeout_s: float) -> AsyncIterator[asyncpg.Connection[Any]]:
+    """A pooled connection with errors translated; `timeout_s` bounds the wait for a free one."""
+    with translated():
+        async with pool.acquire(timeout=timeout_s) as connection:
+            yield connection  # type: ignore[misc]
