@@ -1,0 +1,45 @@
+-- Tenants and their API keys. Small tables, read through a cache of the ingress (ingress.auth_cache_s).
+
+-- name: tenant
+-- One tenant by its name.
+select tenant, client_secret, settings from tenants where tenant = $1;
+
+-- name: tenants
+-- All names, for the command line.
+select tenant from tenants order by tenant;
+
+-- name: create_tenant
+-- No row comes back if the name is taken.
+insert into tenants (tenant, client_secret) values ($1, $2)
+on conflict (tenant) do nothing
+returning tenant, client_secret, settings;
+
+-- name: create_key
+insert into api_keys (key_id, key_hash, tenant, name, scopes) values ($1, $2, $3, $4, $5);
+
+-- name: api_key
+-- The look-up of every request that is not cached: by the unique hash.
+select key_id, tenant, name, scopes, revoked_at is not null as revoked from api_keys where key_hash = $1;
+
+-- name: list_keys
+-- Newest first; revoked ones stay visible.
+select key_id, tenant, name, scopes, revoked_at is not null as revoked,
+       (extract(epoch from created_at) * 1000)::bigint as created_ms,
+       (extract(epoch from last_used_at) * 1000)::bigint as last_used_ms,
+       (extract(epoch from revoked_at) * 1000)::bigint as revoked_ms
+from api_keys where tenant = $1 order by created_at desc, key_id;
+
+-- name: revoke_key
+-- Keeps the time of the first revocation.
+update api_keys set revoked_at = coalesce(revoked_at, now()) where tenant = $1 and key_id = $2 returning key_id;
+
+-- name: touch_keys
+-- Many keys at once; a late batch never moves the time back.
+update api_keys set last_used_at = greatest(api_keys.last_used_at, used.at)
+from (select * from unnest($1::text[], $2::timestamptz[])) as used(key_id, at)
+where api_keys.key_id = used.key_id;
+
+-- name: user_security
+-- Since when tokens of a user count (POST .../sessions/revoke), in ms; no row: the user never had a stream.
+select (extract(epoch from tokens_valid_from) * 1000)::bigint as tokens_valid_from_ms
+from streams where tenant = $1 and user_id = $2;

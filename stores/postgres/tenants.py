@@ -1,0 +1,172 @@
+"""Tenants and API keys in Postgres.
+
+Reads are not cached here: the ingress keeps them for `ingress.auth_cache_s`, gateways likewise.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import asyncpg
+import msgspec
+
+from carillon.api_keys import check_scopes, check_tenant_name, hash_key, make_key
+from carillon.errors import InvalidInputError, NotFoundError
+from stores.postgres.named import load_queries
+from stores.postgres.pool import acquired
+
+MIN_SECRET_BYTES: Final = 32
+"""RFC 7518 §3.2: an HS256 key is at least as long as the hash."""
+
+
+@dataclass(frozen=True)
+class TenantRecord:
+    """A tenant: a closed world of users, keys and notifications."""
+
+    tenant: str
+    client_secret: str
+    """HS256 key of client tokens: its UTF-8 bytes."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ApiKeyRecord:
+    """An API key as stored."""
+
+    key_id: str
+    tenant: str
+    scopes: frozenset[str]
+    revoked: bool
+    name: str = ""
+    created_ms: int | None = None
+    last_used_ms: int | None = None
+    revoked_ms: int | None = None
+
+
+class TenantStore:
+    """Reads and writes tenants and their API keys.
+
+    Args:
+        pool: of `stores.postgres.pool.open_pool`; not owned.
+        acquire_timeout_s: longest wait for a free connection.
+
+    All methods raise StoreUnavailableError while Postgres does not answer.
+    """
+
+    def __init__(self, pool: asyncpg.Pool[Any], acquire_timeout_s: float = 5.0) -> None:
+        self._pool = pool
+        self._timeout_s = acquire_timeout_s
+        self._sql = load_queries("tenants")
+
+    async def tenant(self, name: str) -> TenantRecord | None:
+        """The tenant, or None if there is none of that name."""
+        if "\0" in name:  # PostgreSQL text cannot hold NUL: such a tenant cannot exist
+            return None
+        async with acquired(self._pool, self._timeout_s) as connection:
+            row = await connection.fetchrow(self._sql["tenant"], name)
+        return None if row is None else _tenant(row)
+
+    async def tenants(self) -> list[str]:
+        """The names of all tenants, sorted."""
+        async with acquired(self._pool, self._timeout_s) as connection:
+            return [row["tenant"] for row in await connection.fetch(self._sql["tenants"])]
+
+    async def create_tenant(self, name: str, client_secret: str | None = None) -> TenantRecord:
+        """Create a tenant.
+
+        Args:
+            name: see `carillon.api_keys.check_tenant_name`.
+            client_secret: at least 32 bytes of UTF-8; None generates one.
+
+        Raises:
+            InvalidInputError: the name or the secret is not allowed, or the name is taken (code "exists").
+        """
+        check_tenant_name(name)
+        secret = secrets.token_urlsafe(36) if client_secret is None else client_secret
+        if len(secret.encode()) < MIN_SECRET_BYTES or "\0" in secret:
+            raise InvalidInputError(
+                f"expected a client secret of at least {MIN_SECRET_BYTES} bytes, got {len(secret.encode())}",
+                "clientSecret",
+                f"at least {MIN_SECRET_BYTES} bytes of UTF-8 without NUL",
+                f"{len(secret.encode())} bytes",
+            )
+        async with acquired(self._pool, self._timeout_s) as connection:
+            row = await connection.fetchrow(self._sql["create_tenant"], name, secret)
+        if row is None:
+            raise InvalidInputError(f"tenant {name!r} exists already", "tenant", "a new name", name, "exists")
+        return _tenant(row)
+
+    async def create_key(self, tenant: str, name: str, scopes: Iterable[str]) -> str:
+        """Create an API key and return it whole: the only time it can be seen.
+
+        Raises:
+            NotFoundError: there is no such tenant.
+            InvalidInputError: a scope is unknown.
+        """
+        allowed = check_scopes(scopes)
+        key_id, key = make_key()
+        try:
+            async with acquired(self._pool, self._timeout_s) as connection:
+                await connection.execute(
+                    self._sql["create_key"], key_id, hash_key(key), tenant, name, allowed
+                )
+        except asyncpg.ForeignKeyViolationError:
+            raise NotFoundError(f"there is no tenant {tenant!r}", "tenant") from None
+        return key
+
+    async def api_key(self, key_hash: bytes) -> ApiKeyRecord | None:
+        """The key with this hash (`carillon.api_keys.hash_key`), revoked ones too, or None."""
+        async with acquired(self._pool, self._timeout_s) as connection:
+            row = await connection.fetchrow(self._sql["api_key"], key_hash)
+        return None if row is None else _key(row)
+
+    async def list_keys(self, tenant: str) -> list[ApiKeyRecord]:
+        """All keys of a tenant, newest first, revoked ones included."""
+        async with acquired(self._pool, self._timeout_s) as connection:
+            return [_key(row) for row in await connection.fetch(self._sql["list_keys"], tenant)]
+
+    async def revoke_key(self, tenant: str, key_id: str) -> bool:
+        """Revoke a key; False if the tenant has none of that id. Ingress caches forget it within
+        `ingress.auth_cache_s`."""
+        async with acquired(self._pool, self._timeout_s) as connection:
+            return await connection.fetchval(self._sql["revoke_key"], tenant, key_id) is not None
+
+    async def touch_keys(self, used_ms: Mapping[str, int]) -> None:
+        """Note when keys were last used.
+
+        Args:
+            used_ms: key id -> wall time in ms; times only ever move forward.
+        """
+        if not used_ms:
+            return
+        times = [datetime.fromtimestamp(ms / 1000, UTC) for ms in used_ms.values()]
+        async with acquired(self._pool, self._timeout_s) as connection:
+            await connection.execute(self._sql["touch_keys"], list(used_ms), times)
+
+    async def tokens_valid_from_ms(self, tenant: str, user: str) -> int | None:
+        """Tokens of the user issued before this time are revoked; None means none ever were."""
+        if "\0" in tenant or "\0" in user:
+            return None
+        async with acquired(self._pool, self._timeout_s) as connection:
+            return await connection.fetchval(self._sql["user_security"], tenant, user)
+
+
+def _tenant(row: asyncpg.Record) -> TenantRecord:
+    return TenantRecord(row["tenant"], row["client_secret"], msgspec.json.decode(row["settings"]))
+
+
+def _key(row: asyncpg.Record) -> ApiKeyRecord:
+    return ApiKeyRecord(
+        key_id=row["key_id"],
+        tenant=row["tenant"],
+        scopes=frozenset(row["scopes"]),
+        revoked=row["revoked"],
+        name=row["name"],
+        created_ms=row.get("created_ms"),
+        last_used_ms=row.get("last_used_ms"),
+        revoked_ms=row.get("revoked_ms"),
+    )
