@@ -1,0 +1,134 @@
+"""Fixtures of all suites: real servers, a database per test, a local Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import asyncpg
+import pytest
+import redis
+
+T = TypeVar("T")
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before anything imports ray: it reads these once.
+os.environ.update(
+    {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DISABLE_IMPORT_WARNING": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_AUTH_MODE": "disabled",  # nodes of a test cluster share a machine, not a token file
+        "RAY_DISABLE_METRICS_COLLECTION": "1",
+        "PYTHONPATH": str(ROOT),  # workers import our packages from the root, as everywhere
+    }
+)
+# Settings of the person's shell must not steer tests.
+for _name in [name for name in os.environ if name.startswith("CARILLON_")]:
+    del os.environ[_name]
+
+from cluster.embedded import EmbeddedPostgres, EmbeddedValkey  # noqa: E402
+
+
+def run_apart(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine in a thread with a loop of its own, out of the way of the test's loop."""
+    result: list[T] = []
+    error: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            result.append(asyncio.run(work()))
+        except BaseException as exc:
+            error.append(exc)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    if error:
+        raise error[0]
+    return result[0]
+
+
+def _sql(dsn: str, *statements: str) -> None:
+    async def work() -> None:
+        connection = await asyncpg.connect(dsn)
+        try:
+            for statement in statements:
+                await connection.execute(statement)
+        finally:
+            await connection.close()
+
+    run_apart(work)
+
+
+@pytest.fixture(scope="session")
+def service_folder() -> Iterator[Path]:
+    """A folder that PostgreSQL's unprivileged user can enter (pytest's own is closed), removed at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="carillon-test-"))
+    folder.chmod(0o711)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres_server(service_folder: Path) -> Iterator[EmbeddedPostgres]:
+    """One PostgreSQL for the whole run, without fsync; its database `template` is migrated."""
+    from stores.postgres.migrate import migrate
+
+    with EmbeddedPostgres(service_folder / "postgres", fast=True) as server:
+        _sql(server.dsn, "create database template")
+        run_apart(lambda: migrate(server.dsn_of("template")))
+        yield server
+
+
+@pytest.fixture
+def postgres_dsn(postgres_server: EmbeddedPostgres) -> Iterator[str]:
+    """A fresh, migrated database; dropped after the test, with whatever still uses it."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    _sql(postgres_server.dsn, f"create database {name} template template strategy wal_log")
+    yield postgres_server.dsn_of(name)
+    _sql(postgres_server.dsn, f"drop database {name} with (force)")
+
+
+@pytest.fixture(scope="session")
+def valkey_server(service_folder: Path) -> Iterator[EmbeddedValkey]:
+    """One Valkey for the whole run, nothing on disk."""
+    with EmbeddedValkey(service_folder / "valkey", fast=True) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(valkey_server: EmbeddedValkey) -> str:
+    """URL of an empty Valkey."""
+    client = redis.Redis.from_url(valkey_server.url)
+    try:
+        client.flushall()
+    finally:
+        client.close()
+    return valkey_server.url
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[str]:
+    """A local Ray of this test run; the value is its namespace."""
+    import ray
+
+    namespace = f"test-{uuid.uuid4().hex[:8]}"
+    ray.init(
+        num_cpus=8,  # logical: tests place more actors than the machine has cores
+        namespace=namespace,
+        include_dashboard=False,
+        object_store_memory=80_000_000,
+        log_to_driver=False,
+        logging_level="WARNING",
+    )
+    yield namespace
+    ray.shutdown()
