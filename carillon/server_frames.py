@@ -11,7 +11,6 @@ from typing import Final
 
 import msgspec
 
-from carillon.clock import rfc3339
 from carillon.ids import uuid_text
 
 _json: Final = msgspec.json.Encoder().encode
@@ -45,19 +44,19 @@ def welcome(
     unread_count: int,
     heartbeat_ms: int,
     recovered: bool | None,
-    server_time_ms: int,
+    server_time: str,
 ) -> bytes:
     """WELCOME: first frame after an attach, and the answer to a position.
 
     Args:
         recovered: None while no position was given; True or False answers one.
-        server_time_ms: wall time, milliseconds since the epoch.
+        server_time: RFC 3339 text, as all times here (`carillon.clock.rfc3339`).
     """
     answer = "null" if recovered is None else "true" if recovered else "false"
     return (
         f'{{"type":"WELCOME","sessionId":{_text(session_id)},"deviceId":{_text(device_id)},'
         f'"epoch":{_text(epoch)},"lastSeq":{last_seq},"rev":{rev},"unreadCount":{unread_count},'
-        f'"heartbeatMs":{heartbeat_ms},"recovered":{answer},"serverTime":"{rfc3339(server_time_ms)}"}}'
+        f'"heartbeatMs":{heartbeat_ms},"recovered":{answer},"serverTime":"{server_time}"}}'
     ).encode()
 
 
@@ -71,17 +70,17 @@ def notification_updated(json_text: str) -> bytes:
     return f'{{"type":"NOTIFICATION_UPDATED","notification":{json_text}}}'.encode()
 
 
-def notifications_read(ids: Iterable[bytes], read_at: int, rev: int) -> bytes:
-    """NOTIFICATIONS_READ: `ids` that really changed (16 raw bytes each), `read_at` in ms since the epoch."""
+def notifications_read(ids: Iterable[bytes], read_at: str, rev: int) -> bytes:
+    """NOTIFICATIONS_READ: `ids` that really changed (16 raw bytes each)."""
     return (
-        f'{{"type":"NOTIFICATIONS_READ","notificationIds":{_ids(ids)},"readAt":"{rfc3339(read_at)}","rev":{rev}}}'
+        f'{{"type":"NOTIFICATIONS_READ","notificationIds":{_ids(ids)},"readAt":"{read_at}","rev":{rev}}}'
     ).encode()
 
 
-def all_notifications_read(read_at: int, up_to_seq: int, rev: int) -> bytes:
-    """ALL_NOTIFICATIONS_READ: everything up to `up_to_seq`; `read_at` in ms since the epoch."""
+def all_notifications_read(read_at: str, up_to_seq: int, rev: int) -> bytes:
+    """ALL_NOTIFICATIONS_READ: everything up to `up_to_seq`."""
     return (
-        f'{{"type":"ALL_NOTIFICATIONS_READ","readAt":"{rfc3339(read_at)}","upToSeq":{up_to_seq},"rev":{rev}}}'
+        f'{{"type":"ALL_NOTIFICATIONS_READ","readAt":"{read_at}","upToSeq":{up_to_seq},"rev":{rev}}}'
     ).encode()
 
 
@@ -102,9 +101,9 @@ def unread_count(count: int, rev: int) -> bytes:
     return f'{{"type":"UNREAD_COUNT","count":{count},"rev":{rev}}}'.encode()
 
 
-def presence(user: str, status: str, last_seen: int | None) -> bytes:
-    """PRESENCE of a watched user; `last_seen` in ms since the epoch, None while never seen or unknown."""
-    seen = "null" if last_seen is None else f'"{rfc3339(last_seen)}"'
+def presence(user: str, status: str, last_seen: str | None) -> bytes:
+    """PRESENCE of a watched user; `last_seen` is None while never seen or unknown."""
+    seen = "null" if last_seen is None else f'"{last_seen}"'
     return (
         f'{{"type":"PRESENCE","userId":{_text(user)},"status":{_text(status)},"lastSeenAt":{seen}}}'.encode()
     )
