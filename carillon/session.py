@@ -1,0 +1,638 @@
+"""The session actor's state machine: one per connected user, without clock, socket or database.
+
+A session takes messages (attach, detach, frames, deliveries, state changes, loaded pages, ticks) and
+returns effects for its shell to carry out, in order. It is *live* while it has an attachment; it outlives
+the last one by a grace period, so that presence does not flap.
+
+Order: every attachment receives notifications in strictly increasing `seq`. An attachment is in one of
+three phases:
+
+- waiting: attached, WELCOME written, nothing else until its first frame or `resume_wait_s`;
+- replaying: pages of what it missed are on their way, paced by the socket; live frames stay in the log;
+- live: what happens is written at once.
+
+Whoever becomes live goes through `_advance`, which compares the attachment's cursor with the head of the
+stream: what lies between comes from the log (the bounded recent window) if it reaches back far enough,
+else from the store, page by page, until the cursor is the head. So there is no moment at which a frame
+could fall between replay and live delivery (guarantees G3, G5).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final, NamedTuple
+
+from carillon import server_frames
+from carillon.notification import NotificationRow, fresh_json, notification_json, user_json_of
+
+MAX_UNACKED: Final = 1000
+"""Unacknowledged deliveries a session remembers; older ones are acknowledged by id through the store."""
+
+
+class Phase(Enum):
+    """Where an attachment stands (see the module)."""
+
+    WAITING = 1
+    REPLAYING = 2
+    LIVE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """What a session needs of the settings. Times in seconds."""
+
+    recent_window: int = 50
+    grace_s: float = 5.0
+    clean_close_grace_s: float = 0.5
+    resume_wait_s: float = 0.5
+    replay_page: int = 200
+    max_connections: int = 20
+    heartbeat_ms: int = 25_000
+
+
+class Head(NamedTuple):
+    """Position of a stream as committed."""
+
+    epoch: str
+    seq: int
+    rev: int
+    unread: int
+
+
+class ReplayStart(NamedTuple):
+    """Where a replay from the store began."""
+
+    seq: int
+    """The cursor's seq: rows up to here the client has, so their changes are sent as changes."""
+    head_rev: int
+    """The head's rev then: rows after `seq` are sent with their state, later changes of them as changes."""
+    in_changes: bool
+    """False while notifications are read, True while changes are."""
+
+
+class Attachment:
+    """One connection of the session.
+
+    Attributes:
+        peer: the shell's handle of the gateway; opaque here.
+        conn: number of the connection at that gateway.
+        cursor_seq, cursor_rev: everything up to here was written to this connection.
+        acked_seq: cumulative acknowledgement of this connection; starts at its first cursor.
+        replay: while rows come from the store, where that replay began; else None.
+        wait_deadline: monotonic time at which a waiting attachment goes live; 0 once it left that phase.
+    """
+
+    __slots__ = (
+        "acked_seq", "attention", "attention_since_ms", "conn", "cursor_rev", "cursor_seq", "device",
+        "first_frame_seen", "legacy", "peer", "phase", "replay", "session", "session_id", "viewing",
+        "wait_deadline",
+    )  # fmt: skip
+
+    def __init__(
+        self, session: Session, peer: Any, conn: int, device: str, session_id: str, now_ms: int
+    ) -> None:
+        self.session = session
+        self.peer = peer
+        self.conn = conn
+        self.device = device
+        self.session_id = session_id
+        self.phase = Phase.WAITING
+        self.cursor_seq = 0
+        self.cursor_rev = 0
+        self.acked_seq = 0
+        self.replay: ReplayStart | None = None
+        self.first_frame_seen = False
+        self.legacy = False
+        # A device that never tells counts as visible: unknown attention never silences (fail open).
+        self.attention = "visible"
+        self.attention_since_ms = now_ms
+        self.viewing: str | None = None
+        self.wait_deadline = 0.0
+
+
+class LogEntry(NamedTuple):
+    """One durable change in the recent window."""
+
+    rev: int
+    seq: int  # > 0 for a new notification
+    frame: bytes
+    update: bool
+
+
+# -- effects ----------------------------------------------------------------------------------------
+
+
+class Send(NamedTuple):
+    """Write one frame to some attachments, in order with all other Sends."""
+
+    to: tuple[Attachment, ...]
+    frame: bytes
+    seq: int = 0
+    rev: int = 0
+    replay: bool = False
+    page_end: bool = False
+    update: bool = False
+    epoch: str = ""
+
+
+class LoadNotifications(NamedTuple):
+    """Read rows with seq > after_seq, by seq, at most `limit`; answer with `notifications_loaded`."""
+
+    to: Attachment
+    after_seq: int
+    limit: int
+    head_seq: int
+    """The head when asked: everything up to here is in the store."""
+
+
+class LoadChanges(NamedTuple):
+    """Read changed rows with rev > after_rev and (seq <= upto_seq or rev > or_after_rev), by rev, at most
+    `limit`; answer with `changes_loaded`."""
+
+    to: Attachment
+    after_rev: int
+    upto_seq: int
+    or_after_rev: int
+    limit: int
+    head_rev: int
+    """The head when asked."""
+
+
+class Close(NamedTuple):
+    """Close a connection with a code of protocol.md. The attachment is gone already."""
+
+    to: Attachment
+    code: int
+    reason: str
+
+
+class Acknowledged(NamedTuple):
+    """A device has these notifications: cancel what waits for that, set deliveredAt."""
+
+    ids: tuple[bytes, ...]
+
+
+class PresenceChanged(NamedTuple):
+    """The user's status became another one."""
+
+    status: str
+
+
+Effect = Send | LoadNotifications | LoadChanges | Close | Acknowledged | PresenceChanged
+
+
+class Session:
+    """One connected user.
+
+    Args:
+        user: the user id.
+        head: position of the stream as loaded from the store.
+        limits: see `SessionLimits`.
+    """
+
+    __slots__ = (
+        "_acked_ids", "_limits", "_log", "_log_from", "_status", "_unacked", "attachments", "epoch",
+        "grace_deadline", "last_seen_ms", "rev", "seq", "unread", "user_json",
+    )  # fmt: skip
+
+    def __init__(self, user: str, head: Head, limits: SessionLimits) -> None:
+        self.user_json = user_json_of(user)
+        self.epoch, self.seq, self.rev, self.unread = head
+        self.attachments: list[Attachment] = []
+        self.grace_deadline = 0.0
+        self.last_seen_ms: int | None = None
+        self._limits = limits
+        self._log: deque[LogEntry] = deque()
+        self._log_from = head.rev  # the log holds every change with rev > _log_from
+        self._unacked: dict[int, bytes] = {}  # seq -> id, in seq order per insertion
+        self._status = "offline"
+
+    # -- connections ----------------------------------------------------------------------------------
+
+    @property
+    def live(self) -> bool:
+        """True while a connection is attached: delivering is the presence check."""
+        return bool(self.attachments)
+
+    def attach(
+        self,
+        peer: Any,
+        conn: int,
+        device: str,
+        session_id: str,
+        now: float,
+        now_ms: int,
+        *,
+        position: tuple[str, int, int | None] | None = None,
+        reattach: bool = False,
+        ready: bool = False,
+        legacy: bool = False,
+    ) -> tuple[Attachment, list[Effect]]:
+        """Add a connection.
+
+        Args:
+            now: monotonic seconds. now_ms: wall milliseconds.
+            position: (epoch, lastSeq, lastRev or None) from the URL, or what the gateway wrote so far.
+            reattach: the socket was attached before: no WELCOME, replay from `position`.
+            ready: with reattach, True if it had left the waiting phase.
+
+        Returns:
+            The attachment and the effects, WELCOME first unless reattach.
+        """
+        effects: list[Effect] = []
+        attachment = Attachment(self, peer, conn, device, session_id, now_ms)
+        attachment.legacy = legacy
+        attachment.cursor_seq = attachment.acked_seq = self.seq
+        attachment.cursor_rev = self.rev
+        self.attachments.append(attachment)
+        self.grace_deadline = 0.0
+        if len(self.attachments) > self._limits.max_connections:
+            oldest = self.attachments.pop(0)
+            effects.append(Close(oldest, 4004, "too many connections of this user: the oldest goes"))
+        if reattach:
+            attachment.first_frame_seen = ready
+            if position is not None and self._take_position(attachment, *position):
+                if ready:
+                    self._advance(attachment, effects)
+                else:
+                    attachment.wait_deadline = now + self._limits.resume_wait_s
+            else:
+                # The stream is another one than this socket was fed from: only a new WELCOME can say so.
+                effects.append(self._welcome(attachment, False, now_ms))
+                self._advance(attachment, effects)
+        elif position is not None:
+            effects += self._resume(attachment, *position, now_ms)
+        else:
+            effects.append(self._welcome(attachment, None, now_ms))
+            attachment.wait_deadline = now + self._limits.resume_wait_s
+        self._presence(effects, now_ms)
+        return attachment, effects
+
+    def detach(self, attachment: Attachment, clean: bool, now: float, now_ms: int) -> list[Effect]:
+        """Remove a connection (idempotent). The last one starts the grace period."""
+        if attachment not in self.attachments:
+            return []
+        self.attachments.remove(attachment)
+        self.last_seen_ms = now_ms
+        effects: list[Effect] = []
+        if not self.attachments:
+            grace = self._limits.clean_close_grace_s if clean else self._limits.grace_s
+            self.grace_deadline = now + grace
+        else:
+            self._presence(effects, now_ms)
+        return effects
+
+    def ready(self, attachment: Attachment) -> list[Effect]:
+        """The first client frame came and was not RESUME: live frames flow, no backlog."""
+        effects: list[Effect] = []
+        attachment.first_frame_seen = True
+        if attachment.phase is Phase.WAITING:
+            attachment.wait_deadline = 0.0
+            self._advance(attachment, effects)
+        return effects
+
+    def resume(
+        self,
+        attachment: Attachment,
+        epoch: str,
+        last_seq: int,
+        last_rev: int | None,
+        now: float,
+        now_ms: int,
+    ) -> list[Effect]:
+        """RESUME came. Only as the first frame: later it is too late (4213), the client reconnects."""
+        if attachment.phase is not Phase.WAITING or attachment.first_frame_seen:
+            refused = server_frames.error(
+                "resume_too_late", "expected RESUME as the first frame, within the resume wait", True
+            )
+            effects: list[Effect] = [Send((attachment,), refused), Close(attachment, 4213, "resume_too_late")]
+            return effects + self.detach(attachment, False, now, now_ms)
+        return self._resume(attachment, epoch, last_seq, last_rev, now_ms)
+
+    def tick(self, now: float, now_ms: int) -> list[Effect]:
+        """Let time pass: resume waits end, grace ends (status offline)."""
+        effects: list[Effect] = []
+        for attachment in self.attachments:
+            if attachment.phase is Phase.WAITING and attachment.wait_deadline <= now:
+                attachment.first_frame_seen = True
+                self._advance(attachment, effects)
+        self._presence(effects, now_ms, now)
+        return effects
+
+    def next_deadline(self) -> float | None:
+        """Monotonic time of the next `tick` that does something, or None."""
+        waits = [a.wait_deadline for a in self.attachments if a.phase is Phase.WAITING]
+        if not self.attachments and self._status != "offline":
+            waits.append(self.grace_deadline)
+        return min(waits, default=None)
+
+    def ended(self, now: float) -> bool:
+        """True once nobody is attached and grace is over: the shell may drop the session."""
+        return not self.attachments and now >= self.grace_deadline
+
+    # -- what happens to the user -----------------------------------------------------------------------
+
+    def deliver(self, notification_id: bytes, seq: int, rev: int, unread: int, content: str) -> list[Effect]:
+        """A notification was committed: write it to every live attachment, keep it for the others.
+
+        Raises:
+            ValueError: `seq` does not follow the head (a gap: the shell reloads the session).
+        """
+        if seq != self.seq + 1:
+            raise ValueError(f"expected seq {self.seq + 1} after {self.seq}, got {seq}")
+        frame = server_frames.new_notification(fresh_json(notification_id, seq, rev, self.user_json, content))
+        self.seq, self.unread = seq, unread
+        self._remember(seq, notification_id)
+        return self._emit(LogEntry(rev, seq, frame, False))
+
+    def state_changed(
+        self, rev: int, unread: int, frames: Sequence[bytes], *, update: bool = False
+    ) -> list[Effect]:
+        """A durable change was committed: write its frames (all with this rev) to every live attachment."""
+        self.unread = unread
+        effects: list[Effect] = []
+        if not frames:  # nothing to show, but every cursor at the head stays at the head
+            self.rev = rev
+            for attachment in self.attachments:
+                if attachment.phase is Phase.LIVE:
+                    attachment.cursor_rev = rev
+        for frame in frames:
+            effects += self._emit(LogEntry(rev, 0, frame, update))
+        return effects
+
+    def head_moved(self, head: Head) -> None:
+        """The stream moved without frames to show for it (a gap was found): the log no longer reaches."""
+        self.epoch, self.seq, self.rev, self.unread = head
+        self._log.clear()
+        self._log_from = head.rev
+
+    def acknowledge(self, attachment: Attachment, seq: int | None, ids: Iterable[bytes]) -> list[Effect]:
+        """ACK of one connection: cumulative `seq` (bounded by what it was sent) and single ids."""
+        acked: list[bytes] = []
+        if seq is not None:
+            upto = min(seq, attachment.cursor_seq)
+            if upto > attachment.acked_seq:
+                since, attachment.acked_seq = attachment.acked_seq, upto
+                hits = [s for s in self._unacked if since < s <= upto]
+                acked += [self._unacked.pop(s) for s in hits]
+        wanted = set(ids)
+        if wanted:
+            for s in [s for s, known in self._unacked.items() if known in wanted]:
+                del self._unacked[s]
+            acked += wanted  # the store ignores ids of others and those acknowledged before
+        return [Acknowledged(tuple(acked))] if acked else []
+
+    def visibility(
+        self, attachment: Attachment, state: str, viewing: str | None, now_ms: int
+    ) -> list[Effect]:
+        """VISIBILITY of one connection."""
+        if state != attachment.attention:
+            attachment.attention = state
+            attachment.attention_since_ms = now_ms
+        attachment.viewing = viewing
+        effects: list[Effect] = []
+        self._presence(effects, now_ms)
+        return effects
+
+    # -- replay -----------------------------------------------------------------------------------------
+
+    def drained(self, attachment: Attachment) -> list[Effect]:
+        """The socket took the last page: go on."""
+        effects: list[Effect] = []
+        if attachment.replay is not None and attachment in self.attachments:
+            self._load(attachment, effects)
+        return effects
+
+    def notifications_loaded(
+        self,
+        attachment: Attachment,
+        rows: Sequence[NotificationRow],
+        request: LoadNotifications,
+        now_ms: int,
+    ) -> list[Effect]:
+        """Answer to LoadNotifications. Retracted and expired rows move the cursor without a frame."""
+        effects: list[Effect] = []
+        replay = attachment.replay
+        if replay is None or attachment not in self.attachments:
+            return effects
+        shown = [
+            row
+            for row in rows
+            if row.retracted_ms is None and (row.expires_ms is None or row.expires_ms > now_ms)
+        ]
+        full = len(rows) >= request.limit
+        for row in shown:
+            if row.delivered_ms is None:
+                self._remember(row.seq, row.id)
+            frame = server_frames.new_notification(notification_json(row, self.user_json))
+            # While notifications are replayed the position's rev stands still: a change with a lower rev
+            # than a notification already written is still to come, after all notifications.
+            page_end = full and row is shown[-1]
+            effects.append(Send((attachment,), frame, row.seq, 0, True, page_end))
+        if rows:
+            attachment.cursor_seq = rows[-1].seq
+        if full:
+            if not shown:
+                self._load(attachment, effects)
+            return effects  # else the next page follows when the socket has drained
+        attachment.cursor_seq = max(attachment.cursor_seq, request.head_seq)
+        attachment.replay = replay._replace(in_changes=True)
+        self._load(attachment, effects)
+        return effects
+
+    def changes_loaded(
+        self, attachment: Attachment, rows: Sequence[NotificationRow], request: LoadChanges
+    ) -> list[Effect]:
+        """Answer to LoadChanges."""
+        effects: list[Effect] = []
+        if attachment.replay is None or attachment not in self.attachments:
+            return effects
+        full = len(rows) >= request.limit
+        if full and rows[0].rev == rows[-1].rev:
+            # One change of more rows than a page (read-all): read all of it at once.
+            return [request._replace(limit=request.limit * 8)]
+        frames = change_frames(rows, self.user_json, request.after_rev, more=full)
+        for index, (rev, frame, update) in enumerate(frames):
+            page_end = full and index == len(frames) - 1
+            effects.append(Send((attachment,), frame, 0, rev, True, page_end, update))
+        if full:
+            # The last rev may go on on the next page: ask for it again.
+            attachment.cursor_rev = max(attachment.cursor_rev, rows[-1].rev - 1)
+            if not frames:
+                self._load(attachment, effects)
+            return effects
+        attachment.cursor_rev = max(attachment.cursor_rev, request.head_rev)
+        attachment.replay = None
+        self._advance(attachment, effects)
+        return effects
+
+    # -- inside -----------------------------------------------------------------------------------------
+
+    def status(self) -> str:
+        """active | idle | offline, from attachments, what they say of attention, and grace."""
+        return self._status
+
+    def _present_status(self, now: float | None) -> str:
+        if self.attachments:
+            seen = any(a.attention in ("focused", "visible") for a in self.attachments)
+            return "active" if seen else "idle"
+        if now is not None and now >= self.grace_deadline:
+            return "offline"
+        return self._status  # grace: as it was
+
+    def _presence(self, effects: list[Effect], now_ms: int, now: float | None = None) -> None:
+        status = self._present_status(now)
+        if status != self._status:
+            self._status = status
+            if status == "offline":
+                self.last_seen_ms = self.last_seen_ms or now_ms
+            effects.append(PresenceChanged(status))
+
+    def _welcome(self, attachment: Attachment, recovered: bool | None, now_ms: int) -> Send:
+        frame = server_frames.welcome(
+            session_id=attachment.session_id,
+            device_id=attachment.device,
+            epoch=self.epoch,
+            last_seq=self.seq,
+            rev=self.rev,
+            unread_count=self.unread,
+            heartbeat_ms=self._limits.heartbeat_ms,
+            recovered=recovered,
+            server_time_ms=now_ms,
+        )
+        return Send((attachment,), frame, attachment.cursor_seq, attachment.cursor_rev, epoch=self.epoch)
+
+    def _take_position(self, attachment: Attachment, epoch: str, last_seq: int, last_rev: int | None) -> bool:
+        """Set the cursor to a client's position; False if nothing can be replayed from there."""
+        if epoch != self.epoch or last_seq > self.seq or last_seq < 0:
+            return False
+        attachment.cursor_seq = attachment.acked_seq = last_seq
+        attachment.cursor_rev = self.rev if last_rev is None else max(0, min(last_rev, self.rev))
+        return True
+
+    def _resume(
+        self, attachment: Attachment, epoch: str, last_seq: int, last_rev: int | None, now_ms: int
+    ) -> list[Effect]:
+        attachment.cursor_seq = attachment.acked_seq = self.seq
+        attachment.cursor_rev = self.rev
+        recovered = self._take_position(attachment, epoch, last_seq, last_rev)
+        attachment.first_frame_seen = True
+        effects: list[Effect] = [self._welcome(attachment, recovered, now_ms)]
+        self._advance(attachment, effects)
+        return effects
+
+    def _emit(self, entry: LogEntry) -> list[Effect]:
+        self.rev = entry.rev
+        self._log.append(entry)
+        if len(self._log) > self._limits.recent_window:
+            self._log_from = self._log.popleft().rev
+        to: list[Attachment] = []
+        for attachment in self.attachments:
+            if attachment.phase is Phase.LIVE:
+                if entry.seq:
+                    attachment.cursor_seq = entry.seq
+                attachment.cursor_rev = entry.rev
+                to.append(attachment)
+        if not to:
+            return []
+        return [Send(tuple(to), entry.frame, entry.seq, entry.rev, False, False, entry.update)]
+
+    def _remember(self, seq: int, notification_id: bytes) -> None:
+        unacked = self._unacked
+        if len(unacked) >= MAX_UNACKED:
+            del unacked[next(iter(unacked))]
+        unacked[seq] = notification_id
+
+    def _advance(self, attachment: Attachment, effects: list[Effect]) -> None:
+        """Bring an attachment from its cursor towards the head, and to LIVE once it is there."""
+        attachment.wait_deadline = 0.0
+        reaches = attachment.cursor_rev >= self._log_from and attachment.cursor_seq >= self._oldest_log_seq()
+        if not reaches:
+            attachment.phase = Phase.REPLAYING
+            attachment.replay = ReplayStart(attachment.cursor_seq, self.rev, False)
+            self._load(attachment, effects)
+            return
+        missed = [e for e in self._log if e.seq > attachment.cursor_seq]
+        missed += [e for e in self._log if not e.seq and e.rev > attachment.cursor_rev]
+        for index, entry in enumerate(missed):
+            # As in a replay from the store: the position's rev moves only with the last frame.
+            rev = self.rev if index == len(missed) - 1 else 0
+            effects.append(Send((attachment,), entry.frame, entry.seq, rev, True, False, entry.update))
+        attachment.cursor_seq, attachment.cursor_rev = self.seq, self.rev
+        attachment.phase = Phase.LIVE
+
+    def _load(self, attachment: Attachment, effects: list[Effect]) -> None:
+        """Ask for the next page of a replay from the store."""
+        replay, limit = attachment.replay, self._limits.replay_page
+        assert replay is not None
+        if not replay.in_changes:
+            effects.append(LoadNotifications(attachment, attachment.cursor_seq, limit, self.seq))
+            return
+        effects.append(
+            LoadChanges(attachment, attachment.cursor_rev, replay.seq, replay.head_rev, limit, self.rev)
+        )
+
+    def _oldest_log_seq(self) -> int:
+        """Least cursor_seq from which the log holds every later notification."""
+        for entry in self._log:
+            if entry.seq:
+                return entry.seq - 1
+        return self.seq
+
+
+def change_frames(
+    rows: Sequence[NotificationRow], user_json: str, after_rev: int, *, more: bool
+) -> list[tuple[int, bytes, bool]]:
+    """Frames that bring a client from `after_rev` to the state of changed rows.
+
+    Args:
+        rows: changed rows by ascending rev.
+        more: the last rev may have more rows than these; its frames then carry the rev before it, so that
+            a client that stops here asks for that rev again instead of missing its rest.
+
+    Returns:
+        (rev, frame, is_update) by ascending rev. States only grow, so repeating one is harmless.
+    """
+    frames: list[tuple[int, bytes, bool]] = []
+    at = 0
+    while at < len(rows):
+        end = at
+        while end < len(rows) and rows[end].rev == rows[at].rev:
+            end += 1
+        group, rev = rows[at:end], rows[at].rev
+        told = max(after_rev, rev - 1) if more and end == len(rows) else rev
+        frames += [(told, frame, update) for frame, update in _group_frames(group, user_json, told)]
+        at = end
+    return frames
+
+
+def _group_frames(group: Sequence[NotificationRow], user_json: str, rev: int) -> list[tuple[bytes, bool]]:
+    frames: list[tuple[bytes, bool]] = []
+    gone = [r for r in group if r.retracted_ms is not None]
+    kept = [r for r in group if r.retracted_ms is None]
+    frames += [
+        (server_frames.notification_updated(notification_json(r, user_json)), True)
+        for r in kept
+        if r.updated_ms is not None
+    ]
+    read: dict[int, list[bytes]] = {}
+    for r in kept:
+        if r.read_ms is not None:
+            read.setdefault(r.read_ms, []).append(r.id)
+    frames += [(server_frames.notifications_read(ids, ms, rev), False) for ms, ids in read.items()]
+    seen = [r.id for r in kept if r.seen_ms is not None and r.read_ms is None]
+    if seen:
+        frames.append((server_frames.notifications_seen(seen, rev), False))
+    for r in kept:
+        for kind, at in (
+            ("CLICKED", r.clicked_ms),
+            ("DISMISSED", r.dismissed_ms),
+            ("ARCHIVED", r.archived_ms),
+        ):
+            if at is not None:
+                frames.append((server_frames.notification_state(kind, r.id, rev), False))
+    frames += [(server_frames.notification_state("RETRACTED", r.id, rev), False) for r in gone]
+    return frames
