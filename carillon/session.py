@@ -26,6 +26,7 @@ from enum import Enum
 from typing import Any, Final, NamedTuple
 
 from carillon import server_frames
+from carillon.clock import rfc3339
 from carillon.notification import NotificationRow, fresh_json, notification_json, user_json_of
 
 MAX_UNACKED: Final = 1000
@@ -501,7 +502,7 @@ class Session:
             unread_count=self.unread,
             heartbeat_ms=self._limits.heartbeat_ms,
             recovered=recovered,
-            server_time_ms=now_ms,
+            server_time=rfc3339(now_ms),
         )
         return Send((attachment,), frame, attachment.cursor_seq, attachment.cursor_rev, epoch=self.epoch)
 
@@ -622,7 +623,7 @@ def _group_frames(group: Sequence[NotificationRow], user_json: str, rev: int) ->
     for r in kept:
         if r.read_ms is not None:
             read.setdefault(r.read_ms, []).append(r.id)
-    frames += [(server_frames.notifications_read(ids, ms, rev), False) for ms, ids in read.items()]
+    frames += [(server_frames.notifications_read(ids, rfc3339(ms), rev), False) for ms, ids in read.items()]
     seen = [r.id for r in kept if r.seen_ms is not None and r.read_ms is None]
     if seen:
         frames.append((server_frames.notifications_seen(seen, rev), False))
