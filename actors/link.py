@@ -84,6 +84,7 @@ class Link(asyncio.Protocol):
         secret: bytes,
         *,
         dialled: bool,
+        expected_peer: str = "",
     ) -> None:
         self.peer = ""
         self.closed = False
@@ -93,6 +94,7 @@ class Link(asyncio.Protocol):
         self._name = name.encode()
         self._secret = secret
         self._dialled = dialled
+        self._expected_peer = expected_peer
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
@@ -342,6 +344,10 @@ class Link(asyncio.Protocol):
             name = bytes(buffer[_HELLO.size : _HELLO.size + name_length])
             del buffer[: _HELLO.size + name_length]
             self.peer = name.decode("utf-8", "replace")
+            if self._expected_peer and self.peer != self._expected_peer:
+                # A port or socket path that another process got after the one we look for died.
+                self.abort(LinkHandshakeError(f"expected {self._expected_peer} here, found {self.peer}"))
+                return False
             self._peer_nonce = nonce
             assert self._transport is not None
             self._transport.write(self._proof(self._dialled, self._name, self._nonce, name, nonce))
@@ -429,6 +435,7 @@ async def dial(
     name: str,
     secret: bytes,
     machine: str = "",
+    peer: str = "",
 ) -> Link:
     """Open one link: over the Unix socket if the peer is on this machine, else over TCP.
 
@@ -439,7 +446,7 @@ async def dial(
     loop = asyncio.get_running_loop()
 
     def make() -> Link:
-        return Link(handler, settings, name, secret, dialled=True)
+        return Link(handler, settings, name, secret, dialled=True, expected_peer=peer)
 
     try:
         if address.unix_path and machine and address.machine == machine:
@@ -474,6 +481,7 @@ class LinkClient:
         secret: bytes,
         *,
         machine: str = "",
+        peer: str = "",
         on_open: Callable[[Link], Awaitable[None]] | None = None,
     ) -> None:
         self.link: Link | None = None
@@ -483,6 +491,7 @@ class LinkClient:
         self._name = name
         self._secret = secret
         self._machine = machine
+        self._peer = peer
         self._on_open = on_open
         self._task: asyncio.Task[None] | None = None
         self._closing = False
@@ -518,7 +527,13 @@ class LinkClient:
                 if address is None:
                     raise LinkClosedError("the peer has no address yet")
                 link = await dial(
-                    address, self._handler, self._settings, self._name, self._secret, self._machine
+                    address,
+                    self._handler,
+                    self._settings,
+                    self._name,
+                    self._secret,
+                    self._machine,
+                    self._peer,
                 )
                 if self._on_open is not None:
                     await self._on_open(link)
@@ -533,5 +548,7 @@ class LinkClient:
                 self.link = None
                 if link is not None and not link.closed:
                     link.close()
-            ceiling = min(self._settings.reconnect_max_s, self._settings.reconnect_min_s * 2 ** min(failures, 16))
+            ceiling = min(
+                self._settings.reconnect_max_s, self._settings.reconnect_min_s * 2 ** min(failures, 16)
+            )
             await asyncio.sleep(random.uniform(0, ceiling))  # noqa: S311  spread, not secrecy
