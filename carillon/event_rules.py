@@ -1,0 +1,316 @@
+"""The rules of one event, told one by one: the slow path that explains what the fast path refused.
+
+`carillon.events` decodes events with a typed decoder that only says yes or no. Whatever it refuses comes here
+as plain Python values, and every broken rule is named. Both follow protocol.md; a property test holds them
+to the same verdict.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from datetime import datetime
+from typing import Annotated, Any, Final, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from carillon.messages import PRIORITIES
+from carillon.problems import FieldError, shown
+
+MAX_INT: Final = 2**53 - 1
+MAX_DEPTH: Final = 32
+MAX_EVENT_BYTES: Final = 32 * 1024
+MAX_BODY_BYTES: Final = 4096
+MAX_ITEMS: Final = 1000
+MAX_ACTIONS: Final = 10
+MAX_KEY: Final = 255
+MAX_URL: Final = 2048
+LAST_EXPIRY_MS: Final = 253_370_764_800_000
+"""9999-01-01: PostgreSQL and Python end with that year, and offsets must not carry beyond it."""
+
+SUPPORTED_CHANNELS: Final = ("in_app", "push")
+LATER_CHANNELS: Final = ("email", "sms", "webhook", "chat", "webpush")
+LATER_FIELDS: Final = ("topic", "template", "params", "dedupe", "scheduleAt")
+"""Known to the protocol, not built yet: refused unless null."""
+METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
+PRIORITY_NAMES: Final = (*PRIORITIES, "critical")
+
+Instant = Annotated[datetime, Meta(tz=True)]
+"""An RFC 3339 time with its offset."""
+
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
+
+
+class Text(NamedTuple):
+    """A text member: its length in characters, and whether control characters are allowed."""
+
+    low: int
+    high: int
+    control: bool = False
+
+
+TEXTS: Final[dict[str, Text]] = {
+    "userId": Text(1, 128),
+    "type": Text(1, 64),
+    "category": Text(1, 64),
+    "title": Text(1, 255, control=True),
+    "actorId": Text(1, 128),
+    "targetType": Text(1, 64),
+    "targetId": Text(1, 255),
+    "imageUrl": Text(1, MAX_URL),
+    "icon": Text(1, MAX_URL),
+    "link": Text(1, MAX_URL),
+    "collapseKey": Text(1, MAX_KEY),
+    "campaignId": Text(1, 128),
+    "sourceApp": Text(1, 64),
+    "idempotencyKey": Text(1, MAX_KEY),
+}
+ACTION_TEXTS: Final[dict[str, Text]] = {
+    "id": Text(1, 64),
+    "label": Text(1, 255, control=True),
+    "action": Text(1, 64),
+    "url": Text(1, MAX_URL),
+}
+
+
+def has_control(text: str) -> bool:
+    """True if a C0, DEL or C1 control character is in `text`."""
+    return not text.isprintable() and _CONTROL.search(text) is not None
+
+
+def text_error(path: str, value: Any, rule: Text) -> FieldError | None:
+    """What is wrong with a text member, or None."""
+    if not isinstance(value, str):
+        return FieldError(path, "text", shown(value))
+    if not rule.low <= len(value) <= rule.high:
+        return FieldError(path, f"{rule.low}-{rule.high} characters", f"{len(value)} characters")
+    if not rule.control and has_control(value):
+        return FieldError(path, "no control characters", shown(value))
+    return None
+
+
+def tree_errors(value: Any, path: str = "", depth: int = 1) -> list[FieldError]:
+    """What no document may hold: NUL, lone surrogates, numbers that readers round, deep nesting.
+
+    Args:
+        depth: of `value` itself; the event's own object is 1.
+    """
+    found: list[FieldError] = []
+    _walk(value, path, depth, found)
+    return found
+
+
+def _walk(value: Any, path: str, depth: int, found: list[FieldError]) -> None:
+    if len(found) >= 10:  # enough to act on; a hostile document does not get a long answer
+        return
+    kind = type(value)
+    if kind is str:
+        if "\0" in value:
+            found.append(FieldError(path, "no NUL character", shown(value)))
+        elif _SURROGATE.search(value):
+            found.append(FieldError(path, "no lone surrogate", shown(value)))
+    elif kind is int:
+        if not -MAX_INT <= value <= MAX_INT:
+            found.append(FieldError(path, "an integer between -(2^53-1) and 2^53-1", shown(value)))
+    elif kind is float:
+        if value - value != 0.0:  # infinity (1e400) and NaN
+            found.append(FieldError(path, "a finite number", shown(value)))
+    elif kind is dict or kind is list:
+        if depth > MAX_DEPTH:
+            found.append(FieldError(path, f"nesting of at most {MAX_DEPTH}", "deeper nesting"))
+            return
+        if kind is list:
+            for index, item in enumerate(value):
+                _walk(item, f"{path}/{index}" if path else str(index), depth + 1, found)
+            return
+        for key, item in value.items():
+            name = shown(key, 40)
+            below = f"{path}/{name}" if path else name
+            if "\0" in key or _SURROGATE.search(key):
+                found.append(FieldError(below, "a name without NUL and lone surrogates", name))
+            _walk(item, below, depth + 1, found)
+
+
+def later_field(name: str, value: Any) -> FieldError | None:
+    """The complaint about a member that is known but not built, or None if its value asks for nothing."""
+    if value is None:
+        return None
+    if name in LATER_FIELDS:
+        return FieldError(name, "absent: not supported yet", shown(value))
+    if name == "aggregate" and value is True:
+        return FieldError(name, "false: aggregation is not supported yet", "true")
+    if name == "fallback" and isinstance(value, list) and value:
+        return FieldError(name, "empty: fallback is not supported yet", "an array")
+    return None
+
+
+def _check_body(value: Any) -> FieldError | None:
+    if not isinstance(value, str):
+        return FieldError("body", "text", shown(value))
+    size = len(value.encode("utf-8", "surrogatepass"))
+    return (
+        FieldError("body", f"at most {MAX_BODY_BYTES} bytes", f"{size} bytes")
+        if size > MAX_BODY_BYTES
+        else None
+    )
+
+
+def _check_priority(value: Any) -> FieldError | None:
+    ok = isinstance(value, str) and value in PRIORITY_NAMES
+    return None if ok else FieldError("priority", "|".join(PRIORITY_NAMES), shown(value))
+
+
+def _check_data(value: Any) -> FieldError | None:
+    return None if isinstance(value, dict) else FieldError("data", "an object", shown(value))
+
+
+def _check_expires(value: Any) -> FieldError | None:
+    wrong = FieldError("expiresAt", "RFC 3339 with offset, from 1970 to 9998", shown(value))
+    if not isinstance(value, str):
+        return wrong
+    try:
+        at: datetime = msgspec.convert(value, Instant)
+    except (msgspec.ValidationError, UnicodeError):
+        return wrong
+    return None if 0 <= expiry_ms(at) < LAST_EXPIRY_MS else wrong
+
+
+def _check_flag(value: Any) -> FieldError | None:
+    return None if isinstance(value, bool) else FieldError("aggregate", "true or false", shown(value))
+
+
+def _check_fallback(value: Any) -> FieldError | None:
+    return None if isinstance(value, list) else FieldError("fallback", "an array", shown(value))
+
+
+_OTHERS: Final[dict[str, Callable[[Any], FieldError | None]]] = {
+    "body": _check_body,
+    "priority": _check_priority,
+    "data": _check_data,
+    "expiresAt": _check_expires,
+    "aggregate": _check_flag,
+    "fallback": _check_fallback,
+}
+
+
+def expiry_ms(at: datetime) -> int:
+    """Milliseconds since the epoch of an aware time, exactly (no float)."""
+    day = at.toordinal() - 719_163
+    offset = at.utcoffset()
+    shift_ms = 0 if offset is None else round(offset.total_seconds()) * 1000
+    clock_ms = ((at.hour * 60 + at.minute) * 60 + at.second) * 1000 + at.microsecond // 1000
+    return day * 86_400_000 + clock_ms - shift_ms
+
+
+class Refusal(NamedTuple):
+    """Why an event is refused."""
+
+    code: str
+    """invalid | not_supported."""
+    errors: list[FieldError]
+
+
+def explain_event(item: Any, *, recipients: bool) -> Refusal | None:
+    """Check one event given as plain values; None if it follows every rule.
+
+    Args:
+        item: what stands for the event in the request, of any type.
+        recipients: False inside of a batch, where `userIds` is not supported.
+    """
+    if not isinstance(item, dict):
+        return Refusal("invalid", [FieldError("", "an event (an object)", shown(item))])
+    wrong: list[FieldError] = []
+    later: list[FieldError] = []
+    for name, value in item.items():
+        if value is None and (name in TEXTS or name in _OTHERS or name in ("userIds", "channels", "actions")):
+            continue  # null means absent
+        late = later_field(name, value)
+        if late is not None:
+            later.append(late)
+        elif name in LATER_FIELDS:
+            continue
+        elif name in TEXTS:
+            error = text_error(name, value, TEXTS[name])
+            if error is not None:
+                wrong.append(error)
+        elif name in _OTHERS:
+            error = _OTHERS[name](value)
+            if error is not None:
+                wrong.append(error)
+        elif name == "channels":
+            _explain_channels(value, wrong, later)
+        elif name == "actions":
+            _explain_actions(value, wrong)
+        elif name == "userIds":
+            if not recipients:
+                later.append(
+                    FieldError("userIds", "userId: userIds inside of a batch is not supported", "userIds")
+                )
+            elif not isinstance(value, list):
+                wrong.append(FieldError("userIds", "an array of user ids", shown(value)))
+        else:
+            wrong.append(FieldError(shown(name), "a field of the protocol", "an unknown field"))
+    _explain_required(item, wrong, later)
+    if not wrong and not later:
+        # userIds have their own verdict each (one bad recipient does not fail the others).
+        wrong = tree_errors({k: v for k, v in item.items() if k != "userIds"})
+    if wrong:
+        return Refusal("invalid", wrong + later)
+    return Refusal("not_supported", later) if later else None
+
+
+def _explain_required(item: dict[str, Any], wrong: list[FieldError], later: list[FieldError]) -> None:
+    if item.get("type") is None:
+        wrong.append(FieldError("type", "1-64 characters", "nothing"))
+    if item.get("title") is None and not (later and item.get("template") is not None):
+        wrong.append(FieldError("title", "1-255 characters", "nothing"))
+    named = [name for name in ("userId", "userIds", "topic") if item.get(name) is not None]
+    if not named:
+        wrong.append(FieldError("userId", "userId or userIds", "neither"))
+    elif len(named) > 1:
+        wrong.append(FieldError(named[1], f"one of {' and '.join(named)}", "several"))
+
+
+def _explain_channels(value: Any, wrong: list[FieldError], later: list[FieldError]) -> None:
+    if not isinstance(value, list) or not value:
+        wrong.append(FieldError("channels", f"some of {', '.join(SUPPORTED_CHANNELS)}", shown(value)))
+        return
+    for index, channel in enumerate(value[:20]):
+        if channel in LATER_CHANNELS:
+            later.append(
+                FieldError(
+                    f"channels/{index}", f"{' or '.join(SUPPORTED_CHANNELS)}: not supported yet", channel
+                )
+            )
+        elif channel not in SUPPORTED_CHANNELS:
+            wrong.append(FieldError(f"channels/{index}", " or ".join(SUPPORTED_CHANNELS), shown(channel)))
+    if len(value) > 20:
+        wrong.append(FieldError("channels", "at most 20 entries", f"{len(value)} entries"))
+
+
+def _explain_actions(value: Any, wrong: list[FieldError]) -> None:
+    if not isinstance(value, list) or len(value) > MAX_ACTIONS:
+        got = f"{len(value)} actions" if isinstance(value, list) else shown(value)
+        wrong.append(FieldError("actions", f"an array of at most {MAX_ACTIONS} actions", got))
+        return
+    for index, action in enumerate(value):
+        path = f"actions/{index}"
+        if not isinstance(action, dict):
+            wrong.append(FieldError(path, "an object", shown(action)))
+            continue
+        for name, part in action.items():
+            below = f"{path}/{shown(name)}"
+            if name not in ACTION_TEXTS and name not in ("method", "payload"):
+                wrong.append(FieldError(below, "a field of an action", "an unknown field"))
+            elif part is None:
+                continue
+            elif name in ACTION_TEXTS:
+                error = text_error(below, part, ACTION_TEXTS[name])
+                if error is not None:
+                    wrong.append(error)
+            elif name == "method" and part not in METHODS:
+                wrong.append(FieldError(below, "|".join(METHODS), shown(part)))
+            elif name == "payload" and not isinstance(part, dict):
+                wrong.append(FieldError(below, "an object", shown(part)))
