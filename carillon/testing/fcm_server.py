@@ -11,7 +11,7 @@ import secrets
 import sys
 import urllib.parse
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import jwt
 import msgspec
@@ -46,10 +46,13 @@ _STATUS_NAMES: Final = {
 }
 _NO_DETAIL: Final = frozenset({"NOT_FOUND", "PERMISSION_DENIED", "UNAUTHENTICATED"})
 _GRANT: Final = "urn:ietf:params:oauth:grant-type:jwt-bearer"
-_SCOPE: Final = "https://www.googleapis.com/auth/firebase.messaging"
+_SCOPES: Final = (
+    "https://www.googleapis.com/auth/firebase.messaging",
+    "https://www.googleapis.com/auth/cloud-platform",
+)
 _TOKEN_LIFETIME_S: Final = 3600
 _PAYLOAD_LIMIT: Final = 4096
-_JSON: Final = ("content-type", "application/json; charset=UTF-8")
+_JSON: Final[tuple[str, str]] = ("content-type", "application/json; charset=UTF-8")
 
 
 class FcmServer(LocalProvider):
@@ -127,9 +130,7 @@ class FcmServer(LocalProvider):
             )
         except jwt.PyJWTError as exc:
             return 400, {"error": "invalid_grant", "error_description": str(exc)}
-        if _SCOPE not in str(claims.get("scope", "")) and "cloud-platform" not in str(
-            claims.get("scope", "")
-        ):
+        if not any(scope in str(claims.get("scope", "")) for scope in _SCOPES):
             return 400, {"error": "invalid_scope"}
         self.tokens_issued += 1
         token = f"local-{secrets.token_urlsafe(24)}"
@@ -151,14 +152,14 @@ class FcmServer(LocalProvider):
                 Behaviour(error="UNAUTHENTICATED"), "Request had invalid authentication credentials."
             )
         try:
-            message = self._decode(request.body)["message"]
+            message = cast("dict[str, Any]", self._decode(request.body)["message"])
             target = message.get("token") or message.get("fid")
             if not isinstance(target, str) or ("token" in message) == ("fid" in message):
                 raise ValueError("expected exactly one of token and fid")
-            data = message.get("data") or {}
+            data: dict[str, Any] = message.get("data") or {}
             if not all(isinstance(value, str) for value in data.values()):
                 raise ValueError("data values must be strings")
-            visible = {"notification": message.get("notification") or {}, "data": data}
+            visible: dict[str, Any] = {"notification": message.get("notification") or {}, "data": data}
             size = len(msgspec.json.encode(visible))
             if size > _PAYLOAD_LIMIT:
                 raise ValueError(f"payload of {size} bytes exceeds {_PAYLOAD_LIMIT}")
@@ -170,14 +171,13 @@ class FcmServer(LocalProvider):
             self.reject(behaviour.error or behaviour.fault or str(behaviour.status))
             return self.finish(error_answer(behaviour, "scripted"), behaviour)
         self._messages += 1
-        android = message.get("android") or {}
+        android: dict[str, Any] = message.get("android") or {}
+        shown: dict[str, Any] = android.get("notification") or {}
         self.accept(
             ReceivedPush(
                 target=target,
                 notification_id=data.get("notificationId", ""),
-                collapse_key=android.get("collapse_key")
-                or (android.get("notification") or {}).get("tag")
-                or "",
+                collapse_key=android.get("collapse_key") or shown.get("tag") or "",
                 payload=message,
                 headers={},
                 connection=request.connection.number,
@@ -203,7 +203,7 @@ def error_answer(behaviour: Behaviour, message: str) -> Answer:
                 "errorCode": behaviour.error,
             }
         ]
-    headers = [_JSON]
+    headers: list[tuple[str, str]] = [_JSON]
     if behaviour.retry_after is not None:
         headers.append(("retry-after", behaviour.retry_after))
     return Answer(status, headers, msgspec.json.encode({"error": error}))
