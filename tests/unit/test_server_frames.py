@@ -5,7 +5,7 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from carillon import server_frames as frames
@@ -87,6 +87,7 @@ def test_the_msgpack_form_has_the_same_members_in_the_same_order(
     assert list(decoded.items()) == list(members.items())
 
 
+@settings(deadline=None)
 @given(ref=ref, code=text, message=text, temporary=st.booleans())
 def test_any_text_survives_in_an_error(ref: str | int, code: str, message: str, temporary: bool) -> None:
     """Whatever is in `id`, code and message, the frame stays valid JSON and says the same."""
