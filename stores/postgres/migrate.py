@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import asyncpg
 
@@ -61,7 +61,7 @@ def month_bounds(now_ms: int, offset: int) -> tuple[str, str, str]:
 
 
 async def ensure_partitions(
-    connection: asyncpg.Connection[Any], now_ms: int, months_ahead: int = MONTHS_AHEAD
+    connection: asyncpg.Connection, now_ms: int, months_ahead: int = MONTHS_AHEAD
 ) -> list[str]:
     """Make the partitions of last month, this one and `months_ahead` more; return those made now.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
 
 import asyncpg
 
@@ -34,14 +33,14 @@ def translated() -> Iterator[None]:
         raise StoreUnavailableError(f"PostgreSQL does not answer: {type(exc).__name__}: {exc}") from exc
 
 
-async def connect(dsn: str, settings: PostgresSettings | None = None) -> asyncpg.Connection[Any]:
+async def connect(dsn: str, settings: PostgresSettings | None = None) -> asyncpg.Connection:
     """One connection outside any pool. Raises StoreUnavailableError."""
     settings = settings or PostgresSettings()
     with translated():
         return await asyncpg.connect(dsn, timeout=settings.connect_timeout_s)
 
 
-async def open_pool(settings: PostgresSettings, size: int | None = None) -> asyncpg.Pool[Any]:
+async def open_pool(settings: PostgresSettings, size: int | None = None) -> asyncpg.Pool:
     """A pool of at most `size` connections (default: `settings.pool_size`), opened lazily but for one.
 
     Statements are prepared and cached by the driver per connection: behind a pooler use session mode.
@@ -64,7 +63,7 @@ async def open_pool(settings: PostgresSettings, size: int | None = None) -> asyn
 
 
 @contextlib.asynccontextmanager
-async def acquired(pool: asyncpg.Pool[Any], timeout_s: float) -> AsyncIterator[asyncpg.Connection[Any]]:
+async def acquired(pool: asyncpg.Pool, timeout_s: float) -> AsyncIterator[asyncpg.Connection]:
     """A pooled connection with errors translated; `timeout_s` bounds the wait for a free one."""
     with translated():
         async with pool.acquire(timeout=timeout_s) as connection:

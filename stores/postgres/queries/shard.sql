@@ -1,0 +1,301 @@
+-- What a shard asks of PostgreSQL. Every write begins with the fence: the shard's own row, locked FOR SHARE
+-- and compared with its term. Whoever takes slots away bumps the term, which waits for transactions in flight
+-- and makes every later one find no row here. Times are parameters in seconds since the epoch.
+
+-- name: load_users
+-- The streams of users, made where missing. $1 shard, $2 term, $3 tenants, $4 users, $5 slots, $6 epochs.
+with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
+asked as (select * from unnest($3::text[], $4::text[], $5::smallint[], $6::text[]) as t (tenant, user_id, slot, epoch)),
+known as (select s.* from asked a join streams s using (tenant, user_id)),
+made as (
+    insert into streams (tenant, user_id, slot, epoch)
+    select a.tenant, a.user_id, a.slot, a.epoch from asked a, fence
+    where not exists (select from known k where k.tenant = a.tenant and k.user_id = a.user_id)
+    order by a.tenant, a.user_id
+    on conflict (tenant, user_id) do nothing
+    returning *
+),
+both_of as (select * from known union all select * from made)
+select b.tenant, b.user_id, b.stream_id, b.epoch, b.seq, b.rev,
+       b.unread - (select count(*)::int from notifications n
+                   where n.stream_id = b.stream_id and n.read_at is null and n.expires_at <= now()
+                     and n.archived_at is null and n.dismissed_at is null and n.retracted_at is null) as unread,
+       b.unread as raw_unread,
+       (extract(epoch from b.last_seen_at) * 1000)::bigint as last_seen_ms
+from both_of b, fence;
+
+-- name: load_targets
+-- Push targets of users. $1 tenants, $2 users.
+select d.tenant, d.user_id, d.device_id, d.provider, d.token_kind, d.token, d.app_id, d.environment,
+       (extract(epoch from d.registered_at) * 1000)::bigint as registered_ms
+from unnest($1::text[], $2::text[]) as a (tenant, user_id)
+join devices d using (tenant, user_id)
+where d.disabled_at is null
+order by d.tenant, d.user_id, d.device_id;
+
+-- name: append
+-- The group commit: positions, notifications and outbox in one statement, hence one transaction.
+-- $3,$4 stream ids and how many each gets; $5..$13 the notifications, `back` counting from the stream's last;
+-- $14..$19 the outbox rows; $20 now.
+with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
+moved as (
+    update streams s set seq = s.seq + u.n, rev = s.rev + u.n, unread = s.unread + u.n
+    from fence, unnest($3::bigint[], $4::int[]) as u (stream_id, n)
+    where s.stream_id = u.stream_id
+    returning s.stream_id, s.seq, s.rev, s.unread
+),
+stored as (
+    insert into notifications
+        (id, stream_id, seq, rev, position, priority, type, category, content, created_at, expires_at)
+    select e.id, e.stream_id, m.seq - e.back, m.rev - e.back, m.rev - e.back, e.priority, e.type, e.category,
+           e.content, to_timestamp(e.created_s), to_timestamp(e.expires_s)
+    from unnest($5::uuid[], $6::bigint[], $7::int[], $8::smallint[], $9::text[], $10::text[], $11::text[],
+                $12::float8[], $13::float8[])
+         as e (id, stream_id, back, priority, type, category, content, created_s, expires_s)
+    join moved m on m.stream_id = e.stream_id
+),
+planned as (
+    insert into deliveries
+        (id, notification_id, stream_id, slot, channel, state, due_at, attempts, created_at, updated_at)
+    select d.id, d.notification_id, d.stream_id, d.slot, 'push', d.state, to_timestamp(d.due_s),
+           (d.state = 'sending')::int, to_timestamp($20), to_timestamp($20)
+    from unnest($14::bigint[], $15::uuid[], $16::bigint[], $17::smallint[], $18::text[], $19::float8[])
+         as d (id, notification_id, stream_id, slot, state, due_s)
+    join moved m on m.stream_id = d.stream_id
+)
+select stream_id, seq, rev, unread from moved
+union all
+select 0, term, 0, 0 from fence;
+
+-- name: take_keys
+-- Idempotency keys come first, sorted, so that two batches never wait for each other in a circle; a key
+-- older than its life is taken over. Returns the keys that are ours now.
+-- $1 tenants, $2 keys, $3 hashes, $4 ids, $5 now, $6 oldest living creation time.
+insert into idempotency_keys as k (tenant, key, body_hash, notification_id, created_at)
+select t.tenant, t.key, t.body_hash, t.id, to_timestamp($5)
+from unnest($1::text[], $2::text[], $3::bytea[], $4::uuid[]) as t (tenant, key, body_hash, id)
+order by t.tenant, t.key
+on conflict (tenant, key) do update
+    set body_hash = excluded.body_hash, notification_id = excluded.notification_id, created_at = excluded.created_at
+    where k.created_at < to_timestamp($6)
+returning k.tenant, k.key;
+
+-- name: find_keys
+-- What keys stand for. $1 tenants, $2 keys.
+select k.tenant, k.key, k.body_hash, k.notification_id, n.seq
+from unnest($1::text[], $2::text[]) as t (tenant, key)
+join idempotency_keys k using (tenant, key)
+left join notifications n on n.id = k.notification_id;
+
+-- name: prune_keys
+-- Keys past their life, some at a time. $1 oldest living creation time.
+delete from idempotency_keys where ctid = any (
+    array(select ctid from idempotency_keys where created_at < to_timestamp($1) limit 5000));
+
+-- name: fence
+-- The fence alone, for transactions of several statements.
+select term from shards where shard = $1 and term = $2 for share;
+
+-- name: find_ids
+-- Which ids are stored already (retries after an ambiguous failure). $1 ids.
+select n.id, n.seq, n.stream_id from unnest($1::uuid[]) as t (id) join notifications n using (id);
+
+-- name: draw_delivery_ids
+-- A block of ids of outbox rows. $1 how many.
+select nextval(pg_get_serial_sequence('deliveries', 'id')) as id from generate_series(1, $1);
+
+-- name: change
+-- One durable state change per stream; %(set)s and %(where)s come from the operation (shard_store.py).
+-- $3,$4 the ids and their streams, $5 now. Answers a row per stream that really changed.
+with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
+target as materialized (
+    select n.id, n.stream_id,
+           (n.read_at is null and n.archived_at is null and n.dismissed_at is null and n.retracted_at is null)
+               as counted
+    from fence, unnest($3::uuid[], $4::bigint[]) as t (id, stream_id)
+    join notifications n on n.id = t.id and n.stream_id = t.stream_id
+    where n.retracted_at is null and %(where)s
+),
+moved as (
+    update streams s set rev = s.rev + 1, unread = s.unread - %(gone)s
+    from (select stream_id, count(*) filter (where counted)::int as gone from target group by 1) a
+    where s.stream_id = a.stream_id
+    returning s.stream_id, s.rev, s.unread
+),
+done as (
+    update notifications n set %(set)s, rev = m.rev, changed = true
+    from target t join moved m using (stream_id)
+    where n.id = t.id
+    returning n.id, n.stream_id
+),
+withdrawn as (
+    update deliveries d set state = 'cancelled', reason = %(reason)s, updated_at = to_timestamp($5)
+    from target t
+    where d.notification_id = t.id and d.state in ('planned', 'failed', 'unknown') and %(withdraw)s
+)
+select m.stream_id, m.rev, m.unread, array(select d.id from done d where d.stream_id = m.stream_id) as ids
+from moved m
+union all
+select 0, term, 0, '{}' from fence;
+
+-- name: read_all
+-- Everything visible and unread up to a seq, one per stream. $3 streams, $4 seqs, $5 now.
+with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
+target as materialized (
+    select n.id, n.stream_id
+    from fence, unnest($3::bigint[], $4::bigint[]) as t (stream_id, upto)
+    join notifications n on n.stream_id = t.stream_id and n.seq <= t.upto
+    where n.read_at is null and n.archived_at is null and n.dismissed_at is null and n.retracted_at is null
+),
+moved as (
+    update streams s set rev = s.rev + 1, unread = s.unread - a.gone
+    from (select stream_id, count(*)::int as gone from target group by 1) a
+    where s.stream_id = a.stream_id
+    returning s.stream_id, s.rev, s.unread
+),
+done as (
+    update notifications n
+    set read_at = to_timestamp($5), seen_at = coalesce(n.seen_at, to_timestamp($5)),
+        delivered_at = coalesce(n.delivered_at, to_timestamp($5)), rev = m.rev, changed = true
+    from target t join moved m using (stream_id)
+    where n.id = t.id
+    returning n.id, n.stream_id
+),
+withdrawn as (
+    update deliveries d set state = 'cancelled', reason = 'read', updated_at = to_timestamp($5)
+    from target t where d.notification_id = t.id and d.state in ('planned', 'failed', 'unknown')
+)
+select m.stream_id, m.rev, m.unread, (select count(*) from done d where d.stream_id = m.stream_id) as changed
+from moved m
+union all
+select 0, term, 0, 0 from fence;
+
+-- name: exists
+-- Which of the ids belong to the streams beside them. $1 ids, $2 streams.
+select n.id from unnest($1::uuid[], $2::bigint[]) as t (id, stream_id)
+join notifications n on n.id = t.id and n.stream_id = t.stream_id;
+
+-- name: acknowledge
+-- A device has them: deliveredAt, and what waited for lack of an acknowledgement is off. Neither seq nor rev
+-- moves. $3 ids, $4 streams, $5 now.
+with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
+told as (select t.id, t.stream_id from fence, unnest($3::uuid[], $4::bigint[]) as t (id, stream_id)),
+marked as (
+    update notifications n set delivered_at = to_timestamp($5)
+    from told t where n.id = t.id and n.stream_id = t.stream_id and n.delivered_at is null
+    returning n.id
+),
+withdrawn as (
+    update deliveries d set state = 'cancelled', reason = 'acknowledged', updated_at = to_timestamp($5)
+    from told t
+    where d.notification_id = t.id and d.stream_id = t.stream_id and d.state in ('planned', 'failed', 'unknown')
+)
+select (select count(*) from marked) as marked, (select count(*) from fence) as fenced;
+
+-- name: save_last_seen
+-- $3 streams, $4 seconds.
+with fence as materialized (select term from shards where shard = $1 and term = $2 for share)
+update streams s set last_seen_at = to_timestamp(t.at_s)
+from fence, unnest($3::bigint[], $4::float8[]) as t (stream_id, at_s)
+where s.stream_id = t.stream_id;
+
+-- name: claim_due
+-- What is due in the slots of this shard, claimed under a lease; a lapsed lease ("sending" past due) is due
+-- again. $3 slots, $4 now, $5 limit, $6 end of the lease.
+with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
+due as materialized (
+    select d.id from deliveries d
+    where d.slot = any ($3::smallint[]) and d.state in ('planned', 'sending', 'unknown', 'failed')
+      and d.due_at <= to_timestamp($4)
+    order by d.due_at
+    limit $5
+    for update skip locked
+)
+update deliveries d
+set state = 'sending', due_at = to_timestamp($6), attempts = d.attempts + 1, updated_at = to_timestamp($4)
+from due, fence
+where d.id = due.id
+returning d.id;
+
+-- name: claimed
+-- What a push needs to know of claimed rows. $1 ids of outbox rows.
+select d.id, d.attempts, d.slot, s.tenant, s.user_id, s.unread, n.id as notification_id, n.seq, n.type, n.priority,
+       n.content, (extract(epoch from n.expires_at) * 1000)::bigint as expires_ms,
+       array(select a.device_id from delivery_attempts a where a.delivery_id = d.id and a.outcome = 'sent') as sent_to
+from unnest($1::bigint[]) as t (id)
+join deliveries d using (id)
+join streams s using (stream_id)
+join notifications n on n.id = d.notification_id;
+
+-- name: next_due
+-- The earliest time anything is due in these slots. $1 slots.
+select extract(epoch from min(due_at))::float8 from deliveries
+where slot = any ($1::smallint[]) and state in ('planned', 'sending', 'unknown', 'failed');
+
+-- name: record_attempts
+-- $1 delivery, $2 attempt, $3 device, $4 provider, $5 outcome, $6 provider id, $7 status, $8 error, $9 started,
+-- $10 duration.
+insert into delivery_attempts
+    (delivery_id, attempt, device_id, provider, outcome, provider_id, status, error, started_at, duration_ms)
+select t.delivery_id, t.attempt, t.device_id, t.provider, t.outcome, t.provider_id, t.status, t.error,
+       to_timestamp(t.started_s), t.duration_ms
+from unnest($1::bigint[], $2::smallint[], $3::text[], $4::text[], $5::text[], $6::text[], $7::smallint[], $8::text[],
+            $9::float8[], $10::real[])
+     as t (delivery_id, attempt, device_id, provider, outcome, provider_id, status, error, started_s, duration_ms)
+on conflict do nothing;
+
+-- name: settle
+-- The state of claimed rows after a try. A row claimed again since (another attempt) is left alone.
+-- $1 ids, $2 attempts, $3 states, $4 due, $5 reasons, $6 now.
+update deliveries d
+set state = t.state, due_at = to_timestamp(t.due_s), reason = t.reason, updated_at = to_timestamp($6)
+from unnest($1::bigint[], $2::smallint[], $3::text[], $4::float8[], $5::text[]) as t (id, attempt, state, due_s, reason)
+where d.id = t.id and d.attempts = t.attempt and d.state = 'sending';
+
+-- name: drop_targets
+-- Targets the provider calls gone, unless registered again since. $1 tenants, $2 users, $3 devices, $4 tokens.
+delete from devices d
+using unnest($1::text[], $2::text[], $3::text[], $4::text[]) as t (tenant, user_id, device_id, token)
+where d.tenant = t.tenant and d.user_id = t.user_id and d.device_id = t.device_id and d.token = t.token;
+
+-- name: disable_targets
+-- Targets that belong to another sender. $1 tenants, $2 users, $3 devices, $4 tokens, $5 now, $6 reason.
+update devices d set disabled_at = to_timestamp($5), disabled_reason = $6
+from unnest($1::text[], $2::text[], $3::text[], $4::text[]) as t (tenant, user_id, device_id, token)
+where d.tenant = t.tenant and d.user_id = t.user_id and d.device_id = t.device_id and d.token = t.token;
+
+-- name: evict_target
+-- A target that another user registers now. $1 tenant, $2 provider, $3 app, $4 token, $5 user, $6 device.
+delete from devices
+where tenant = $1 and provider = $2 and app_id = $3 and token = $4 and (user_id, device_id) <> ($5, $6)
+returning user_id;
+
+-- name: put_target
+insert into devices
+    (tenant, user_id, device_id, platform, provider, token_kind, token, app_id, environment, locale, registered_at)
+values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, to_timestamp($11))
+on conflict (tenant, user_id, device_id) do update
+    set platform = excluded.platform, provider = excluded.provider, token_kind = excluded.token_kind,
+        token = excluded.token, app_id = excluded.app_id, environment = excluded.environment,
+        locale = excluded.locale, registered_at = excluded.registered_at, disabled_at = null, disabled_reason = null;
+
+-- name: delete_target
+delete from devices where tenant = $1 and user_id = $2 and device_id = $3 returning device_id;
+
+-- name: put_preferences
+insert into preferences as p (tenant, user_id, document, updated_at) values ($1, $2, $3::jsonb, to_timestamp($4))
+on conflict (tenant, user_id) do update
+    set document = excluded.document, version = p.version + 1, updated_at = excluded.updated_at;
+
+-- name: revoke_tokens
+update streams set tokens_valid_from = to_timestamp($2) where stream_id = $1;
+
+-- name: notifications_after
+-- Replay: $1 stream, $2 after seq, $3 limit.
+select %(row)s from notifications n where n.stream_id = $1 and n.seq > $2 order by n.seq limit $3;
+
+-- name: changes_after
+-- Catching up on changes: $1 stream, $2 after rev, $3 up to seq, $4 or after rev, $5 limit.
+select %(row)s from notifications n
+where n.stream_id = $1 and n.changed and n.rev > $2 and (n.seq <= $3 or n.rev > $4)
+order by n.rev, n.seq limit $5;

@@ -1,0 +1,644 @@
+"""What a shard reads and writes: every write behind the fence of its term (docs/explanation/durability.md).
+
+One writer per shard appends and changes, so that the order of commits is the order in which the shard
+applies them; acknowledgements, outbox and reads use other connections.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import asyncpg
+from asyncpg.pgproto.pgproto import UUID
+
+from carillon.errors import FencedError, InvalidInputError
+from carillon.ids import UserKey
+from carillon.messages import Event, PushTarget
+from carillon.notification import NotificationRow
+from carillon.settings import PostgresSettings
+from stores.postgres.named import load_queries
+from stores.postgres.pool import open_pool, translated
+
+
+def _ms(column: str) -> str:
+    return f"(extract(epoch from n.{column}) * 1000)::bigint"
+
+
+ROW: Final = "n.id, n.seq, n.rev, n.position, n.content, " + ", ".join(
+    _ms(name)
+    for name in (
+        "delivered_at", "seen_at", "read_at", "clicked_at", "dismissed_at", "archived_at", "retracted_at",
+        "updated_at", "expires_at",
+    )
+)  # fmt: skip
+"""Columns of `row_of`, of a table named n."""
+
+_NOW = "to_timestamp($5)"
+_DELIVERED = f"delivered_at = coalesce(n.delivered_at, {_NOW})"
+_SEEN = f"seen_at = coalesce(n.seen_at, {_NOW})"
+OPERATIONS: Final[dict[str, dict[str, str]]] = {
+    # States only grow: read implies seen, click implies read; whoever did any of them has it delivered.
+    "read": {
+        "where": "n.read_at is null",
+        "set": f"read_at = {_NOW}, {_SEEN}, {_DELIVERED}",
+        "gone": "a.gone",
+        "withdraw": "true",
+        "reason": "'read'",
+    },
+    "seen": {
+        "where": "n.seen_at is null",
+        "set": f"seen_at = {_NOW}, {_DELIVERED}",
+        "gone": "0",
+        "withdraw": "true",
+        "reason": "'seen'",
+    },
+    "archive": {
+        "where": "n.archived_at is null",
+        "set": f"archived_at = {_NOW}",
+        "gone": "a.gone",
+        "withdraw": "true",
+        "reason": "'archived'",
+    },
+    "dismiss": {
+        "where": "n.dismissed_at is null",
+        "set": f"dismissed_at = {_NOW}",
+        "gone": "a.gone",
+        "withdraw": "true",
+        "reason": "'dismissed'",
+    },
+    "click": {
+        "where": "n.clicked_at is null",
+        "set": f"clicked_at = {_NOW}, read_at = coalesce(n.read_at, {_NOW}), {_SEEN}, {_DELIVERED}",
+        "gone": "a.gone",
+        "withdraw": "true",
+        "reason": "'clicked'",
+    },
+}
+"""The durable changes that name ids, as parts of the statement `change`."""
+
+
+@dataclass(slots=True)
+class UserRecord:
+    """A user's stream and push targets as loaded."""
+
+    key: UserKey
+    stream_id: int
+    epoch: str
+    seq: int
+    rev: int
+    unread: int
+    """As the stream's row counts; expired rows included."""
+    expired: int
+    """How many of `unread` had expired when loaded: they are not shown."""
+    last_seen_ms: int | None
+    targets: list[PushTarget] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class AppendRow:
+    """One notification to append. `back` counts from the last of its stream in the batch (0 = last)."""
+
+    event: Event
+    stream_id: int
+    back: int = 0
+
+
+@dataclass(slots=True)
+class OutboxRow:
+    """One outbox row to append with its notification."""
+
+    id: int
+    notification: bytes
+    stream_id: int
+    slot: int
+    claimed: bool
+    """True: born "sending" under a lease that ends at `due_ms`; False: "planned", due at `due_ms`."""
+    due_ms: int
+
+
+@dataclass(slots=True)
+class StoredKey:
+    """What an idempotency key stands for."""
+
+    body_hash: bytes
+    notification: bytes
+    seq: int | None
+    """None if the notification itself is gone (pruned)."""
+
+
+@dataclass(slots=True)
+class ChangeDone:
+    """What a change did to one stream."""
+
+    rev: int
+    unread: int
+    ids: list[bytes]
+    changed: int
+
+
+@dataclass(slots=True)
+class Claimed:
+    """A claimed outbox row with all a push needs."""
+
+    delivery: int
+    attempt: int
+    slot: int
+    key: UserKey
+    unread: int
+    notification: bytes
+    seq: int
+    type: str
+    priority: int
+    content: str
+    expires_ms: int | None
+    sent_to: list[str]
+
+
+@dataclass(slots=True)
+class AttemptRow:
+    """One try at one target, for the history."""
+
+    delivery: int
+    attempt: int
+    device: str
+    provider: str
+    outcome: str
+    provider_id: str
+    status: int
+    error: str
+    started_ms: int
+    duration_ms: float
+
+
+@dataclass(slots=True)
+class SettleRow:
+    """New state of a claimed outbox row."""
+
+    delivery: int
+    attempt: int
+    state: str
+    due_ms: int
+    reason: str | None
+
+
+class PoisonError(InvalidInputError):
+    """PostgreSQL refused the data itself (SQLSTATE class 22 or 23): never retry as it is."""
+
+    code = "poison"
+
+
+def row_of(record: Any) -> NotificationRow:
+    """A NotificationRow of a record selected with `ROW`."""
+    raw, *rest = record
+    return NotificationRow(raw.bytes, *rest)
+
+
+class ShardStore:
+    """PostgreSQL as one shard sees it.
+
+    Args:
+        settings: connection settings; `shard_pool_size` connections are opened as needed.
+        shard: name of the shard, its row in `shards`.
+
+    Every method raises StoreUnavailableError while the server does not answer, and every write raises
+    FencedError once the term is over: nothing was written then.
+    """
+
+    def __init__(self, settings: PostgresSettings, shard: str) -> None:
+        self._settings = settings
+        self._shard = shard
+        self._pool: asyncpg.Pool | None = None
+        self._writer: asyncpg.Connection | None = None
+        self._sql = {
+            name: text % {"row": ROW} if "%(row)s" in text else text
+            for name, text in load_queries("shard").items()
+        }
+        self._change_sql = {op: self._sql["change"] % parts for op, parts in OPERATIONS.items()}
+
+    async def open(self) -> None:
+        """Open the pool."""
+        if self._pool is None:
+            self._pool = await open_pool(self._settings, self._settings.shard_pool_size)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        if self._pool is not None:
+            pool, self._pool = self._pool, None
+            self._writer = None
+            try:
+                await pool.expire_connections()
+                pool.terminate()
+            except asyncpg.InterfaceError:
+                pass
+
+    def _open_pool(self) -> asyncpg.Pool:
+        assert self._pool is not None, "open() first"
+        return self._pool
+
+    async def _write_connection(self) -> asyncpg.Connection:
+        """The writer's own connection, kept out of the pool: appends never wait for reads."""
+        if self._writer is None or self._writer.is_closed():
+            self._writer = await self._open_pool().acquire(timeout=self._settings.connect_timeout_s)  # type: ignore[assignment]
+        assert self._writer is not None
+        return self._writer
+
+    @contextlib.asynccontextmanager
+    async def _writing(self) -> AsyncIterator[asyncpg.Connection]:
+        with translated():
+            connection = await self._write_connection()
+            try:
+                yield connection
+            except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError):
+                raise
+            except BaseException:
+                # Unknown state (cancelled, timed out, lost): a fresh connection next time.
+                self._writer = None
+                with contextlib.suppress(Exception):
+                    connection.terminate()
+                    await self._open_pool().release(connection)
+                raise
+
+    # -- users ------------------------------------------------------------------------------------------
+
+    async def load_users(self, term: int, users: Sequence[tuple[UserKey, int, str]]) -> list[UserRecord]:
+        """Load streams (made where missing) and push targets.
+
+        Args:
+            users: (key, slot, epoch for a new stream), without repetition.
+
+        Returns:
+            A record per user; one missing because another writer made it this instant is left out: ask again.
+        """
+        tenants = [key.tenant for key, _, _ in users]
+        names = [key.user for key, _, _ in users]
+        with translated():
+            async with self._open_pool().acquire(timeout=self._settings.connect_timeout_s) as connection:
+                rows = await connection.fetch(
+                    self._sql["load_users"], self._shard, term, tenants, names,
+                    [slot for _, slot, _ in users], [epoch for _, _, epoch in users],
+                )  # fmt: skip
+                if not rows:
+                    raise FencedError(f"term {term} of {self._shard} is over")
+                targets = await connection.fetch(self._sql["load_targets"], tenants, names)
+        records = {
+            UserKey(r[0], r[1]): UserRecord(
+                UserKey(r[0], r[1]), r[2], r[3], r[4], r[5], r[7], r[7] - r[6], r[8]
+            )
+            for r in rows
+        }
+        for t in targets:
+            record = records.get(UserKey(t[0], t[1]))
+            if record is not None:
+                record.targets.append(PushTarget(t[2], t[3], t[4], t[5], t[6], t[7], t[8]))
+        return list(records.values())
+
+    # -- the group commit -------------------------------------------------------------------------------
+
+    async def append(
+        self,
+        term: int,
+        counts: dict[int, int],
+        rows: Sequence[AppendRow],
+        outbox: Sequence[OutboxRow],
+        now_ms: int,
+        keys: Sequence[Event] = (),
+        keys_since_ms: int = 0,
+    ) -> dict[int, tuple[int, int, int]]:
+        """Append notifications and outbox rows in one transaction.
+
+        Args:
+            counts: stream id -> how many of `rows` are its.
+            keys: the events among `rows` that carry an idempotency key: their keys are rows inserted first,
+                in the same transaction.
+            keys_since_ms: keys made before are past their life and may be taken over.
+
+        Returns:
+            stream id -> (seq, rev, unread) after the batch. A stream that is missing was erased meanwhile.
+
+        Raises:
+            FencedError, StoreUnavailableError: nothing was written, or (the latter) it is not known.
+            KeysTakenError: a key stands for something already; nothing was written. See `find_keys`.
+            PoisonError: PostgreSQL refuses the data; nothing was written. Bisect.
+        """
+        try:
+            async with self._writing() as connection:
+                if not keys:
+                    return await self._append(connection, term, counts, rows, outbox, now_ms)
+                async with connection.transaction():
+                    if await connection.fetchval(self._sql["fence"], self._shard, term) is None:
+                        raise FencedError(f"term {term} of {self._shard} is over")
+                    taken = await self._take_keys(connection, keys, now_ms, keys_since_ms)
+                    if len(taken) != len(keys):
+                        raise KeysTakenError
+                    return await self._append(connection, term, counts, rows, outbox, now_ms)
+        except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError) as exc:
+            raise PoisonError(f"PostgreSQL refuses the data: {exc}") from exc
+
+    async def _append(
+        self,
+        connection: asyncpg.Connection,
+        term: int,
+        counts: dict[int, int],
+        rows: Sequence[AppendRow],
+        outbox: Sequence[OutboxRow],
+        now_ms: int,
+    ) -> dict[int, tuple[int, int, int]]:
+        events = [row.event for row in rows]
+        answer = await connection.fetch(
+            self._sql["append"],
+            self._shard,
+            term,
+            list(counts),
+            list(counts.values()),
+            [UUID(e.id) for e in events],
+            [row.stream_id for row in rows],
+            [row.back for row in rows],
+            [e.priority for e in events],
+            [e.type for e in events],
+            [e.category for e in events],
+            [e.content for e in events],
+            [e.created_ms / 1000 for e in events],
+            [None if e.expires_ms is None else e.expires_ms / 1000 for e in events],
+            [o.id for o in outbox],
+            [UUID(o.notification) for o in outbox],
+            [o.stream_id for o in outbox],
+            [o.slot for o in outbox],
+            ["sending" if o.claimed else "planned" for o in outbox],
+            [o.due_ms / 1000 for o in outbox],
+            now_ms / 1000,
+        )
+        if not answer:
+            raise FencedError(f"term {term} of {self._shard} is over")
+        return {r[0]: (r[1], r[2], r[3]) for r in answer if r[0]}
+
+    async def _take_keys(
+        self, connection: asyncpg.Connection, keys: Sequence[Event], now_ms: int, since_ms: int
+    ) -> list[Any]:
+        return await connection.fetch(
+            self._sql["take_keys"],
+            [e.tenant for e in keys],
+            [e.idempotency_key for e in keys],
+            [e.body_hash for e in keys],
+            [UUID(e.id) for e in keys],
+            now_ms / 1000,
+            since_ms / 1000,
+        )
+
+    async def find_keys(self, keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], StoredKey]:
+        """What (tenant, key) pairs stand for, living or not; unknown ones are left out."""
+        async with self._writing() as connection:
+            rows = await connection.fetch(
+                self._sql["find_keys"], [tenant for tenant, _ in keys], [key for _, key in keys]
+            )
+        return {(r[0], r[1]): StoredKey(r[2], r[3].bytes, r[4]) for r in rows}
+
+    async def prune_keys(self, since_ms: int) -> None:
+        """Delete some keys past their life."""
+        await self._pool_execute("prune_keys", since_ms / 1000)
+
+    async def find_ids(self, ids: Sequence[bytes]) -> dict[bytes, tuple[int, int]]:
+        """Which notifications exist: id -> (seq, stream id)."""
+        async with self._writing() as connection:
+            rows = await connection.fetch(self._sql["find_ids"], [UUID(raw) for raw in ids])
+        return {r[0].bytes: (r[1], r[2]) for r in rows}
+
+    async def draw_delivery_ids(self, count: int) -> list[int]:
+        """Ids for outbox rows, ascending, never given out again."""
+        async with self._writing() as connection:
+            return [r[0] for r in await connection.fetch(self._sql["draw_delivery_ids"], count)]
+
+    # -- changes ----------------------------------------------------------------------------------------
+
+    async def change(
+        self, term: int, op: str, wanted: Sequence[tuple[int, Sequence[bytes]]], now_ms: int
+    ) -> dict[int, ChangeDone]:
+        """Apply one operation of `OPERATIONS` to ids of streams, each stream at most once.
+
+        Returns:
+            stream id -> what changed; streams where nothing changed are left out.
+        """
+        ids = [UUID(raw) for _, some in wanted for raw in some]
+        streams = [stream for stream, some in wanted for _ in some]
+        async with self._writing() as connection:
+            rows = await connection.fetch(
+                self._change_sql[op], self._shard, term, ids, streams, now_ms / 1000
+            )
+        if not rows:
+            raise FencedError(f"term {term} of {self._shard} is over")
+        return {r[0]: ChangeDone(r[1], r[2], [u.bytes for u in r[3]], len(r[3])) for r in rows if r[0]}
+
+    async def read_all(
+        self, term: int, wanted: Sequence[tuple[int, int]], now_ms: int
+    ) -> dict[int, ChangeDone]:
+        """Mark everything visible up to a seq as read, per (stream id, seq)."""
+        async with self._writing() as connection:
+            rows = await connection.fetch(
+                self._sql["read_all"], self._shard, term,
+                [stream for stream, _ in wanted], [upto for _, upto in wanted], now_ms / 1000,
+            )  # fmt: skip
+        if not rows:
+            raise FencedError(f"term {term} of {self._shard} is over")
+        return {r[0]: ChangeDone(r[1], r[2], [], r[3]) for r in rows if r[0]}
+
+    async def existing(self, wanted: Sequence[tuple[int, bytes]]) -> set[bytes]:
+        """Which of the (stream id, id) pairs exist."""
+        async with self._writing() as connection:
+            rows = await connection.fetch(
+                self._sql["exists"], [UUID(raw) for _, raw in wanted], [stream for stream, _ in wanted]
+            )
+        return {r[0].bytes for r in rows}
+
+    async def acknowledge(self, term: int, wanted: Sequence[tuple[int, bytes]], now_ms: int) -> int:
+        """Set deliveredAt and cancel what waits for lack of an acknowledgement. Returns how many were new."""
+        row = await self._pool_row(
+            "acknowledge", self._shard, term,
+            [UUID(raw) for _, raw in wanted], [stream for stream, _ in wanted], now_ms / 1000,
+        )  # fmt: skip
+        if not row["fenced"]:
+            raise FencedError(f"term {term} of {self._shard} is over")
+        return row["marked"]
+
+    async def save_last_seen(self, term: int, wanted: Sequence[tuple[int, int]]) -> None:
+        """Keep when users were last seen: (stream id, ms)."""
+        await self._pool_execute(
+            "save_last_seen", self._shard, term,
+            [stream for stream, _ in wanted], [ms / 1000 for _, ms in wanted],
+        )  # fmt: skip
+
+    # -- outbox -----------------------------------------------------------------------------------------
+
+    async def claim_due(
+        self, term: int, slots: Sequence[int], now_ms: int, limit: int, lease_end_ms: int
+    ) -> list[Claimed]:
+        """Claim due outbox rows of `slots` under a lease, with all a push needs."""
+        with translated():
+            async with self._open_pool().acquire(timeout=self._settings.connect_timeout_s) as connection:
+                ids = await connection.fetch(
+                    self._sql["claim_due"],
+                    self._shard,
+                    term,
+                    slots,
+                    now_ms / 1000,
+                    limit,
+                    lease_end_ms / 1000,
+                )
+                if not ids:
+                    return []
+                rows = await connection.fetch(self._sql["claimed"], [r[0] for r in ids])
+        return [
+            Claimed(
+                r["id"], r["attempts"], r["slot"], UserKey(r["tenant"], r["user_id"]), r["unread"],
+                r["notification_id"].bytes, r["seq"], r["type"], r["priority"], r["content"],
+                r["expires_ms"], r["sent_to"],
+            )
+            for r in rows
+        ]  # fmt: skip
+
+    async def next_due_ms(self, slots: Sequence[int]) -> int | None:
+        """When the earliest outbox row of `slots` is due, or None."""
+        row = await self._pool_row("next_due", slots)
+        return None if row is None or row[0] is None else round(row[0] * 1000)
+
+    async def load_targets(self, keys: Sequence[UserKey]) -> dict[UserKey, list[PushTarget]]:
+        """Push targets of users, fresh from the store."""
+        with translated():
+            async with self._open_pool().acquire(timeout=self._settings.connect_timeout_s) as connection:
+                rows = await connection.fetch(
+                    self._sql["load_targets"], [k.tenant for k in keys], [k.user for k in keys]
+                )
+        found: dict[UserKey, list[PushTarget]] = {key: [] for key in keys}
+        for t in rows:
+            found[UserKey(t[0], t[1])].append(PushTarget(t[2], t[3], t[4], t[5], t[6], t[7], t[8]))
+        return found
+
+    async def record_outcomes(
+        self,
+        term: int,
+        attempts: Sequence[AttemptRow],
+        settled: Sequence[SettleRow],
+        gone: Sequence[tuple[UserKey, str, str]],
+        disabled: Sequence[tuple[UserKey, str, str]],
+        now_ms: int,
+    ) -> None:
+        """Write the history of tries, the rows' new states, and what became of targets, in one transaction.
+
+        Args:
+            gone, disabled: (user, device id, token) of targets to delete or switch off.
+        """
+        with translated():
+            async with (
+                self._open_pool().acquire(timeout=self._settings.connect_timeout_s) as connection,
+                connection.transaction(),
+            ):
+                if await connection.fetchval(self._sql["fence"], self._shard, term) is None:
+                    raise FencedError(f"term {term} of {self._shard} is over")
+                if attempts:
+                    await connection.execute(
+                        self._sql["record_attempts"],
+                        [a.delivery for a in attempts], [a.attempt for a in attempts],
+                        [a.device for a in attempts], [a.provider for a in attempts],
+                        [a.outcome for a in attempts], [a.provider_id for a in attempts],
+                        [a.status for a in attempts], [a.error[:500] for a in attempts],
+                        [a.started_ms / 1000 for a in attempts], [a.duration_ms for a in attempts],
+                    )  # fmt: skip
+                if settled:
+                    await connection.execute(
+                        self._sql["settle"],
+                        [s.delivery for s in settled], [s.attempt for s in settled],
+                        [s.state for s in settled], [s.due_ms / 1000 for s in settled],
+                        [s.reason for s in settled], now_ms / 1000,
+                    )  # fmt: skip
+                for name, targets in (("drop_targets", gone), ("disable_targets", disabled)):
+                    if not targets:
+                        continue
+                    columns: list[Any] = [
+                        [key.tenant for key, _, _ in targets], [key.user for key, _, _ in targets],
+                        [device for _, device, _ in targets], [token for _, _, token in targets],
+                    ]  # fmt: skip
+                    if name == "disable_targets":
+                        columns += [now_ms / 1000, "the provider says it belongs to another sender"]
+                    await connection.execute(self._sql[name], *columns)
+
+    # -- per-user documents -----------------------------------------------------------------------------
+
+    async def put_target(
+        self,
+        term: int,
+        tenant: str,
+        user: str,
+        target: PushTarget,
+        platform: str,
+        locale: str | None,
+        now_ms: int,
+    ) -> list[str]:
+        """Register a push target; returns other users of the tenant who lost it to this one."""
+        async with self._fenced(term) as connection:
+            evicted = await connection.fetch(
+                self._sql["evict_target"],
+                tenant, target.provider, target.app_id, target.token, user, target.device,
+            )  # fmt: skip
+            await connection.execute(
+                self._sql["put_target"], tenant, user, target.device, platform, target.provider,
+                target.token_kind, target.token, target.app_id, target.environment, locale, now_ms / 1000,
+            )  # fmt: skip
+            return [r[0] for r in evicted if r[0] != user]
+
+    async def delete_target(self, term: int, tenant: str, user: str, device: str) -> bool:
+        """Forget a push target; False if there was none."""
+        async with self._fenced(term) as connection:
+            return await connection.fetchval(self._sql["delete_target"], tenant, user, device) is not None
+
+    async def put_preferences(self, term: int, tenant: str, user: str, document: str, now_ms: int) -> None:
+        """Replace the preferences document (JSON text)."""
+        async with self._fenced(term) as connection:
+            await connection.execute(self._sql["put_preferences"], tenant, user, document, now_ms / 1000)
+
+    async def revoke_tokens(self, term: int, stream_id: int, now_ms: int) -> None:
+        """Tokens issued before now are no longer valid."""
+        async with self._fenced(term) as connection:
+            await connection.execute(self._sql["revoke_tokens"], stream_id, now_ms / 1000)
+
+    @contextlib.asynccontextmanager
+    async def _fenced(self, term: int) -> AsyncIterator[asyncpg.Connection]:
+        with translated():
+            async with (
+                self._open_pool().acquire(timeout=self._settings.connect_timeout_s) as connection,
+                connection.transaction(),
+            ):
+                if await connection.fetchval(self._sql["fence"], self._shard, term) is None:
+                    raise FencedError(f"term {term} of {self._shard} is over")
+                yield connection  # type: ignore[misc]
+
+    # -- replay -----------------------------------------------------------------------------------------
+
+    async def notifications_after(self, stream_id: int, after_seq: int, limit: int) -> list[NotificationRow]:
+        """Rows with seq > after_seq, by seq."""
+        return await self._pool_rows("notifications_after", stream_id, after_seq, limit)
+
+    async def changes_after(
+        self, stream_id: int, after_rev: int, upto_seq: int, or_after_rev: int, limit: int
+    ) -> list[NotificationRow]:
+        """Changed rows with rev > after_rev and (seq <= upto_seq or rev > or_after_rev), by rev and seq."""
+        return await self._pool_rows("changes_after", stream_id, after_rev, upto_seq, or_after_rev, limit)
+
+    async def _pool_rows(self, name: str, *args: Any) -> list[NotificationRow]:
+        with translated():
+            async with self._open_pool().acquire(timeout=self._settings.connect_timeout_s) as connection:
+                return [row_of(r) for r in await connection.fetch(self._sql[name], *args)]
+
+    async def _pool_row(self, name: str, *args: Any) -> Any:
+        with translated():
+            async with self._open_pool().acquire(timeout=self._settings.connect_timeout_s) as connection:
+                return await connection.fetchrow(self._sql[name], *args)
+
+    async def _pool_execute(self, name: str, *args: Any) -> None:
+        with translated():
+            async with self._open_pool().acquire(timeout=self._settings.connect_timeout_s) as connection:
+                await connection.execute(self._sql[name], *args)
+
+
+class KeysTakenError(Exception):
+    """An idempotency key of the batch stands for something already; nothing was written."""
