@@ -248,6 +248,9 @@ class Attach(Struct, array_like=True, tag=20):
     """With reattach: True if the connection had passed its first frame or resume wait."""
     legacy: bool = False
     """True if the client named no subprotocol (it gets NEW_NOTIFICATION for updates)."""
+    token_issued_ms: int = 0
+    """`iat` of the token, ms since the epoch, 0 if it has none: older than `streams.tokens_valid_from` means
+    revoked (close 4001)."""
 
 
 class Detach(Struct, array_like=True, tag=21):

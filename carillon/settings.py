@@ -132,6 +132,21 @@ class GatewaySettings:
     max_connections: int = setting(15_000, "Connections of one gateway; more are refused with 4213.", low=1)
     reattach_timeout_s: float = setting(10.0, "Connections without owner for so long close with 4202.", low=0.1, unit="s")
     drain_s: float = setting(20.0, "Drain closes (4201) are spread over so long.", low=0.0, high=30.0, unit="s")
+    max_handshake_bytes: int = setting(
+        16_384, "Longest HTTP request of an upgrade, its headers included.", low=1024
+    )
+    low_buffer_bytes: int = setting(
+        65_536, "Replay goes on once a connection has no more than this unsent.", low=1024
+    )
+    max_held_frames: int = setting(
+        32, "Frames kept for a connection without owner before reading is paused.", low=1
+    )
+    attach_retry_s: float = setting(
+        0.1, "Pause before a refused attachment is tried again.", low=0.01, unit="s"
+    )
+    close_timeout_s: float = setting(
+        3.0, "A peer that does not finish the closing handshake in so long is cut off.", low=0.05, unit="s"
+    )
 
 
 @dataclass(frozen=True)
@@ -148,6 +163,8 @@ class IngressSettings:
     token_ttl_s: float = setting(3600.0, "Default lifetime of a token from POST /v1/tokens.", low=1.0, unit="s")
     token_ttl_max_s: float = setting(86_400.0, "Longest lifetime of such a token.", low=1.0, unit="s")
     clock_skew_s: float = setting(5.0, "Tolerance for `exp`, `nbf` and `iat` of a token.", low=0.0, unit="s")
+    token_audience: str = setting("", "Required `aud` of client tokens; empty means it is not looked at.")
+    token_issuer: str = setting("", "Required `iss` of client tokens; empty means it is not looked at.")
 
 
 @dataclass(frozen=True)
