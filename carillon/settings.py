@@ -46,7 +46,9 @@ class RedisSettings:
     """The accelerator. Losing it costs speed, never correctness."""
 
     url: str = setting("", "redis:// URL; empty means the embedded Valkey of `make up`.")
-    timeout_s: float = setting(0.5, "Longest wait for one command before going on without.", low=0.01, unit="s")
+    timeout_s: float = setting(
+        0.5, "Longest wait for one command before going on without.", low=0.01, unit="s"
+    )
 
 
 @dataclass(frozen=True)
@@ -67,23 +69,41 @@ class ClusterSettings:
         1.0, "Wait after a join before slots move, so that several joins move them once.", low=0.0, unit="s"
     )
     node_poll_s: float = setting(1.0, "How often the coordinator asks Ray for its nodes.", low=0.1, unit="s")
+    fence_wait_s: float = setting(
+        1.0,
+        "A move of slots ends database sessions that hold a losing shard's row for longer.",
+        low=0.05,
+        unit="s",
+    )
+    spawn_retry_s: float = setting(
+        15.0,
+        "An actor that has not joined so long after it was started is looked at again.",
+        low=0.5,
+        unit="s",
+    )
 
 
 @dataclass(frozen=True)
 class LinkSettings:
     """The data plane between actors."""
 
-    max_frame_bytes: int = setting(16 * 1024 * 1024, "Longest frame; a longer one closes the link.", low=65536)
+    max_frame_bytes: int = setting(
+        16 * 1024 * 1024, "Longest frame; a longer one closes the link.", low=65536
+    )
     max_outbound_bytes: int = setting(
         32 * 1024 * 1024, "Bytes waiting for one peer before sends fail as busy.", low=65536
     )
     max_in_flight: int = setting(20_000, "Unanswered requests on one link before they fail as busy.", low=1)
     request_timeout_s: float = setting(10.0, "Default deadline of a request.", low=0.05, unit="s")
     handshake_timeout_s: float = setting(5.0, "Longest handshake.", low=0.05, unit="s")
-    reconnect_min_s: float = setting(0.05, "First wait before dialling again (full jitter).", low=0.0, unit="s")
+    reconnect_min_s: float = setting(
+        0.05, "First wait before dialling again (full jitter).", low=0.0, unit="s"
+    )
     reconnect_max_s: float = setting(1.0, "Longest wait before dialling again.", low=0.01, unit="s")
     heartbeat_s: float = setting(2.0, "A link without traffic sends a ping this often.", low=0.05, unit="s")
-    dead_after_s: float = setting(6.0, "A link that received nothing for so long is closed.", low=0.1, unit="s")
+    dead_after_s: float = setting(
+        6.0, "A link that received nothing for so long is closed.", low=0.1, unit="s"
+    )
 
 
 @dataclass(frozen=True)
@@ -93,24 +113,35 @@ class ShardSettings:
     max_batch: int = setting(512, "Events of one append transaction.", low=1, high=5000)
     max_queue: int = setting(20_000, "Events waiting for append before new ones fail as busy.", low=1)
     context_cache: int = setting(50_000, "User contexts kept in memory.", low=100)
-    recent_window: int = setting(50, "Recent notifications kept per live session for resume.", low=0, high=1000)
-    grace_s: float = setting(5.0, "A session lives on for so long after its last connection was lost.", low=0.0, unit="s")
+    recent_window: int = setting(
+        50, "Recent notifications kept per live session for resume.", low=0, high=1000
+    )
+    grace_s: float = setting(
+        5.0, "A session lives on for so long after its last connection was lost.", low=0.0, unit="s"
+    )
     clean_close_grace_s: float = setting(0.5, "The same after a normal close (1000).", low=0.0, unit="s")
     ack_window_s: float = setting(
         5.0, "A live delivery that no device acknowledges in so long gets its push.", low=0.05, unit="s"
     )
-    ack_flush_s: float = setting(0.1, "Acknowledgements are written in batches this far apart.", low=0.0, unit="s")
+    ack_flush_s: float = setting(
+        0.1, "Acknowledgements are written in batches this far apart.", low=0.0, unit="s"
+    )
     sweep_s: float = setting(2.0, "How often due outbox rows are claimed.", low=0.05, unit="s")
     sweep_batch: int = setting(500, "Outbox rows claimed at a time.", low=1, high=5000)
     delivery_lease_s: float = setting(
         30.0, "A claimed outbox row whose outcome is missing is due again after so long.", low=0.5, unit="s"
     )
     resume_wait_s: float = setting(
-        0.5, "A connection without a position waits so long for RESUME before live frames flow.", low=0.0, unit="s"
+        0.5,
+        "A connection without a position waits so long for RESUME before live frames flow.",
+        low=0.0,
+        unit="s",
     )
     replay_page: int = setting(200, "Notifications of one page of replay.", low=1, high=1000)
     idempotency_ttl_s: float = setting(86_400.0, "How long an idempotency key is kept.", low=1.0, unit="s")
-    max_connections_per_user: int = setting(20, "Connections of a user; the oldest is closed with 4004.", low=1)
+    max_connections_per_user: int = setting(
+        20, "Connections of a user; the oldest is closed with 4004.", low=1
+    )
 
 
 @dataclass(frozen=True)
@@ -122,16 +153,24 @@ class GatewaySettings:
         "", "Comma-separated exact origins; empty means every origin (tokens are not ambient credentials)."
     )
     heartbeat_s: float = setting(25.0, "Ping interval.", low=0.05, unit="s")
-    pong_timeout_s: float = setting(8.0, "A ping without pong for so long closes with 4212.", low=0.05, unit="s")
+    pong_timeout_s: float = setting(
+        8.0, "A ping without pong for so long closes with 4212.", low=0.05, unit="s"
+    )
     auth_timeout_s: float = setting(10.0, "Longest wait for a first AUTH frame.", low=0.05, unit="s")
     handshake_timeout_s: float = setting(10.0, "Longest HTTP upgrade.", low=0.05, unit="s")
     max_message_bytes: int = setting(65_536, "Longest client message (1009 beyond).", low=1024)
     max_buffer_bytes: int = setting(1_048_576, "Unsent live bytes of a connection before 4208.", low=4096)
-    frames_per_s: float = setting(100.0, "Client frames per second before reading is paused.", low=1.0, unit="1/s")
+    frames_per_s: float = setting(
+        100.0, "Client frames per second before reading is paused.", low=1.0, unit="1/s"
+    )
     max_errors_per_minute: int = setting(10, "Bad frames in a minute before 4003.", low=1)
     max_connections: int = setting(15_000, "Connections of one gateway; more are refused with 4213.", low=1)
-    reattach_timeout_s: float = setting(10.0, "Connections without owner for so long close with 4202.", low=0.1, unit="s")
-    drain_s: float = setting(20.0, "Drain closes (4201) are spread over so long.", low=0.0, high=30.0, unit="s")
+    reattach_timeout_s: float = setting(
+        10.0, "Connections without owner for so long close with 4202.", low=0.1, unit="s"
+    )
+    drain_s: float = setting(
+        20.0, "Drain closes (4201) are spread over so long.", low=0.0, high=30.0, unit="s"
+    )
     max_handshake_bytes: int = setting(
         16_384, "Longest HTTP request of an upgrade, its headers included.", low=1024
     )
@@ -154,13 +193,19 @@ class IngressSettings:
     """The HTTP side: two doors, one app."""
 
     port: int = setting(8000, "Port of Serve's route (HAProxy).", low=1, high=65535)
-    direct_port: int = setting(8080, "Port of the replica's own door; 0 means any free one.", low=0, high=65535)
+    direct_port: int = setting(
+        8080, "Port of the replica's own door; 0 means any free one.", low=0, high=65535
+    )
     replicas: int = setting(1, "Serve replicas on each node.", low=1, high=64)
     request_timeout_s: float = setting(10.0, "Deadline of a request, retries inside it.", low=0.1, unit="s")
     max_request_bytes: int = setting(8 * 1024 * 1024, "Longest request body (413 beyond).", low=1024)
     max_in_flight: int = setting(4096, "Requests at once before 503.", low=1)
-    auth_cache_s: float = setting(5.0, "How long a key or tenant is trusted before it is read again.", low=0.0, unit="s")
-    token_ttl_s: float = setting(3600.0, "Default lifetime of a token from POST /v1/tokens.", low=1.0, unit="s")
+    auth_cache_s: float = setting(
+        5.0, "How long a key or tenant is trusted before it is read again.", low=0.0, unit="s"
+    )
+    token_ttl_s: float = setting(
+        3600.0, "Default lifetime of a token from POST /v1/tokens.", low=1.0, unit="s"
+    )
     token_ttl_max_s: float = setting(86_400.0, "Longest lifetime of such a token.", low=1.0, unit="s")
     clock_skew_s: float = setting(5.0, "Tolerance for `exp`, `nbf` and `iat` of a token.", low=0.0, unit="s")
     token_audience: str = setting("", "Required `aud` of client tokens; empty means it is not looked at.")
@@ -175,8 +220,14 @@ class PushSettings:
     max_senders: int = setting(2, "Sender actors of a pool under load.", low=1, high=64)
     max_queue: int = setting(5000, "Jobs in a pool before it is full (rows stay in the outbox).", low=1)
     sender_concurrency: int = setting(500, "Requests in flight of one sender.", low=1, high=5000)
-    timeout_s: float = setting(10.0, "A provider that does not answer in so long makes the try unknown.", low=0.05, unit="s")
-    ttl_s: float = setting(2_419_200.0, "Lifetime at the provider when the event names none (28 days).", low=0.0, unit="s")
+    timeout_s: float = setting(
+        10.0, "A provider that does not answer in so long makes the try unknown.", low=0.05, unit="s"
+    )
+    ttl_s: float = setting(
+        2_419_200.0, "Lifetime at the provider when the event names none (28 days).", low=0.0, unit="s"
+    )
+    max_attempts: int = setting(6, "Tries of one push before it is dead.", low=1, high=100)
+    backoff_s: float = setting(1.0, "Wait after the first failed try; doubled after each.", low=0.001, unit="s")
     fcm_url: str = setting("", "Override of FCM's host, for the local server; empty means Google's.")
     fcm_credentials: str = setting("", "Path of the service account file (JSON).")
     fcm_ca_file: str = setting("", "CA bundle for fcm_url.")
@@ -188,6 +239,24 @@ class PushSettings:
     apns_topic: str = setting("", "Default topic (bundle id); a device's appId wins.")
     apns_ca_file: str = setting("", "CA bundle for apns_url.")
     apns_connections: int = setting(2, "HTTP/2 connections of one sender.", low=1, high=20)
+    apns_token_refresh_s: float = setting(
+        3000.0, "Age at which a new provider token is made; Apple takes none older than 1 h.", low=1.0, unit="s"
+    )
+    apns_token_min_age_s: float = setting(
+        1200.0, "Apple refuses a new provider token before the last one is so old.", low=0.0, unit="s"
+    )
+    report_timeout_s: float = setting(
+        30.0, "An outcome no shard took for so long is dropped; the outbox sends again.", low=0.1, unit="s"
+    )
+    breaker_failures: int = setting(
+        20, "Tries in a row without an answer, or one refusal of our credentials, open the breaker.", low=1
+    )
+    breaker_open_s: float = setting(
+        5.0, "First pause of an open breaker; doubles up to 60 s.", low=0.01, unit="s"
+    )
+    scale_idle_s: float = setting(
+        30.0, "A further sender that was idle for so long is stopped.", low=0.05, unit="s"
+    )
 
 
 @dataclass(frozen=True)
