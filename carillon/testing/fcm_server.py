@@ -50,6 +50,8 @@ _SCOPES: Final = (
     "https://www.googleapis.com/auth/firebase.messaging",
     "https://www.googleapis.com/auth/cloud-platform",
 )
+_GOOGLE_TOKEN_URI: Final = "https://oauth2.googleapis.com/token"  # noqa: S105  an address
+"""google-auth names this audience whatever the account's token_uri is."""
 _TOKEN_LIFETIME_S: Final = 3600
 _PAYLOAD_LIMIT: Final = 4096
 _JSON: Final[tuple[str, str]] = ("content-type", "application/json; charset=UTF-8")
@@ -124,7 +126,7 @@ class FcmServer(LocalProvider):
                 form.get("assertion", ""),
                 self._public_key,
                 algorithms=["RS256"],
-                audience=self._token_uri,
+                audience=[self._token_uri, _GOOGLE_TOKEN_URI],
                 options={"require": ["iss", "iat", "exp", "aud"]},
                 leeway=10,
             )
