@@ -1,1 +1,1 @@
-"""Load benchmarks."""
+"""Load generator, verdicts and reports: `python -m benchmarks` (method: benchmarks/README.md)."""
