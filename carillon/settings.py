@@ -210,6 +210,23 @@ class IngressSettings:
     clock_skew_s: float = setting(5.0, "Tolerance for `exp`, `nbf` and `iat` of a token.", low=0.0, unit="s")
     token_audience: str = setting("", "Required `aud` of client tokens; empty means it is not looked at.")
     token_issuer: str = setting("", "Required `iss` of client tokens; empty means it is not looked at.")
+    cors_origins: str = setting(
+        "", "Comma-separated origins that may call /api from a browser; empty means any. No credentials."
+    )
+    store_retry_s: float = setting(
+        2.0, "How long an event is tried again while PostgreSQL is away, before 503.", low=0.0, unit="s"
+    )
+    retry_pause_s: float = setting(
+        0.05, "Longest first wait between tries of a request (full jitter, doubled).", low=0.001, unit="s"
+    )
+    ready_timeout_s: float = setting(2.0, "Longest check of GET /readyz.", low=0.05, unit="s")
+    key_touch_s: float = setting(15.0, "How often the last use of API keys is written.", low=0.05, unit="s")
+    drain_s: float = setting(10.0, "A stopping replica finishes its requests for so long.", low=0.0, unit="s")
+    demo: bool = setting(False, "Serve /demo/config.json, /demo/send and /demo/received: no login, demo only.")
+    demo_tenant: str = setting("demo", "Tenant of the demo page.")
+    demo_users: str = setting("ada,grace", "Comma-separated users of the demo page.")
+    demo_fcm_received_url: str = setting("", "What the local FCM server received (its receivedUrl).")
+    demo_apns_received_url: str = setting("", "What the local APNs server received (its receivedUrl).")
 
 
 @dataclass(frozen=True)
@@ -260,6 +277,22 @@ class PushSettings:
 
 
 @dataclass(frozen=True)
+class RouterSettings:
+    """The actor between ingress and shards."""
+
+    max_outstanding: int = setting(
+        20_000, "Events on the way to one shard before further ones are answered busy.", low=1
+    )
+    max_held: int = setting(
+        20_000, "Events that wait for their slot to have an owner; more are answered busy.", low=0
+    )
+    max_batch: int = setting(1000, "Events of one message to a shard.", low=1, high=10_000)
+    max_passing: int = setting(
+        10_000, "Other requests passed on at once before further ones are answered busy.", low=1
+    )
+
+
+@dataclass(frozen=True)
 class Settings:
     """The whole tree."""
 
@@ -271,6 +304,7 @@ class Settings:
     gateway: GatewaySettings = field(default_factory=GatewaySettings)
     ingress: IngressSettings = field(default_factory=IngressSettings)
     push: PushSettings = field(default_factory=PushSettings)
+    router: RouterSettings = field(default_factory=RouterSettings)
 
     def __post_init__(self) -> None:
         for section in dataclasses.fields(self):

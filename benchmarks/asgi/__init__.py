@@ -1,0 +1,1 @@
+"""The measurement behind docs/adr/0005-asgi-framework.md."""

@@ -1,0 +1,327 @@
+"""What the ingress reads of users: feed, counts, catching up, single notifications, devices, preferences."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import uuid
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import asyncpg
+import msgspec
+
+from carillon.errors import InvalidInputError
+from carillon.notification import NotificationRow
+from stores.postgres.named import load_queries
+from stores.postgres.pool import acquired
+
+_STATES: Final = (
+    "delivered",
+    "seen",
+    "read",
+    "clicked",
+    "dismissed",
+    "archived",
+    "retracted",
+    "updated",
+    "expires",
+)
+ROW_COLUMNS: Final = "n.id, n.seq, n.rev, n.position, n.content, " + ", ".join(
+    f"(extract(epoch from n.{state}_at) * 1000)::bigint as {state}_ms" for state in _STATES
+)
+"""Select list of a NotificationRow, in the order of its fields."""
+
+TOP: Final = 2**63 - 1
+"""Above every position: the first page."""
+STATUSES: Final = ("unread", "read", "archived")
+
+
+def encode_cursor(position: int) -> str:
+    """An opaque cursor: the page after it begins below `position`."""
+    return base64.urlsafe_b64encode(b"p%d" % position).rstrip(b"=").decode()
+
+
+def decode_cursor(cursor: str) -> int:
+    """The position of a cursor.
+
+    Raises:
+        InvalidInputError: it is not one of ours.
+    """
+    try:
+        text = base64.b64decode(cursor.encode() + b"=" * (-len(cursor) % 4), b"-_", validate=True)
+        if text[:1] != b"p" or not text[1:].isdigit() or len(text) > 20:
+            raise ValueError
+        position = int(text[1:])
+    except (ValueError, binascii.Error):
+        raise InvalidInputError(
+            "expected cursor to be a nextCursor of this call", "cursor", "a nextCursor", cursor[:40]
+        ) from None
+    if position > TOP:
+        raise InvalidInputError(
+            "expected cursor to be a nextCursor of this call", "cursor", "a nextCursor", cursor[:40]
+        )
+    return position
+
+
+@dataclass(frozen=True)
+class FeedFilter:
+    """What a page of the feed is to hold; None means everything."""
+
+    status: str | None = None
+    """unread | read | archived."""
+    type: str | None = None
+    category: str | None = None
+    q: str | None = None
+    """Text to find in title or body, whatever its case."""
+
+
+class Head(NamedTuple):
+    """Where a user's stream stands."""
+
+    stream_id: int
+    epoch: str
+    seq: int
+    rev: int
+    pruned_rev: int
+    unread: int
+
+
+NO_STREAM: Final = Head(0, "", 0, 0, 0, 0)
+"""A user to whom nothing happened yet."""
+
+
+@dataclass(frozen=True)
+class SyncPage:
+    """What happened after a position."""
+
+    recovered: bool
+    """False: something between the position and now cannot be told any more; read the feed instead."""
+    notifications: list[NotificationRow]
+    changes: list[NotificationRow]
+    """Changed rows the client has already, by rev (carillon.session.change_frames writes them)."""
+    last_seq: int
+    """Position reached: the next `since`."""
+    rev: int
+    """Position reached: the next `rev`."""
+    more: bool
+    """True if the page was cut: ask again from (last_seq, rev)."""
+    head: Head
+
+
+@dataclass(frozen=True)
+class Found:
+    """One notification with the tries of its external deliveries."""
+
+    row: NotificationRow
+    user: str
+    deliveries: list[dict[str, Any]]
+
+
+class FeedReader:
+    """Reads of users.
+
+    Args:
+        pool: of `stores.postgres.pool.open_pool`; not owned.
+        acquire_timeout_s: longest wait for a free connection.
+
+    All methods raise StoreUnavailableError while Postgres does not answer. Ids are given as they come from
+    outside: what PostgreSQL cannot hold (NUL) is simply not found.
+    """
+
+    def __init__(self, pool: asyncpg.Pool[Any], acquire_timeout_s: float = 5.0) -> None:
+        self._pool = pool
+        self._timeout_s = acquire_timeout_s
+        self._sql = {
+            name: text.replace("%(row)s", ROW_COLUMNS) for name, text in load_queries("feed").items()
+        }
+
+    async def page(
+        self,
+        tenant: str,
+        user: str,
+        now_ms: int,
+        *,
+        limit: int,
+        cursor: str | None = None,
+        chosen: FeedFilter = FeedFilter(),
+    ) -> tuple[list[NotificationRow], str | None]:
+        """One page, newest first, and the cursor of the next (None: this is the last).
+
+        Archived, dismissed, retracted and expired ones are left out unless `chosen.status` asks for them.
+
+        Raises:
+            InvalidInputError: the cursor is none of ours.
+        """
+        below = TOP if cursor is None else decode_cursor(cursor)
+        if any("\0" in text for text in (tenant, user, chosen.type, chosen.category, chosen.q) if text):
+            return [], None
+        name = {"unread": "feed_unread", "archived": "feed_archived"}.get(chosen.status or "", "feed")
+        async with acquired(self._pool, self._timeout_s) as connection:
+            found = await connection.fetch(
+                self._sql[name],
+                tenant,
+                user,
+                below,
+                now_ms / 1000,
+                limit + 1,
+                chosen.type,
+                chosen.category,
+                chosen.status == "read",
+                chosen.q.lower() if chosen.q else None,
+            )
+        rows = [_row(record) for record in found[:limit]]
+        return rows, encode_cursor(rows[-1].position) if len(found) > limit else None
+
+    async def head(self, tenant: str, user: str, now_ms: int) -> Head:
+        """Where the stream stands; NO_STREAM if nothing happened to the user yet."""
+        if "\0" in tenant or "\0" in user:
+            return NO_STREAM
+        async with acquired(self._pool, self._timeout_s) as connection:
+            record = await connection.fetchrow(self._sql["head"], tenant, user, now_ms / 1000)
+        return NO_STREAM if record is None else Head(*record)
+
+    async def unread_count(self, tenant: str, user: str, now_ms: int) -> tuple[int, int]:
+        """(count, rev): what is unread and not archived, dismissed, retracted or expired, true for `rev`."""
+        head = await self.head(tenant, user, now_ms)
+        return head.unread, head.rev
+
+    async def sync(
+        self,
+        tenant: str,
+        user: str,
+        now_ms: int,
+        *,
+        epoch: str | None,
+        since: int,
+        rev: int | None,
+        limit: int,
+    ) -> SyncPage:
+        """Everything after a position, in order: notifications, then changes of older ones.
+
+        Args:
+            epoch: the client's; None is not compared (a first call).
+            since: the last seq the client has.
+            rev: the last rev it has; None: changes are not asked for.
+            limit: notifications, and changed rows, of one page.
+
+        All reads see one snapshot. A page that is cut keeps `rev` where it is until every notification was
+        given, so that a change between two calls is never skipped.
+        """
+        if "\0" in tenant or "\0" in user:
+            return SyncPage(since == 0, [], [], 0, 0, False, NO_STREAM)
+        async with (
+            acquired(self._pool, self._timeout_s) as connection,
+            connection.transaction(isolation="repeatable_read", readonly=True),
+        ):
+            record = await connection.fetchrow(self._sql["head"], tenant, user, now_ms / 1000)
+            head = NO_STREAM if record is None else Head(*record)
+            lost = (
+                (epoch is not None and epoch != head.epoch and not (head is NO_STREAM and since == 0))
+                or since > head.seq
+                or (rev is not None and (rev > head.rev or rev < head.pruned_rev))
+            )
+            if lost:
+                return SyncPage(False, [], [], head.seq, head.rev, False, head)
+            if since < head.seq:
+                found = await connection.fetch(self._sql["notifications_after"], head.stream_id, since, limit)
+            else:
+                found = []
+            rows = [_row(record) for record in found]
+            # Seqs have no gaps: a hole, or rows missing at the end, were pruned.
+            whole = all(row.seq == since + 1 + index for index, row in enumerate(rows))
+            if not whole or (len(rows) < limit and since + len(rows) < head.seq):
+                return SyncPage(False, [], [], head.seq, head.rev, False, head)
+            shown = [
+                r for r in rows if r.retracted_ms is None and (r.expires_ms is None or r.expires_ms > now_ms)
+            ]
+            if since + len(rows) < head.seq:
+                return SyncPage(
+                    True, shown, [], since + len(rows), head.rev if rev is None else rev, True, head
+                )
+            if rev is None or rev >= head.rev:
+                return SyncPage(True, shown, [], head.seq, head.rev, False, head)
+            changes, more = await self._changes(connection, head, rev, since, limit)
+        reached = changes[-1].rev if more else head.rev
+        return SyncPage(True, shown, changes, head.seq, reached, more, head)
+
+    async def _changes(
+        self, connection: Any, head: Head, rev: int, since: int, limit: int
+    ) -> tuple[list[NotificationRow], bool]:
+        """Changed rows after `rev`, whole revs only (a read-all changes many rows under one), and whether
+        there are more."""
+        while True:
+            found = await connection.fetch(self._sql["changes_after"], head.stream_id, rev, since, limit + 1)
+            rows = [_row(record) for record in found]
+            if len(rows) <= limit:
+                return rows, False
+            last = rows[-1].rev
+            whole = [row for row in rows if row.rev < last]
+            if whole:
+                return whole, True
+            limit *= 8  # one rev fills the page: take all of it
+
+    async def notification(self, tenant: str, notification_id: bytes) -> Found | None:
+        """A notification of the tenant with its deliveries and their tries, or None."""
+        if "\0" in tenant:
+            return None
+        async with acquired(self._pool, self._timeout_s) as connection:
+            record = await connection.fetchrow(
+                self._sql["notification"], uuid.UUID(bytes=notification_id), tenant
+            )
+            if record is None:
+                return None
+            tries = await connection.fetch(self._sql["deliveries"], uuid.UUID(bytes=notification_id))
+        by_id: dict[int, dict[str, Any]] = {}
+        for t in tries:
+            delivery = by_id.setdefault(
+                t["id"], {name: t[name] for name in ("channel", "state", "attempts", "reason", "due_ms",
+                                                     "created_ms", "updated_ms")} | {"tries": []}
+            )  # fmt: skip
+            if t["attempt"] is not None:
+                names = (
+                    "attempt", "device_id", "provider", "outcome", "provider_id", "status", "error",
+                    "started_ms", "duration_ms",
+                )  # fmt: skip
+                delivery["tries"].append({name: t[name] for name in names})
+        return Found(_row(record), record["user_id"], list(by_id.values()))
+
+    async def device(self, tenant: str, user: str, device: str) -> dict[str, Any] | None:
+        """A push target by its columns (`registered_ms`, `disabled_ms` in ms), or None."""
+        if "\0" in user or "\0" in device:
+            return None
+        async with acquired(self._pool, self._timeout_s) as connection:
+            record = await connection.fetchrow(self._sql["device"], tenant, user, device)
+        return None if record is None else dict(record)
+
+    async def preferences(self, tenant: str, user: str) -> dict[str, Any]:
+        """The stored document, {} if there is none."""
+        if "\0" in user:
+            return {}
+        async with acquired(self._pool, self._timeout_s) as connection:
+            text = await connection.fetchval(self._sql["preferences"], tenant, user)
+        return {} if text is None else msgspec.json.decode(text)
+
+    async def ping(self) -> None:
+        """Return if Postgres answers and the schema is there."""
+        async with acquired(self._pool, self._timeout_s) as connection:
+            await connection.fetchval(self._sql["ping"])
+
+
+def _row(record: asyncpg.Record) -> NotificationRow:
+    return NotificationRow(
+        record["id"].bytes,
+        record["seq"],
+        record["rev"],
+        record["position"],
+        record["content"],
+        record["delivered_ms"],
+        record["seen_ms"],
+        record["read_ms"],
+        record["clicked_ms"],
+        record["dismissed_ms"],
+        record["archived_ms"],
+        record["retracted_ms"],
+        record["updated_ms"],
+        record["expires_ms"],
+    )

@@ -1,0 +1,123 @@
+-- What the ingress reads of a user. Reads only: every write goes through the shard that owns the user.
+--
+-- The stream is found by a scalar subquery (unique index on tenant and user), so that one round trip serves a
+-- page, and the planner sees `stream_id = constant` and walks an index of every month's partition in order.
+-- `%(row)s` is the column list of a NotificationRow (stores/postgres/feed.py).
+-- Times are parameters in seconds since the epoch.
+
+-- name: feed
+-- One page, newest first. $1 tenant, $2 user, $3 below this position, $4 now, $5 limit, $6 type, $7 category,
+-- $8 true: only read ones, $9 lower-case text to find in title or body. Index: notifications_feed.
+select %(row)s
+from notifications n
+where n.stream_id = (select s.stream_id from streams s where s.tenant = $1 and s.user_id = $2)
+  and n.position < $3
+  and n.archived_at is null and n.dismissed_at is null and n.retracted_at is null
+  and (n.expires_at is null or n.expires_at > to_timestamp($4::float8))
+  and ($6::text is null or n.type = $6)
+  and ($7::text is null or n.category = $7)
+  and (not $8::boolean or n.read_at is not null)
+  and ($9::text is null
+       or strpos(lower(concat_ws(e'\n', ('{' || n.content || '}')::jsonb ->> 'title',
+                                 ('{' || n.content || '}')::jsonb ->> 'body')), $9) > 0)
+order by n.position desc
+limit $5;
+
+-- name: feed_unread
+-- The same for unread ones; without $8's filter. Index: notifications_unread, which holds only these.
+select %(row)s
+from notifications n
+where n.stream_id = (select s.stream_id from streams s where s.tenant = $1 and s.user_id = $2)
+  and n.position < $3
+  and n.read_at is null
+  and n.archived_at is null and n.dismissed_at is null and n.retracted_at is null
+  and (n.expires_at is null or n.expires_at > to_timestamp($4::float8))
+  and ($6::text is null or n.type = $6)
+  and ($7::text is null or n.category = $7)
+  and not $8::boolean
+  and ($9::text is null
+       or strpos(lower(concat_ws(e'\n', ('{' || n.content || '}')::jsonb ->> 'title',
+                                 ('{' || n.content || '}')::jsonb ->> 'body')), $9) > 0)
+order by n.position desc
+limit $5;
+
+-- name: feed_archived
+-- What the user put away (archived or dismissed), newest first; withdrawn ones stay away for good.
+select %(row)s
+from notifications n
+where n.stream_id = (select s.stream_id from streams s where s.tenant = $1 and s.user_id = $2)
+  and n.position < $3
+  and (n.archived_at is not null or n.dismissed_at is not null) and n.retracted_at is null
+  and (n.expires_at is null or n.expires_at > to_timestamp($4::float8))
+  and ($6::text is null or n.type = $6)
+  and ($7::text is null or n.category = $7)
+  and (not $8::boolean or n.read_at is not null)
+  and ($9::text is null
+       or strpos(lower(concat_ws(e'\n', ('{' || n.content || '}')::jsonb ->> 'title',
+                                 ('{' || n.content || '}')::jsonb ->> 'body')), $9) > 0)
+order by n.position desc
+limit $5;
+
+-- name: head
+-- Where a stream stands. The stored counter knows no time: unread rows that expired since are taken off
+-- (index notifications_expiring holds just the unread ones that can). $1 tenant, $2 user, $3 now.
+select s.stream_id, s.epoch, s.seq, s.rev, s.pruned_rev,
+       greatest(0, s.unread - (
+           select count(*) from notifications n
+           where n.stream_id = s.stream_id and n.read_at is null and n.expires_at <= to_timestamp($3::float8)
+             and n.archived_at is null and n.dismissed_at is null and n.retracted_at is null))::bigint as unread
+from streams s
+where s.tenant = $1 and s.user_id = $2;
+
+-- name: notifications_after
+-- Catching up: $1 stream, $2 after seq, $3 limit. All rows, so that a gap shows. Index: notifications_seq.
+select %(row)s
+from notifications n
+where n.stream_id = $1 and n.seq > $2
+order by n.seq
+limit $3;
+
+-- name: changes_after
+-- Catching up on changes of rows the client has: $1 stream, $2 after rev, $3 up to this seq, $4 limit.
+-- Index: notifications_changed.
+select %(row)s
+from notifications n
+where n.stream_id = $1 and n.changed and n.rev > $2 and n.seq <= $3
+order by n.rev, n.seq
+limit $4;
+
+-- name: notification
+-- One notification of a tenant by id: the partition is pruned by the id. $1 id, $2 tenant.
+select %(row)s, s.user_id
+from notifications n
+join streams s on s.stream_id = n.stream_id
+where n.id = $1 and s.tenant = $2;
+
+-- name: deliveries
+-- The external deliveries of a notification with their tries, as rows. $1 notification.
+select d.id, d.channel, d.state, d.attempts, d.reason,
+       (extract(epoch from d.due_at) * 1000)::bigint as due_ms,
+       (extract(epoch from d.created_at) * 1000)::bigint as created_ms,
+       (extract(epoch from d.updated_at) * 1000)::bigint as updated_ms,
+       a.attempt, a.device_id, a.provider, a.outcome, a.provider_id, a.status, a.error, a.duration_ms,
+       (extract(epoch from a.started_at) * 1000)::bigint as started_ms
+from deliveries d
+left join delivery_attempts a on a.delivery_id = d.id
+where d.notification_id = $1
+order by d.id, a.attempt, a.device_id;
+
+-- name: device
+-- One push target. $1 tenant, $2 user, $3 device.
+select d.device_id, d.platform, d.provider, d.token_kind, d.token, d.app_id, d.environment, d.locale,
+       (extract(epoch from d.registered_at) * 1000)::bigint as registered_ms,
+       (extract(epoch from d.disabled_at) * 1000)::bigint as disabled_ms, d.disabled_reason
+from devices d
+where d.tenant = $1 and d.user_id = $2 and d.device_id = $3;
+
+-- name: preferences
+-- The stored document. $1 tenant, $2 user.
+select p.document::text as document from preferences p where p.tenant = $1 and p.user_id = $2;
+
+-- name: ping
+-- Does Postgres answer, and is the schema there?
+select count(*) from (select 1 from tenants limit 1) as t;
