@@ -1,4 +1,4 @@
-"""Figures of the data plane alone: `python -m benchmarks.micro_link [--loop asyncio|uvloop] [--what link,router]`.
+"""Figures of the data plane alone: `python -m benchmarks.micro_link --loop uvloop --what link,router`.
 
 Both ends run in one process and share one core, so a figure is the sum of what both ends cost; with an
 actor at each end the same work is spread over two. Prints one line per measurement.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
 import tempfile
 import time
@@ -16,8 +17,10 @@ from typing import Any
 import uvloop
 
 from actors.link import Link, LinkServer, dial
+from actors.router import Router
 from carillon.messages import Address, Done, Event, Outcome, Outcomes, Publish
 from carillon.settings import LinkSettings
+from tests.actors.fakes import FakeCoordinator, FakeShard, actor_config
 
 SECRET = os.urandom(32)
 CONTENT = '"type":"chat.message","title":"You have a message","body":"' + "x" * 200 + '","data":{"a":1}'
@@ -44,7 +47,9 @@ class Echo:
         """Answer at once."""
         if type(message) is Publish:
             channels = ["in_app"]
-            link.reply_nowait(request, Outcomes([Outcome(e.id, 1, "delivered", channels) for e in message.events]))
+            link.reply_nowait(
+                request, Outcomes([Outcome(e.id, 1, "delivered", channels) for e in message.events])
+            )
         else:
             link.reply_nowait(request, Done())
 
@@ -96,15 +101,61 @@ async def measure_link(seconds: float) -> None:
             ):
                 per_s, p50, p99 = await rate(link, lambda m=message: m, workers, seconds)
                 extra = f" = {per_s * per:,.0f} events/s" if per > 1 else ""
-                print(f"link {name:4} {what:10} x{workers:<5} {per_s:>9,.0f}/s{extra}  p50 {p50:.3f} ms  p99 {p99:.3f} ms")
+                print(
+                    f"link {name:4} {what:10} x{workers:<5} {per_s:>9,.0f}/s{extra}"
+                    f"  p50 {p50:.3f} ms  p99 {p99:.3f} ms"
+                )
             link.close()
         await server.close()
+
+
+async def measure_router(seconds: float) -> None:
+    """Events through a router to two shards that answer at once; ingress, router and shards share a core."""
+    coordinator = await FakeCoordinator.start()
+    shards = [await FakeShard.start(coordinator, f"shard-{n}") for n in range(2)]
+    for shard in shards:
+        shard.answer = _answer
+    coordinator.spread()
+    router = Router(actor_config("router", "router-1", coordinator))
+    await router.start()
+    while not all(shard["open"] for shard in (await router.status())["shards"].values()):
+        await asyncio.sleep(0.01)
+    link = await dial(
+        router.membership.member.address, Echo(), coordinator.settings.link, "ingress", coordinator.secret,
+        router.membership.machine,
+    )  # fmt: skip
+    numbers = itertools.count()
+    for what, size, workers in (
+        ("1 event", 1, 1),
+        ("1 event", 1, 64),
+        ("1 event", 1, 1000),
+        ("100 events", 100, 16),
+    ):
+        messages = [Publish([make_event(n * size + k) for k in range(size)]) for n in range(256)]
+        per_s, p50, p99 = await rate(link, lambda m=messages: m[next(numbers) % 256], workers, seconds)
+        print(
+            f"router {what:10} x{workers:<5} {per_s * size:>9,.0f} events/s"
+            f"  p50 {p50:.3f} ms  p99 {p99:.3f} ms"
+        )
+    link.close()
+    await router.stop()
+    for shard in shards:
+        await shard.stop()
+    await coordinator.stop()
+
+
+def _answer(link: Link, message: Any, request: int) -> bool:
+    channels = ["in_app"]
+    link.reply_nowait(request, Outcomes([Outcome(e.id, 1, "delivered", channels) for e in message.events]))
+    return True
 
 
 async def run(what: list[str], seconds: float) -> None:
     """Run the chosen measurements."""
     if "link" in what:
         await measure_link(seconds)
+    if "router" in what:
+        await measure_router(seconds)
 
 
 def main() -> None:
