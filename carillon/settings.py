@@ -244,7 +244,9 @@ class PushSettings:
         2_419_200.0, "Lifetime at the provider when the event names none (28 days).", low=0.0, unit="s"
     )
     max_attempts: int = setting(6, "Tries of one push before it is dead.", low=1, high=100)
-    backoff_s: float = setting(1.0, "Wait after the first failed try; doubled after each.", low=0.001, unit="s")
+    backoff_s: float = setting(
+        1.0, "Wait after the first failed try; doubled after each.", low=0.001, unit="s"
+    )
     fcm_url: str = setting("", "Override of FCM's host, for the local server; empty means Google's.")
     fcm_credentials: str = setting("", "Path of the service account file (JSON).")
     fcm_ca_file: str = setting("", "CA bundle for fcm_url.")
@@ -312,7 +314,8 @@ class Settings:
         if self.cluster.lease_timeout_s < 2 * self.cluster.lease_renew_s:
             raise SettingsError(
                 "expected cluster.lease_timeout_s to be at least twice cluster.lease_renew_s, got "
-                f"{self.cluster.lease_timeout_s} and {self.cluster.lease_renew_s}: one late renewal would move slots"
+                f"{self.cluster.lease_timeout_s} and {self.cluster.lease_renew_s}: "
+                "one late renewal would move slots"
             )
         if self.link.reconnect_max_s < self.link.reconnect_min_s:
             raise SettingsError(
