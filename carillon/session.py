@@ -364,11 +364,16 @@ class Session:
             effects += self._emit(LogEntry(rev, 0, frame, update))
         return effects
 
-    def head_moved(self, head: Head) -> None:
-        """The stream moved without frames to show for it (a gap was found): the log no longer reaches."""
+    def heal(self, head: Head) -> list[Effect]:
+        """The stream moved without this session (another writer): everybody replays from the store."""
+        effects: list[Effect] = []
         self.epoch, self.seq, self.rev, self.unread = head
         self._log.clear()
         self._log_from = head.rev
+        for attachment in self.attachments:
+            if attachment.phase is Phase.LIVE:
+                self._advance(attachment, effects)
+        return effects
 
     def acknowledge(self, attachment: Attachment, seq: int | None, ids: Iterable[bytes]) -> list[Effect]:
         """ACK of one connection: cumulative `seq` (bounded by what it was sent) and single ids."""

@@ -387,11 +387,16 @@ class ShardStore:
             since_ms / 1000,
         )
 
-    async def find_keys(self, keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], StoredKey]:
-        """What (tenant, key) pairs stand for, living or not; unknown ones are left out."""
+    async def find_keys(
+        self, keys: Sequence[tuple[str, str]], since_ms: int
+    ) -> dict[tuple[str, str], StoredKey]:
+        """What (tenant, key) pairs made after `since_ms` stand for; unknown ones are left out."""
         async with self._writing() as connection:
             rows = await connection.fetch(
-                self._sql["find_keys"], [tenant for tenant, _ in keys], [key for _, key in keys]
+                self._sql["find_keys"],
+                [tenant for tenant, _ in keys],
+                [key for _, key in keys],
+                since_ms / 1000,
             )
         return {(r[0], r[1]): StoredKey(r[2], r[3].bytes, r[4]) for r in rows}
 
@@ -467,6 +472,13 @@ class ShardStore:
             "save_last_seen", self._shard, term,
             [stream for stream, _ in wanted], [ms / 1000 for _, ms in wanted],
         )  # fmt: skip
+
+    async def last_seen(self, tenant: str, users: Sequence[str]) -> dict[str, int | None]:
+        """When users of a tenant were last seen (ms), those that exist."""
+        with translated():
+            async with self._open_pool().acquire(timeout=self._settings.connect_timeout_s) as connection:
+                rows = await connection.fetch(self._sql["last_seen"], tenant, users)
+        return {r[0]: r[1] for r in rows}
 
     # -- outbox -----------------------------------------------------------------------------------------
 

@@ -81,11 +81,12 @@ on conflict (tenant, key) do update
 returning k.tenant, k.key;
 
 -- name: find_keys
--- What keys stand for. $1 tenants, $2 keys.
+-- What living keys stand for. $1 tenants, $2 keys, $3 oldest living creation time.
 select k.tenant, k.key, k.body_hash, k.notification_id, n.seq
 from unnest($1::text[], $2::text[]) as t (tenant, key)
 join idempotency_keys k using (tenant, key)
-left join notifications n on n.id = k.notification_id;
+left join notifications n on n.id = k.notification_id
+where k.created_at >= to_timestamp($3);
 
 -- name: prune_keys
 -- Keys past their life, some at a time. $1 oldest living creation time.
@@ -169,6 +170,11 @@ select m.stream_id, m.rev, m.unread, (select count(*) from done d where d.stream
 from moved m
 union all
 select 0, term, 0, 0 from fence;
+
+-- name: last_seen
+-- When users were last seen. $1 tenant, $2 users.
+select user_id, (extract(epoch from last_seen_at) * 1000)::bigint from streams
+where tenant = $1 and user_id = any ($2::text[]);
 
 -- name: exists
 -- Which of the ids belong to the streams beside them. $1 ids, $2 streams.

@@ -1,0 +1,469 @@
+"""The shard: the actor that owns users. Thin: each message goes to the part that knows what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Any
+
+from actors.config import ActorConfig
+from actors.link import Link
+from actors.member import Membership
+from actors.shard_outbox import Outbox
+from actors.shard_sessions import Sessions
+from actors.shard_users import User, UserCache
+from actors.shard_writer import ChangeEntry, Writer
+from carillon import server_frames
+from carillon.clock import Clock, SystemClock
+from carillon.errors import (
+    CarillonError,
+    FencedError,
+    InvalidInputError,
+    NotOwnerError,
+    UnavailableError,
+)
+from carillon.ids import SLOTS, UserKey
+from carillon.messages import (
+    Attach,
+    Change,
+    ChangeResult,
+    ClientAck,
+    ClientChange,
+    ClientReady,
+    ClientResume,
+    ClientVisibility,
+    ClientWatch,
+    ClusterMap,
+    Detach,
+    DeviceDelete,
+    DevicePresence,
+    DevicePut,
+    Done,
+    Event,
+    Outcome,
+    Outcomes,
+    PreferencesPut,
+    PresenceQuery,
+    PresenceReply,
+    Publish,
+    Push,
+    PushOutcome,
+    PushTarget,
+    SessionsRevoke,
+    SocketDrained,
+    UserPresence,
+)
+from carillon.metrics import Stats
+from carillon.plan import Reach
+from carillon.session import SessionLimits
+from stores.postgres.shard_store import OutboxRow, ShardStore
+
+log = logging.getLogger(__name__)
+
+CHANGE_OPS = frozenset(("read", "read_all", "seen", "archive", "dismiss", "click"))
+
+
+class _Batch:
+    """One Publish request: answered when the last of its events has its outcome."""
+
+    __slots__ = ("left", "link", "outcomes", "request")
+
+    def __init__(self, link: Link, request: int, count: int) -> None:
+        self.link = link
+        self.request = request
+        self.left = count
+        self.outcomes: list[Any] = [None] * count
+
+    def put(self, index: int, outcome: Outcome) -> None:
+        self.outcomes[index] = outcome
+        self.left -= 1
+        if not self.left:
+            self.link.reply_nowait(self.request, Outcomes(self.outcomes))
+
+
+class Shard:
+    """Owns the slots that the coordinator's map gives it.
+
+    Args:
+        config: `settings.postgres.dsn` must be set.
+        clock: None is the system's.
+    """
+
+    def __init__(self, config: ActorConfig, clock: Clock | None = None) -> None:
+        self._config = config
+        self._clock = clock or SystemClock()
+        self._settings = config.settings
+        self._stats = Stats()
+        self._term_now = 0
+        self._owned = bytearray(SLOTS)
+        self._slots: list[int] = []
+        self._store = ShardStore(self._settings.postgres, config.name)
+        self._routers: dict[str, Link] = {}
+        self._links: dict[str, Link] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._gauges: asyncio.Task[None] | None = None
+        shard = self._settings.shard
+        self._limits = SessionLimits(
+            recent_window=shard.recent_window,
+            grace_s=shard.grace_s,
+            clean_close_grace_s=shard.clean_close_grace_s,
+            resume_wait_s=shard.resume_wait_s,
+            replay_page=shard.replay_page,
+            max_connections=shard.max_connections_per_user,
+            heartbeat_ms=round(self._settings.gateway.heartbeat_s * 1000),
+        )
+
+    # -- life cycle -------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Connect to Postgres (waiting for it), listen, join; serves when it returns."""
+        while True:
+            try:
+                await self._store.open()
+                break
+            except CarillonError as exc:
+                log.warning("%s waits for PostgreSQL: %s", self._config.name, exc)
+                await asyncio.sleep(0.5)
+        self._users = UserCache(self._store, self._term, self._settings.shard.context_cache)
+        self._outbox = Outbox(
+            self._store, self._users, self._clock, self._stats, self._settings,
+            term=self._term, slots=lambda: self._slots, send_jobs=self._send_jobs, fenced=self._was_fenced,
+        )  # fmt: skip
+        self._sessions = Sessions(
+            self._config.name, self._store, self._users, self._clock, self._limits,
+            term=self._term, map_version=lambda: self._membership.map.version, owns=self._owns,
+            acknowledge=self._outbox.acknowledged, offline=self._outbox.offline,
+            take=lambda link, message: self.receive(link, message, 0),
+        )  # fmt: skip
+        self._writer = Writer(
+            self._store, self._users, self._clock, self._stats, self._settings.shard,
+            term=self._term, owns=self._owns, run=self._sessions.run, reach=self._reach,
+            planned=self._planned, fenced=self._was_fenced,
+        )  # fmt: skip
+        self._writer.start()
+        self._outbox.start()
+        self._membership = Membership(self._config, self, stats=self._stats, clock=self._clock)
+        self._membership.on_map(self._take_map)
+        await self._membership.start()
+        self._gauges = asyncio.get_running_loop().create_task(self._gauge_for_ever())
+
+    async def stop(self, leave: bool = False) -> None:
+        """Stop serving. What was not committed is answered as unavailable."""
+        if self._gauges is not None:
+            self._gauges.cancel()
+        await self._writer.close()
+        await self._outbox.close()
+        await self._sessions.close()
+        await self._users.close()
+        await self._membership.close(leave=leave)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._store.close()
+
+    async def drain(self) -> None:
+        """Give the slots away (the coordinator moves them), then stop."""
+        await self.stop(leave=True)
+
+    async def status(self) -> dict[str, Any]:
+        """Facts for the command line."""
+        return {
+            "name": self._config.name,
+            "term": self._term_now,
+            "slots": len(self._slots),
+            "sessions": self._sessions.live,
+            "connections": self._sessions.connections(),
+            "users": len(self._users),
+            "appendQueue": self._writer.queued(),
+        }
+
+    async def _gauge_for_ever(self) -> None:
+        prune_at = self._clock.monotonic()
+        while True:
+            self._stats.gauge("sessions", self._sessions.live)
+            self._stats.gauge("append_queue", self._writer.queued())
+            await asyncio.sleep(self._settings.cluster.lease_renew_s)
+            if self._clock.monotonic() >= prune_at:
+                prune_at = self._clock.monotonic() + 600
+                since_ms = self._clock.now_ms() - round(self._settings.shard.idempotency_ttl_s * 1000)
+                with contextlib.suppress(CarillonError):
+                    await self._store.prune_keys(since_ms)
+
+    # -- ownership --------------------------------------------------------------------------------------
+
+    def _term(self) -> int:
+        return self._term_now
+
+    def _owns(self, slot: int) -> bool:
+        return 0 <= slot < SLOTS and self._owned[slot] == 1
+
+    def _was_fenced(self) -> None:
+        log.info("%s: term %d is over; waiting for the new map", self._config.name, self._term_now)
+
+    def _take_map(self, new: ClusterMap) -> None:
+        mine = next((i for i, shard in enumerate(new.shards) if shard.name == self._config.name), None)
+        if mine is None or new.shards[mine].incarnation != self._membership.incarnation:
+            owned: set[int] = set()  # of an earlier process of this name, or not joined yet
+        else:
+            self._term_now = new.shards[mine].term
+            owned = {slot for slot, owner in enumerate(new.owners) if owner == mine}
+        before = set(self._slots)
+        self._slots = sorted(owned)
+        for slot in before - owned:
+            self._owned[slot] = 0
+        for slot in owned - before:
+            self._owned[slot] = 1
+        if before - owned:
+            self._sessions.forget_slots(self._users.forget_slots(before - owned))
+        if owned - before:
+            self._outbox.slots_gained()
+
+    def _reach(self, user: User) -> tuple[Reach, int]:
+        session = user.session
+        if session is None:
+            return Reach.OFFLINE, 0
+        if session.live:
+            return Reach.LIVE, 0
+        left_s = session.grace_deadline - self._clock.monotonic()
+        if left_s <= 0:
+            return Reach.OFFLINE, 0
+        return Reach.GRACE, self._clock.now_ms() + round(left_s * 1000)
+
+    def _planned(self, user: User, event: Event, seq: int, row: OutboxRow) -> None:
+        live = user.session is not None and user.session.live
+        self._outbox.planned(user, event, seq, row, live=live)
+
+    def _send_jobs(self, push: Push) -> bool:
+        """To a router: of this node if there is one, else any."""
+        routers = [m for m in self._membership.map.members if m.kind == "router"]
+        routers.sort(key=lambda m: m.node != self._config.node)
+        for member in routers:
+            link = self._links.get(member.name)
+            if link is None or link.closed:
+                continue
+            try:
+                link.send_nowait(push)
+                return True
+            except CarillonError as exc:
+                log.info("%s: jobs not sent to %s: %s", self._config.name, member.name, exc)
+        return False
+
+    # -- LinkHandler ------------------------------------------------------------------------------------
+
+    def link_opened(self, link: Link) -> None:
+        """See `LinkHandler.link_opened`."""
+        self._links[link.peer] = link
+
+    def link_closed(self, link: Link) -> None:
+        """See `LinkHandler.link_closed`."""
+        if self._links.get(link.peer) is link:
+            del self._links[link.peer]
+        self._sessions.link_closed(link)
+
+    def read_finished(self, link: Link) -> None:
+        """Nothing to do: the writer batches by itself."""
+
+    def receive(self, link: Link, message: Any, request: int) -> None:
+        """See `LinkHandler.receive`."""
+        kind = type(message)
+        if kind is Publish:
+            self._publish(link, message, request)
+        elif kind in _SESSION_MESSAGES:
+            self._sessions.receive(link, message)
+        elif kind is ClientChange:
+            self._client_change(link, message)
+        elif kind is Attach:
+            self._sessions.attach(link, message)
+        elif kind is PushOutcome:
+            if self._owns(message.slot):
+                self._outbox.outcome(link, request, message)
+            else:
+                link.fail_nowait(request, NotOwnerError(f"slot {message.slot} is not here"))
+        elif kind is Change:
+            self._change(link, message, request)
+        elif kind is PresenceQuery:
+            self._spawn(self._answer(link, request, self._presence(message)))
+        elif kind in _DOCUMENT_MESSAGES:
+            self._spawn(self._answer(link, request, self._document(message)))
+        else:
+            link.fail_nowait(request, InvalidInputError(f"a shard does not take {kind.__name__}"))
+
+    def _publish(self, link: Link, message: Publish, request: int) -> None:
+        events = message.events
+        if not events:
+            link.reply_nowait(request, Outcomes([]))
+            return
+        batch = _Batch(link, request, len(events))
+        submit = self._writer.submit
+        for index, event in enumerate(events):
+            submit(event, lambda outcome, index=index: batch.put(index, outcome))
+        self._stats.count("events_accepted", len(events))
+
+    # -- state changes ----------------------------------------------------------------------------------
+
+    def _client_change(self, link: Link, message: ClientChange) -> None:
+        early = self._sessions.early(link, message.conn)
+        if early is not None:
+            if len(early) < 64:
+                early.append(message)
+            return
+        found = self._sessions.find(link, message.conn)
+        if found is None or message.op not in CHANGE_OPS:
+            return
+
+        def done(answer: tuple[int, int, int] | CarillonError) -> None:
+            if message.ref is None:
+                if isinstance(answer, CarillonError):
+                    frame = server_frames.error(answer.code, str(answer), answer.temporary)
+                    self._sessions.answer(link, message.conn, frame)
+                return
+            if isinstance(answer, CarillonError):
+                frame = server_frames.error(answer.code, str(answer), answer.temporary, message.ref)
+            else:
+                frame = server_frames.ok(message.ref)
+            self._sessions.answer(link, message.conn, frame)
+
+        strict = message.op in ("archive", "dismiss", "click")
+        self._submit_change(found[0], message, strict, done)
+
+    def _submit_change(self, user: User, message: Change | ClientChange, strict: bool, done: Any) -> None:
+        self._outbox.settled_in_app(message.ids)
+        self._writer.submit_change(
+            ChangeEntry(user, message.op, message.ids, message.up_to_seq, strict, done)
+        )
+
+    def _change(self, link: Link, message: Change, request: int) -> None:
+        if message.op not in CHANGE_OPS:
+            link.fail_nowait(
+                request, InvalidInputError(f"expected a known operation, got {message.op!r}", "op")
+            )
+            return
+
+        def done(answer: tuple[int, int, int] | CarillonError) -> None:
+            if isinstance(answer, FencedError):
+                link.fail_nowait(request, NotOwnerError(str(answer)))
+            elif isinstance(answer, CarillonError):
+                link.fail_nowait(request, answer)
+            else:
+                link.reply_nowait(request, ChangeResult(*answer))
+
+        self._with_user(message, lambda user: self._submit_change(user, message, message.strict, done), done)
+
+    def _with_user(self, message: Any, then: Any, failed: Any) -> None:
+        """Call `then(user)` once the user is in memory, or `failed(error)`."""
+        if not self._owns(message.slot):
+            failed(NotOwnerError(f"slot {message.slot} is not here"))
+            return
+        key = UserKey(message.tenant, message.user)
+        user = self._users.get(key)
+        if user is not None and not self._users.loading(key):
+            then(user)
+            return
+
+        def loaded(found: User | None, error: CarillonError | None) -> None:
+            if found is None:
+                failed(error or UnavailableError("the user could not be loaded"))
+            else:
+                then(found)
+
+        self._users.when_loaded(key, message.slot, loaded)
+
+    # -- documents of users -----------------------------------------------------------------------------
+
+    async def _user(self, message: Any) -> User:
+        future: asyncio.Future[User] = asyncio.get_running_loop().create_future()
+
+        def failed(error: CarillonError) -> None:
+            if not future.done():
+                future.set_exception(error)
+
+        def found(user: User) -> None:
+            if not future.done():
+                future.set_result(user)
+
+        self._with_user(message, found, failed)
+        return await future
+
+    async def _document(self, message: Any) -> Done:
+        user = await self._user(message)
+        now_ms = self._clock.now_ms()
+        kind = type(message)
+        if kind is DevicePut:
+            target = PushTarget(
+                message.device, message.provider, message.token_kind, message.token, message.app_id,
+                message.environment, now_ms,
+            )  # fmt: skip
+            evicted = await self._store.put_target(
+                self._term_now, message.tenant, message.user, target, message.platform, message.locale, now_ms
+            )
+            user.has_target = True
+            for name in evicted:
+                # Its owner may be another shard: there the next push finds no target and is cancelled.
+                other = self._users.get(UserKey(message.tenant, name))
+                if other is not None:
+                    left = await self._store.load_targets([other.key])
+                    other.has_target = bool(left[other.key])
+            return Done()
+        if kind is DeviceDelete:
+            found = await self._store.delete_target(
+                self._term_now, message.tenant, message.user, message.device
+            )
+            left = await self._store.load_targets([user.key])
+            user.has_target = bool(left[user.key])
+            return Done(int(found))
+        if kind is PreferencesPut:
+            await self._store.put_preferences(
+                self._term_now, message.tenant, message.user, message.document, now_ms
+            )
+            return Done()
+        await self._store.revoke_tokens(self._term_now, user.stream_id, now_ms)
+        self._sessions.close_user(user, 4001, "the sessions of this user were revoked")
+        return Done()
+
+    async def _presence(self, message: PresenceQuery) -> PresenceReply:
+        found: dict[str, UserPresence] = {}
+        unknown: list[str] = []
+        for name in message.users:
+            user = self._users.get(UserKey(message.tenant, name))
+            session = user.session if user is not None else None
+            if user is None:
+                unknown.append(name)
+            elif session is None:
+                found[name] = UserPresence(name, "offline", [], user.last_seen_ms)
+            else:
+                devices = [
+                    DevicePresence(a.device, a.attention, a.attention_since_ms) for a in session.attachments
+                ]
+                seen = self._clock.now_ms() if session.live else session.last_seen_ms
+                found[name] = UserPresence(name, session.status(), devices, seen)
+        if unknown:
+            try:
+                seen_at = await self._store.last_seen(message.tenant, unknown)
+            except CarillonError:
+                seen_at = {}  # who is not in memory is not connected, whatever Postgres says
+            for name in unknown:
+                found[name] = UserPresence(name, "offline", [], seen_at.get(name))
+        return PresenceReply([found[name] for name in message.users])
+
+    async def _answer(self, link: Link, request: int, work: Any) -> None:
+        try:
+            link.reply_nowait(request, await work)
+        except FencedError as exc:
+            link.fail_nowait(request, NotOwnerError(str(exc)))
+        except CarillonError as exc:
+            link.fail_nowait(request, exc)
+        except Exception as exc:
+            log.exception("%s: a request failed", self._config.name)
+            link.fail_nowait(request, exc)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+_SESSION_MESSAGES = frozenset(
+    (ClientAck, ClientReady, ClientResume, ClientVisibility, ClientWatch, SocketDrained, Detach)
+)
+_DOCUMENT_MESSAGES = frozenset((DevicePut, DeviceDelete, PreferencesPut, SessionsRevoke))

@@ -1,0 +1,432 @@
+"""The clock of a shard's users: acknowledgements, due outbox rows, outcomes of pushes.
+
+The outbox in Postgres is the truth; what is kept here only makes it prompt. A row whose time comes while
+this process is down, or whose job or outcome is lost on the way, is claimed by the sweep (guarantee G6).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import heapq
+import logging
+import random
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from actors.link import Link
+from actors.shard_users import User, UserCache
+from carillon.clock import Clock
+from carillon.errors import CarillonError, FencedError, StoreUnavailableError
+from carillon.ids import UserKey
+from carillon.messages import Done, Event, Push, PushJob, PushOutcome, PushResult, PushTarget
+from carillon.metrics import Stats
+from carillon.notification import decode_content
+from carillon.outbox import settle
+from carillon.settings import Settings
+from stores.postgres.shard_store import AttemptRow, Claimed, OutboxRow, SettleRow, ShardStore
+
+log = logging.getLogger(__name__)
+
+MAX_WAITING = 200_000
+"""Live deliveries whose push is watched in memory; beyond it the periodic sweep finds them."""
+
+MAX_UNWRITTEN_ACKS = 200_000
+"""Acknowledgements kept while Postgres is away; beyond it the oldest are dropped (their push may follow)."""
+
+
+class _Flight:
+    """A claimed row whose jobs are at the pools."""
+
+    __slots__ = ("attempt", "expires_ms", "open", "results", "until_ms")
+
+    def __init__(self, attempt: int, expires_ms: int | None, providers: set[str], until_ms: int) -> None:
+        self.attempt = attempt
+        self.expires_ms = expires_ms
+        self.open = providers
+        self.results: list[PushResult] = []
+        self.until_ms = until_ms
+
+
+class Outbox:
+    """Acknowledgements and pushes of one shard.
+
+    Args:
+        slots: gives the slots owned now.
+        send_jobs: hands jobs to a router; False if there is none (the lease brings them back).
+        fenced: called when the term turns out to be over.
+    """
+
+    def __init__(
+        self,
+        store: ShardStore,
+        users: UserCache,
+        clock: Clock,
+        stats: Stats,
+        settings: Settings,
+        *,
+        term: Callable[[], int],
+        slots: Callable[[], Sequence[int]],
+        send_jobs: Callable[[Push], bool],
+        fenced: Callable[[], None],
+    ) -> None:
+        self._store = store
+        self._users = users
+        self._clock = clock
+        self._stats = stats
+        self._settings = settings
+        self._term = term
+        self._slots = slots
+        self._send_jobs = send_jobs
+        self._fenced = fenced
+        self._acks: dict[bytes, int] = {}  # notification -> stream, in order of arrival
+        self._last_seen: dict[int, int] = {}
+        self._waiting: dict[bytes, int] = {}  # live and unacknowledged: notification -> due, ascending
+        self._timers: list[int] = []  # other known due times
+        self._fresh: list[tuple[User, Event, int, OutboxRow]] = []
+        self._flights: dict[int, _Flight] = {}
+        self._outcomes: list[tuple[Link, int, PushOutcome]] = []
+        self._wake = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._ack_wake = asyncio.Event()
+        self._outcome_wake = asyncio.Event()
+        self._fresh_wake = asyncio.Event()
+        self._ack_lock = asyncio.Lock()
+
+    def start(self) -> None:
+        """Begin sweeping and writing."""
+        loop = asyncio.get_running_loop()
+        self._tasks = [
+            loop.create_task(work)
+            for work in (
+                self._sweep_for_ever(),
+                self._ack_for_ever(),
+                self._record_for_ever(),
+                self._fresh_for_ever(),
+            )
+        ]
+
+    async def close(self) -> None:
+        """Write what can be written, stop."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            await self._write_acks()
+        except CarillonError as exc:
+            log.info("acknowledgements were not written at the end: %s", exc)
+
+    # -- what happens -----------------------------------------------------------------------------------
+
+    def acknowledged(self, user: User, ids: Iterable[bytes]) -> None:
+        """A device has these notifications; written in batches, at low priority."""
+        for raw in ids:
+            self._acks[raw] = user.stream_id
+            self._waiting.pop(raw, None)
+        while len(self._acks) > MAX_UNWRITTEN_ACKS:
+            del self._acks[next(iter(self._acks))]
+        self._ack_wake.set()
+
+    def settled_in_app(self, ids: Iterable[bytes]) -> None:
+        """Read, dismissed, ...: the change itself cancelled the rows; nothing is to be watched any more."""
+        for raw in ids:
+            self._waiting.pop(raw, None)
+
+    def offline(self, user: User, last_seen_ms: int) -> None:
+        """A user went offline: keep when it was last seen."""
+        self._last_seen[user.stream_id] = last_seen_ms
+        self._ack_wake.set()
+
+    def planned(self, user: User, event: Event, seq: int, row: OutboxRow, *, live: bool) -> None:
+        """A row was committed with its notification."""
+        if row.claimed:
+            self._fresh.append((user, event, seq, row))
+            self._fresh_wake.set()
+        elif live and len(self._waiting) < MAX_WAITING:
+            self._waiting[event.id] = row.due_ms
+            if len(self._waiting) == 1:
+                self._wake.set()
+        else:
+            heapq.heappush(self._timers, row.due_ms)
+            self._wake.set()
+
+    def outcome(self, link: Link, request: int, message: PushOutcome) -> None:
+        """A pool tells what became of a job; answered after the commit."""
+        self._outcomes.append((link, request, message))
+        self._outcome_wake.set()
+
+    def slots_gained(self) -> None:
+        """Slots came to this shard: what is due in them is claimed at once."""
+        self._timers.append(0)
+        heapq.heapify(self._timers)
+        self._wake.set()
+
+    # -- acknowledgements -------------------------------------------------------------------------------
+
+    async def _ack_for_ever(self) -> None:
+        while True:
+            await self._ack_wake.wait()
+            await asyncio.sleep(self._settings.shard.ack_flush_s)
+            self._ack_wake.clear()
+            try:
+                await self._write_acks()
+            except FencedError:
+                self._fenced()
+                await asyncio.sleep(self._settings.shard.ack_flush_s + 0.05)
+                self._ack_wake.set()
+            except CarillonError as exc:
+                log.info("acknowledgements wait: %s", exc)
+                await asyncio.sleep(self._settings.shard.sweep_s)
+                self._ack_wake.set()
+            except Exception:
+                log.exception("writing acknowledgements failed")
+                await asyncio.sleep(self._settings.shard.sweep_s)
+
+    async def _write_acks(self) -> None:
+        async with self._ack_lock:
+            while self._acks:
+                batch = list(self._acks.items())[:5000]
+                for raw, _ in batch:
+                    del self._acks[raw]
+                try:
+                    new = await self._store.acknowledge(
+                        self._term(), [(stream, raw) for raw, stream in batch], self._clock.now_ms()
+                    )
+                except BaseException:
+                    self._acks = dict(batch) | self._acks
+                    raise
+                self._stats.count("events_acknowledged", new)
+            if self._last_seen:
+                seen, self._last_seen = self._last_seen, {}
+                try:
+                    await self._store.save_last_seen(self._term(), list(seen.items()))
+                except BaseException:
+                    self._last_seen = seen | self._last_seen
+                    raise
+
+    # -- the sweep --------------------------------------------------------------------------------------
+
+    def _next_wait_s(self) -> float:
+        now_ms = self._clock.now_ms()
+        due = [self._timers[0]] if self._timers else []
+        if self._waiting:
+            due.append(next(iter(self._waiting.values())))
+        sweep_s = self._settings.shard.sweep_s
+        return min(sweep_s, max(0.0, (min(due) - now_ms) / 1000)) if due else sweep_s
+
+    async def _sweep_for_ever(self) -> None:
+        last_full = float("-inf")
+        while True:
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), self._next_wait_s())
+            now_ms = self._clock.now_ms()
+            due = self._clock.monotonic() - last_full >= self._settings.shard.sweep_s
+            while self._timers and self._timers[0] <= now_ms:
+                heapq.heappop(self._timers)
+                due = True
+            while self._waiting:
+                raw, at_ms = next(iter(self._waiting.items()))
+                if at_ms > now_ms:
+                    break
+                del self._waiting[raw]
+                due = True
+            if not due or not self._slots():
+                continue
+            last_full = self._clock.monotonic()
+            try:
+                await self._sweep()
+            except FencedError:
+                self._fenced()
+            except StoreUnavailableError as exc:
+                log.info("the outbox waits: %s", exc)
+            except Exception:
+                log.exception("sweeping the outbox failed")
+
+    async def _sweep(self) -> None:
+        """Claim what is due and send it. Acknowledgements in memory are written first: they cancel rows."""
+        shard = self._settings.shard
+        await self._write_acks()
+        while True:
+            now_ms = self._clock.now_ms()
+            lease_end_ms = now_ms + round(shard.delivery_lease_s * 1000)
+            claimed = await self._store.claim_due(
+                self._term(), self._slots(), now_ms, shard.sweep_batch, lease_end_ms
+            )
+            self._stats.gauge("outbox_due", len(claimed))
+            if not claimed:
+                break
+            targets = await self._store.load_targets(list({c.key for c in claimed}))
+            await self._dispatch([(c, targets[c.key]) for c in claimed], lease_end_ms)
+            if len(claimed) < shard.sweep_batch:
+                break
+
+    async def _fresh_for_ever(self) -> None:
+        """Rows born claimed: their jobs leave right after the commit, with targets as they are now."""
+        while True:
+            await self._fresh_wake.wait()
+            self._fresh_wake.clear()
+            fresh, self._fresh = self._fresh, []
+            if not fresh:
+                continue
+            try:
+                targets = await self._store.load_targets(list({user.key for user, _, _, _ in fresh}))
+                claimed = [
+                    (
+                        Claimed(
+                            row.id, 1, event.slot, user.key, user.shown_unread(), event.id, seq,
+                            event.type, event.priority, event.content, event.expires_ms, [],
+                        ),
+                        targets[user.key],
+                    )
+                    for user, event, seq, row in fresh
+                ]  # fmt: skip
+                lease_end_ms = self._clock.now_ms() + round(self._settings.shard.delivery_lease_s * 1000)
+                await self._dispatch(claimed, lease_end_ms)
+            except CarillonError as exc:
+                log.info("%d pushes wait for their lease to end: %s", len(fresh), exc)
+            except Exception:
+                log.exception("dispatching %d pushes failed", len(fresh))
+
+    async def _dispatch(self, claimed: Sequence[tuple[Claimed, list[PushTarget]]], lease_end_ms: int) -> None:
+        now_ms = self._clock.now_ms()
+        jobs: list[PushJob] = []
+        settled: list[SettleRow] = []
+        for row, targets in claimed:
+            if row.expires_ms is not None and row.expires_ms <= now_ms:
+                settled.append(SettleRow(row.delivery, row.attempt, "dead", now_ms, "expired"))
+                continue
+            left = [t for t in targets if t.device not in row.sent_to]
+            if not left:
+                state, reason = ("sent", None) if row.sent_to else ("cancelled", "no push target")
+                settled.append(SettleRow(row.delivery, row.attempt, state, now_ms, reason))
+                continue
+            if row.attempt > self._settings.push.max_attempts:
+                # Claimed again and again without any outcome: nothing will become of it.
+                reason = f"no outcome after {row.attempt - 1} tries"
+                settled.append(SettleRow(row.delivery, row.attempt, "dead", now_ms, reason))
+                continue
+            by_provider: dict[str, list[PushTarget]] = {}
+            for target in left:
+                by_provider.setdefault(target.provider, []).append(target)
+            self._flights[row.delivery] = _Flight(row.attempt, row.expires_ms, set(by_provider), lease_end_ms)
+            members = decode_content(row.content)
+            for provider, some in by_provider.items():
+                jobs.append(job_of(row, members, provider, some))
+        if settled:
+            await self._store.record_outcomes(self._term(), [], settled, [], [], now_ms)
+        for at in range(0, len(jobs), 200):
+            if not self._send_jobs(Push(jobs[at : at + 200])):
+                log.warning("no router link: %d pushes wait for their lease to end", len(jobs) - at)
+                break
+        if len(self._flights) > 10_000:
+            self._flights = {d: f for d, f in self._flights.items() if f.until_ms > now_ms}
+
+    # -- outcomes ---------------------------------------------------------------------------------------
+
+    async def _record_for_ever(self) -> None:
+        while True:
+            await self._outcome_wake.wait()
+            self._outcome_wake.clear()
+            batch, self._outcomes = self._outcomes[:1000], self._outcomes[1000:]
+            if self._outcomes:
+                self._outcome_wake.set()
+            if not batch:
+                continue
+            try:
+                await self._record([message for _, _, message in batch])
+            except CarillonError as exc:
+                if isinstance(exc, FencedError):
+                    self._fenced()
+                for link, request, _ in batch:
+                    link.fail_nowait(request, exc)
+            except Exception as exc:
+                log.exception("recording %d outcomes failed", len(batch))
+                for link, request, _ in batch:
+                    link.fail_nowait(request, StoreUnavailableError(f"{type(exc).__name__}"))
+            else:
+                for link, request, _ in batch:
+                    link.reply_nowait(request, Done())
+
+    async def _record(self, messages: Sequence[PushOutcome]) -> None:
+        now_ms = self._clock.now_ms()
+        attempts: list[AttemptRow] = []
+        settled: list[SettleRow] = []
+        gone: list[tuple[UserKey, str, str]] = []
+        disabled: list[tuple[UserKey, str, str]] = []
+        finished: list[tuple[int, _Flight]] = []
+        lost: dict[UserKey, list[tuple[str, str]]] = {}
+        for message in messages:
+            for r in message.results:
+                attempts.append(
+                    AttemptRow(
+                        message.delivery, message.attempt, r.device, message.provider, r.outcome,
+                        r.provider_id, r.status, r.error, r.started_ms or now_ms, r.duration_ms,
+                    )
+                )  # fmt: skip
+                if r.outcome in ("invalid_target", "disabled_target"):
+                    key = UserKey(message.tenant, message.user)
+                    lost.setdefault(key, []).append((r.device, r.outcome))
+            flight = self._flights.get(message.delivery)
+            if flight is None or flight.attempt != message.attempt:
+                # Sent by an earlier process of this shard: what the message says is all there is.
+                flight = _Flight(message.attempt, None, {message.provider}, now_ms)
+            flight.open.discard(message.provider)
+            flight.results += message.results
+            if not flight.open:
+                finished.append((message.delivery, flight))
+        for delivery, flight in finished:
+            verdict = settle(
+                flight.results,
+                flight.attempt,
+                max_attempts=self._settings.push.max_attempts,
+                base_s=self._settings.push.backoff_s,
+                now_ms=now_ms,
+                expires_ms=flight.expires_ms,
+                jitter=random.random,
+            )
+            settled.append(SettleRow(delivery, flight.attempt, verdict.state, verdict.due_ms, verdict.reason))
+            if verdict.state in ("failed", "unknown"):
+                heapq.heappush(self._timers, verdict.due_ms)
+                self._wake.set()
+        present: dict[UserKey, list[PushTarget]] = {}
+        if lost:
+            present = await self._store.load_targets(list(lost))
+            for key, devices in lost.items():
+                tokens = {t.device: t.token for t in present[key]}
+                for device, outcome in devices:
+                    if device in tokens:
+                        entry = (key, device, tokens[device])
+                        (gone if outcome == "invalid_target" else disabled).append(entry)
+        await self._store.record_outcomes(self._term(), attempts, settled, gone, disabled, now_ms)
+        for delivery, flight in finished:
+            if self._flights.get(delivery) is flight:
+                del self._flights[delivery]
+        for key in {key for key, _, _ in gone + disabled}:
+            user = self._users.get(key)
+            if user is not None:
+                taken = {device for other, device, _ in gone + disabled if other == key}
+                user.has_target = any(t.device not in taken for t in present[key])
+
+
+def job_of(row: Claimed, members: dict[str, Any], provider: str, targets: list[PushTarget]) -> PushJob:
+    """The push of one claimed row at one provider."""
+    return PushJob(
+        delivery=row.delivery,
+        attempt=row.attempt,
+        tenant=row.key.tenant,
+        user=row.key.user,
+        slot=row.slot,
+        notification=row.notification,
+        seq=row.seq,
+        type=row.type,
+        title=members.get("title") or "",
+        body=members.get("body"),
+        link=members.get("link"),
+        collapse_key=members.get("collapseKey") or row.notification.hex(),
+        priority=row.priority,
+        badge=max(0, row.unread),
+        expires_ms=row.expires_ms,
+        targets=targets,
+        provider=provider,
+    )

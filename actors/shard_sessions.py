@@ -1,0 +1,446 @@
+"""Session actors of a shard: attachments by gateway link, effects carried out, timers.
+
+Everything written to a gateway in one turn of the event loop leaves as one `Deliver`, in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from actors.link import Link
+from actors.shard_users import User, UserCache
+from carillon import server_frames
+from carillon.clock import Clock
+from carillon.errors import BusyError, CarillonError, LinkError
+from carillon.ids import UserKey
+from carillon.messages import (
+    Attach,
+    AttachRefused,
+    ClientAck,
+    ClientReady,
+    ClientResume,
+    ClientVisibility,
+    ClientWatch,
+    CloseSocket,
+    Deliver,
+    Detach,
+    SocketDrained,
+    Write,
+)
+from carillon.session import (
+    Acknowledged,
+    Attachment,
+    Close,
+    Effect,
+    LoadChanges,
+    LoadNotifications,
+    PresenceChanged,
+    Send,
+    Session,
+    SessionLimits,
+)
+from stores.postgres.shard_store import ShardStore
+
+log = logging.getLogger(__name__)
+
+
+class Peer:
+    """A gateway's link and what waits to be written to it this turn."""
+
+    __slots__ = ("attached", "early", "link", "writes")
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.attached: dict[int, tuple[User, Attachment]] = {}
+        self.early: dict[int, list[Any]] = {}  # messages of connections whose user is still being loaded
+        self.writes: list[Write] = []
+
+
+class Sessions:
+    """The sessions of one shard.
+
+    Args:
+        shard: name told in Deliver and CloseSocket.
+        term, map_version: give the present values.
+        owns: whether a slot is this shard's.
+        acknowledge: called with (user, ids) when a device has notifications.
+        offline: called with (user, last seen in ms) when a user went offline.
+        take: takes messages that came while their connection's user was still being loaded.
+    """
+
+    def __init__(
+        self,
+        shard: str,
+        store: ShardStore,
+        users: UserCache,
+        clock: Clock,
+        limits: SessionLimits,
+        *,
+        term: Callable[[], int],
+        map_version: Callable[[], int],
+        owns: Callable[[int], bool],
+        acknowledge: Callable[[User, Iterable[bytes]], None],
+        offline: Callable[[User, int], None],
+        take: Callable[[Link, Any], None],
+    ) -> None:
+        self._shard = shard
+        self._store = store
+        self._users = users
+        self._clock = clock
+        self._limits = limits
+        self._term = term
+        self._map_version = map_version
+        self._owns = owns
+        self._acknowledge = acknowledge
+        self._offline = offline
+        self._take = take
+        self._peers: dict[Link, Peer] = {}
+        self._dirty: set[Peer] = set()
+        self._flush_scheduled = False
+        self._loop = asyncio.get_running_loop()
+        self._deadlines: list[tuple[float, int, User]] = []
+        self._order = itertools.count()
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.live = 0  # sessions in memory
+
+    def connections(self) -> int:
+        """Attached connections."""
+        return sum(len(peer.attached) for peer in self._peers.values())
+
+    # -- messages of gateways ---------------------------------------------------------------------------
+
+    def attach(self, link: Link, message: Attach) -> None:
+        """Attach a connection once its user is loaded; refuse it if the slot is another shard's."""
+        peer = self._peers.get(link)
+        if peer is None:
+            peer = self._peers[link] = Peer(link)
+        if not self._owns(message.slot):
+            self._refuse(peer, [message.conn])
+            return
+        key = UserKey(message.tenant, message.user)
+        user = self._users.get(key)
+        if user is not None and not self._users.loading(key):
+            self._attach(peer, message, user)
+            return
+        peer.early[message.conn] = []
+
+        def loaded(found: User | None, error: CarillonError | None) -> None:
+            early = peer.early.pop(message.conn, None)
+            if early is None or peer.link.closed:
+                return  # detached meanwhile
+            if found is None:
+                log.info("%s: cannot attach: %s", self._shard, error)
+                if error is not None and error.code == "fenced":
+                    self._refuse(peer, [message.conn])
+                else:
+                    self._close(peer, [message.conn], 4213, "the service is not available: try later")
+                return
+            if not self._owns(message.slot):
+                self._refuse(peer, [message.conn])
+                return
+            self._attach(peer, message, found)
+            for later in early:
+                self._take(link, later)
+
+        self._users.when_loaded(key, message.slot, loaded)
+
+    def _attach(self, peer: Peer, message: Attach, user: User) -> None:
+        session = user.session
+        if session is None:
+            session = user.session = Session(user.key.user, user.head(), self._limits)
+            session.last_seen_ms = user.last_seen_ms
+            self.live += 1
+        position = None
+        if message.epoch is not None:
+            position = (message.epoch, message.last_seq, message.last_rev)
+        known = peer.attached.pop(message.conn, None)
+        if known is not None:  # the gateway attaches the same socket again: the old attachment is stale
+            session.detach(known[1], False, self._clock.monotonic(), self._clock.now_ms())
+        attachment, effects = session.attach(
+            peer, message.conn, message.device, message.session_id,
+            self._clock.monotonic(), self._clock.now_ms(),
+            position=position, reattach=message.reattach, ready=message.ready, legacy=message.legacy,
+        )  # fmt: skip
+        peer.attached[message.conn] = (user, attachment)
+        self.run(user, effects)
+        self._schedule(user)
+
+    def receive(self, link: Link, message: Any) -> None:
+        """Take one message of an attached connection (the Client* ones but ClientChange, Detach, Drained)."""
+        peer = self._peers.get(link)
+        if peer is None:
+            return
+        early = peer.early.get(message.conn)
+        if early is not None:
+            if type(message) is Detach:
+                del peer.early[message.conn]
+            elif len(early) < 64:
+                early.append(message)
+            return
+        found = peer.attached.get(message.conn)
+        if found is None:
+            return  # a late message of a connection that was closed from here
+        user, attachment = found
+        session = attachment.session
+        kind = type(message)
+        if kind is ClientAck:
+            self.run(user, session.acknowledge(attachment, message.seq, message.ids))
+        elif kind is ClientReady:
+            self.run(user, session.ready(attachment))
+        elif kind is ClientResume:
+            effects = session.resume(
+                attachment, message.epoch, message.last_seq, message.last_rev,
+                self._clock.monotonic(), self._clock.now_ms(),
+            )  # fmt: skip
+            self.run(user, effects)
+            self._schedule(user)
+        elif kind is SocketDrained:
+            self.run(user, session.drained(attachment))
+        elif kind is ClientVisibility:
+            self.run(
+                user, session.visibility(attachment, message.state, message.viewing, self._clock.now_ms())
+            )
+        elif kind is Detach:
+            del peer.attached[message.conn]
+            self._detach(user, attachment, message.clean)
+            return
+        elif kind is ClientWatch:
+            self.answer(
+                link,
+                message.conn,
+                server_frames.error(
+                    "not_supported", "WATCH_PRESENCE is not available on this server", False, message.ref
+                ),
+            )
+            return
+        if message.__struct_fields__[-1] == "ref" and message.ref is not None:
+            self.answer(link, message.conn, server_frames.ok(message.ref))
+
+    def find(self, link: Link, conn: int) -> tuple[User, Attachment] | None:
+        """The user and attachment of a connection, if it is attached."""
+        peer = self._peers.get(link)
+        return None if peer is None else peer.attached.get(conn)
+
+    def early(self, link: Link, conn: int) -> list[Any] | None:
+        """Where messages of a connection wait whose user is still being loaded, else None."""
+        peer = self._peers.get(link)
+        return None if peer is None else peer.early.get(conn)
+
+    def answer(self, link: Link, conn: int, frame: bytes) -> None:
+        """Write one frame to one connection, behind everything written before."""
+        peer = self._peers.get(link)
+        if peer is not None and conn in peer.attached:
+            peer.writes.append(Write([conn], frame))
+            self._mark(peer)
+
+    def link_closed(self, link: Link) -> None:
+        """A gateway or its link is gone: detach its connections; it attaches those it still has again."""
+        peer = self._peers.pop(link, None)
+        if peer is None:
+            return
+        self._dirty.discard(peer)
+        peer.early.clear()
+        for user, attachment in list(peer.attached.values()):
+            self._detach(user, attachment, False)
+        peer.attached.clear()
+
+    def forget_slots(self, gone: list[User]) -> None:
+        """Slots were given away: their sessions end here without a word, gateways attach at the new owner."""
+        for user in gone:
+            session, user.session = user.session, None
+            if session is None:
+                continue
+            self.live -= 1
+            for attachment in session.attachments:
+                peer: Peer = attachment.peer
+                peer.attached.pop(attachment.conn, None)
+                self._refuse(peer, [attachment.conn])
+            session.attachments.clear()
+
+    def close_user(self, user: User, code: int, reason: str) -> None:
+        """Close all connections of a user."""
+        session = user.session
+        if session is None:
+            return
+        for attachment in list(session.attachments):
+            peer: Peer = attachment.peer
+            self._close(peer, [attachment.conn], code, reason)
+            peer.attached.pop(attachment.conn, None)
+            self._detach(user, attachment, True)
+
+    def _detach(self, user: User, attachment: Attachment, clean: bool) -> None:
+        session = attachment.session
+        self.run(user, session.detach(attachment, clean, self._clock.monotonic(), self._clock.now_ms()))
+        user.last_seen_ms = session.last_seen_ms
+        if user.session is session:
+            self._schedule(user)
+
+    # -- effects ----------------------------------------------------------------------------------------
+
+    def run(self, user: User, effects: list[Effect]) -> None:
+        """Carry out effects in order."""
+        for effect in effects:
+            kind = type(effect)
+            if kind is Send:
+                self._send(effect)  # type: ignore[arg-type]
+            elif kind is Acknowledged:
+                self._acknowledge(user, effect.ids)  # type: ignore[union-attr]
+            elif kind is LoadNotifications or kind is LoadChanges:
+                self._spawn(self._load(user, effect))  # type: ignore[arg-type]
+            elif kind is Close:
+                self._close_attachment(effect)  # type: ignore[arg-type]
+            elif kind is PresenceChanged and effect.status == "offline":  # type: ignore[union-attr]
+                self._offline(user, user.last_seen_ms or self._clock.now_ms())
+
+    def _close_attachment(self, effect: Close) -> None:
+        peer: Peer = effect.to.peer
+        self._close(peer, [effect.to.conn], effect.code, effect.reason)
+        peer.attached.pop(effect.to.conn, None)
+
+    def _send(self, effect: Send) -> None:
+        to = effect.to
+        if len(to) == 1:
+            peers: Iterable[tuple[Peer, list[int]]] = ((to[0].peer, [to[0].conn]),)
+        else:
+            by_peer: dict[Peer, list[int]] = {}
+            for attachment in to:
+                by_peer.setdefault(attachment.peer, []).append(attachment.conn)
+            peers = by_peer.items()
+        for peer, conns in peers:
+            peer.writes.append(
+                Write(
+                    conns,
+                    effect.frame,
+                    effect.seq,
+                    effect.rev,
+                    effect.replay,
+                    effect.page_end,
+                    effect.update,
+                    effect.epoch,
+                )
+            )
+            self._mark(peer)
+
+    def _mark(self, peer: Peer) -> None:
+        self._dirty.add(peer)
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            self._loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Send what was written this turn."""
+        self._flush_scheduled = False
+        dirty, self._dirty = self._dirty, set()
+        for peer in dirty:
+            self._flush_peer(peer)
+
+    def _flush_peer(self, peer: Peer) -> None:
+        writes, peer.writes = peer.writes, []
+        if not writes or peer.link.closed:
+            return
+        try:
+            peer.link.send_nowait(Deliver(self._shard, self._term(), writes))
+        except BusyError:
+            # The gateway does not read. Drop the link: it comes back with the positions it wrote, and the
+            # sessions replay from there; nothing is lost and nothing piles up here.
+            log.warning("%s: gateway %s does not read: its link is reset", self._shard, peer.link.peer)
+            peer.link.close()
+        except LinkError as exc:
+            log.info("%s: frames for %s were not sent: %s", self._shard, peer.link.peer, exc)
+
+    def _close(self, peer: Peer, conns: list[int], code: int, reason: str) -> None:
+        self._flush_peer(peer)  # what was written before the close goes first
+        if not peer.link.closed:
+            try:
+                peer.link.send_nowait(CloseSocket(self._shard, self._term(), conns, code, reason))
+            except CarillonError as exc:
+                log.info("%s: close of %s not sent: %s", self._shard, conns, exc)
+
+    def _refuse(self, peer: Peer, conns: list[int]) -> None:
+        if not peer.link.closed:
+            try:
+                peer.link.send_nowait(AttachRefused(conns, self._map_version()))
+            except CarillonError as exc:
+                log.info("%s: refusal of %s not sent: %s", self._shard, conns, exc)
+
+    async def _load(self, user: User, effect: LoadNotifications | LoadChanges) -> None:
+        attachment = effect.to
+        try:
+            if type(effect) is LoadNotifications:
+                rows = await self._store.notifications_after(user.stream_id, effect.after_seq, effect.limit)
+                effects = attachment.session.notifications_loaded(
+                    attachment, rows, effect, self._clock.now_ms()
+                )
+            else:
+                assert isinstance(effect, LoadChanges)
+                rows = await self._store.changes_after(
+                    user.stream_id, effect.after_rev, effect.upto_seq, effect.or_after_rev, effect.limit
+                )
+                effects = attachment.session.changes_loaded(attachment, rows, effect)
+        except CarillonError as exc:
+            # The client resumes from what it has: reconnecting later is the whole repair.
+            log.info("%s: replay stopped: %s", self._shard, exc)
+            peer: Peer = attachment.peer
+            if peer.attached.pop(attachment.conn, None) is not None:
+                self._close(peer, [attachment.conn], 4213, "the store is not available: try later")
+                self._detach(user, attachment, False)
+            return
+        self.run(user, effects)
+
+    def _spawn(self, work: Any) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # -- timers -----------------------------------------------------------------------------------------
+
+    def _schedule(self, user: User) -> None:
+        session = user.session
+        deadline = session.next_deadline() if session is not None else None
+        if deadline is None:
+            return
+        heapq.heappush(self._deadlines, (deadline, next(self._order), user))
+        self._arm()
+
+    def _arm(self) -> None:
+        if not self._deadlines:
+            return
+        wait_s = max(0.0, self._deadlines[0][0] - self._clock.monotonic())
+        if self._timer is not None:
+            if self._timer.when() <= self._loop.time() + wait_s:
+                return  # wakes early enough
+            self._timer.cancel()
+        self._timer = self._loop.call_later(wait_s, self.tick)
+
+    def tick(self) -> None:
+        """Let due sessions know the time; drop those that ended."""
+        self._timer = None
+        now, now_ms = self._clock.monotonic(), self._clock.now_ms()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, user = heapq.heappop(self._deadlines)
+            session = user.session
+            if session is None:
+                continue
+            self.run(user, session.tick(now, now_ms))
+            if session.ended(now):
+                user.session = None
+                self.live -= 1
+            else:
+                deadline = session.next_deadline()
+                if deadline is not None:
+                    heapq.heappush(self._deadlines, (max(deadline, now + 0.001), next(self._order), user))
+        self._arm()
+
+    async def close(self) -> None:
+        """Stop timers and loads."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

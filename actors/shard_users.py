@@ -1,0 +1,182 @@
+"""The users a shard knows: their stream position, whether they have a push target, their session.
+
+Positions are those of the last commit this shard made: it is the only writer, so a cached position is the
+true one until the slot is given away (then every user of the slot is forgotten).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+
+from carillon.errors import CarillonError, FencedError, UnavailableError
+from carillon.ids import UserKey
+from carillon.session import Head, Session
+from stores.postgres.shard_store import ShardStore, UserRecord
+
+log = logging.getLogger(__name__)
+
+LOAD_BATCH = 500
+
+
+class User:
+    """One user in memory."""
+
+    __slots__ = (
+        "epoch", "expired", "has_target", "key", "last_seen_ms", "pins", "rev", "seq", "session", "slot",
+        "stream_id", "unread",
+    )  # fmt: skip
+
+    def __init__(self, record: UserRecord, slot: int) -> None:
+        self.key = record.key
+        self.slot = slot
+        self.stream_id = record.stream_id
+        self.epoch = record.epoch
+        self.seq = record.seq
+        self.rev = record.rev
+        self.unread = record.unread
+        self.expired = record.expired
+        self.has_target = bool(record.targets)
+        self.last_seen_ms = record.last_seen_ms
+        self.session: Session | None = None
+        self.pins = 0  # events queued or in a batch: not to be evicted
+
+    def head(self) -> Head:
+        """Position as committed; unread as shown."""
+        return Head(self.epoch, self.seq, self.rev, self.shown_unread())
+
+    def shown_unread(self) -> int:
+        """Unread without those that had expired when the user was loaded."""
+        return max(0, self.unread - self.expired)
+
+
+Loaded = Callable[[User | None, CarillonError | None], None]
+"""Called with the user, or with the reason why it could not be loaded."""
+
+
+class UserCache:
+    """Bounded cache of users with batched, single-flight loading.
+
+    Args:
+        term: gives the shard's present term.
+        capacity: users kept; those with a session or with events on their way are kept beyond it.
+    """
+
+    def __init__(self, store: ShardStore, term: Callable[[], int], capacity: int) -> None:
+        self._store = store
+        self._term = term
+        self._capacity = capacity
+        self._users: OrderedDict[UserKey, User] = OrderedDict()
+        self._waiting: dict[UserKey, list[Loaded]] = {}
+        self._wanted: dict[UserKey, int] = {}
+        self._generation = 0
+        self._task: asyncio.Task[None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._users)
+
+    def get(self, key: UserKey) -> User | None:
+        """The user if in memory; marks it as recently used."""
+        user = self._users.get(key)
+        if user is not None:
+            self._users.move_to_end(key)
+        return user
+
+    def users(self) -> list[User]:
+        """All users in memory."""
+        return list(self._users.values())
+
+    def loading(self, key: UserKey) -> bool:
+        """True while `when_loaded` callbacks wait for this user."""
+        return key in self._waiting
+
+    def when_loaded(self, key: UserKey, slot: int, callback: Loaded) -> None:
+        """Load the user (many at a time) and call back, in the order asked per user."""
+        waiting = self._waiting.get(key)
+        if waiting is not None:
+            waiting.append(callback)
+            return
+        self._waiting[key] = [callback]
+        self._wanted[key] = slot
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._load())
+
+    def forget_slots(self, lost: set[int]) -> list[User]:
+        """Drop every user of slots that were given away; returns those dropped."""
+        self._generation += 1
+        gone = [user for user in self._users.values() if user.slot in lost]
+        for user in gone:
+            del self._users[user.key]
+        return gone
+
+    def forget(self, key: UserKey) -> None:
+        """Drop one user, so that it is loaded anew."""
+        self._users.pop(key, None)
+
+    async def close(self) -> None:
+        """Stop loading; whoever waits is told so."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._fail(list(self._waiting), UnavailableError("the shard stops"))
+
+    async def _load(self) -> None:
+        tries = 0
+        while self._wanted:
+            batch = [(key, self._wanted[key]) for key in list(self._wanted)[:LOAD_BATCH]]
+            generation = self._generation
+            try:
+                records = await self._store.load_users(
+                    self._term(), [(key, slot, os.urandom(6).hex()) for key, slot in batch]
+                )
+            except FencedError as exc:
+                tries += 1
+                if tries > 100:  # the map with our new term has not come for seconds
+                    tries = 0
+                    self._fail([key for key, _ in batch], exc)
+                await asyncio.sleep(0.02)
+                continue
+            except CarillonError as exc:
+                self._fail([key for key, _ in batch], exc)
+                continue
+            except Exception as exc:
+                log.exception("loading %d users failed", len(batch))
+                self._fail([key for key, _ in batch], UnavailableError(f"loading failed: {exc}"))
+                continue
+            if generation != self._generation:
+                continue  # slots moved meanwhile: what was read may be old already
+            tries = 0
+            slots = dict(batch)
+            for record in records:
+                user = User(record, slots[record.key])
+                self._users[record.key] = user
+                self._wanted.pop(record.key, None)
+                for callback in self._waiting.pop(record.key, ()):
+                    self._call(callback, user, None)
+            self._evict()
+
+    def _fail(self, keys: list[UserKey], error: CarillonError) -> None:
+        for key in keys:
+            self._wanted.pop(key, None)
+            for callback in self._waiting.pop(key, ()):
+                self._call(callback, None, error)
+
+    def _call(self, callback: Loaded, user: User | None, error: CarillonError | None) -> None:
+        try:
+            callback(user, error)
+        except Exception:
+            log.exception("after loading a user")
+
+    def _evict(self) -> None:
+        excess = len(self._users) - self._capacity
+        if excess <= 0:
+            return
+        for key, user in list(self._users.items())[: excess * 2]:
+            if excess <= 0:
+                break
+            if user.session is None and not user.pins:
+                del self._users[key]
+                excess -= 1

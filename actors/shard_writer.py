@@ -1,0 +1,571 @@
+"""The writer of a shard: one loop, one connection, one batch in flight.
+
+Events and state changes of all users of the shard are written here and nowhere else, so that the order of
+commits is the order in which sessions hear of them. While a batch commits the next one gathers: throughput
+grows with load without a timer (group commit).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from actors.shard_users import User, UserCache
+from carillon import server_frames
+from carillon.clock import Clock, rfc3339
+from carillon.errors import CarillonError, FencedError, NotFoundError, StoreUnavailableError, UnavailableError
+from carillon.ids import UserKey
+from carillon.messages import Event, Outcome
+from carillon.metrics import Stats
+from carillon.plan import Plan, Reach, plan
+from carillon.session import Effect
+from carillon.settings import ShardSettings
+from stores.postgres.shard_store import (
+    AppendRow,
+    ChangeDone,
+    KeysTakenError,
+    OutboxRow,
+    PoisonError,
+    ShardStore,
+)
+
+log = logging.getLogger(__name__)
+
+IDS_BLOCK = 1000
+"""Outbox ids drawn at a time."""
+
+
+class Entry:
+    """One event on its way: where it came from and what is known of it."""
+
+    __slots__ = ("done", "event", "plan", "user", "waiters")
+
+    def __init__(self, event: Event, done: Callable[[Outcome], None]) -> None:
+        self.event = event
+        self.done = done
+        self.user: User | None = None
+        self.plan: Plan | None = None
+        self.waiters: list[Callable[[Outcome], None]] | None = None
+
+
+class ChangeEntry:
+    """One state change on its way.
+
+    Attributes:
+        done: called with (changed, rev, unread) after the commit, or with the error.
+    """
+
+    __slots__ = ("done", "ids", "op", "strict", "up_to_seq", "user")
+
+    def __init__(
+        self,
+        user: User,
+        op: str,
+        ids: list[bytes],
+        up_to_seq: int | None,
+        strict: bool,
+        done: Callable[[tuple[int, int, int] | CarillonError], None],
+    ) -> None:
+        self.user = user
+        self.op = op
+        self.ids = ids
+        self.up_to_seq = up_to_seq
+        self.strict = strict
+        self.done = done
+
+
+class Writer:
+    """Appends events and applies changes.
+
+    Args:
+        term, owns: as in `Sessions`.
+        run: carries out session effects.
+        reach: tells how a user is found now, and the wall time at which grace ends.
+        planned: called with what was committed with a push: (user, entry, outbox row).
+        fenced: called when the term turns out to be over.
+    """
+
+    def __init__(
+        self,
+        store: ShardStore,
+        users: UserCache,
+        clock: Clock,
+        stats: Stats,
+        settings: ShardSettings,
+        *,
+        term: Callable[[], int],
+        owns: Callable[[int], bool],
+        run: Callable[[User, list[Effect]], None],
+        reach: Callable[[User], tuple[Reach, int]],
+        planned: Callable[[User, Event, int, OutboxRow], None],
+        fenced: Callable[[], None],
+    ) -> None:
+        self._store = store
+        self._users = users
+        self._clock = clock
+        self._stats = stats
+        self._settings = settings
+        self._term = term
+        self._owns = owns
+        self._run_effects = run
+        self._reach = reach
+        self._planned = planned
+        self._fenced = fenced
+        self._queue: deque[Entry] = deque()
+        self._parked = 0
+        self._changes: deque[ChangeEntry] = deque()
+        self._running_keys: dict[tuple[str, str], Entry] = {}
+        self._delivery_ids: list[int] = []
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin writing."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def close(self) -> None:
+        """Stop; whatever waits is answered as unavailable (it was not acknowledged)."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        stopped = UnavailableError("the shard stops")
+        while self._queue:
+            self._fail(self._queue.popleft(), stopped)
+        while self._changes:
+            self._changes.popleft().done(stopped)
+
+    def queued(self) -> int:
+        """Events waiting, those whose user is being loaded included."""
+        return len(self._queue) + self._parked
+
+    # -- taking work ------------------------------------------------------------------------------------
+
+    def submit(self, event: Event, done: Callable[[Outcome], None]) -> None:
+        """Queue one event; `done` gets its outcome, never before the commit.
+
+        Ordering: events of one user are appended in the order submitted.
+        """
+        if not self._owns(event.slot):
+            done(Outcome(event.id, status="moved"))
+            return
+        if self.queued() >= self._settings.max_queue:
+            done(
+                Outcome(
+                    event.id,
+                    status="failed",
+                    code="busy",
+                    detail="the append queue is full",
+                    retry_after_s=1.0,
+                )
+            )
+            return
+        entry = Entry(event, done)
+        if event.idempotency_key is not None and not self._claim_key(entry):
+            return
+        key = UserKey(event.tenant, event.user)
+        user = self._users.get(key)
+        if user is not None and not self._users.loading(key):
+            entry.user = user
+            user.pins += 1
+            self._queue.append(entry)
+            self._wake.set()
+            return
+        self._parked += 1
+
+        def loaded(found: User | None, error: CarillonError | None) -> None:
+            self._parked -= 1
+            if found is None:
+                assert error is not None
+                self._fail(entry, error)
+                return
+            entry.user = found
+            found.pins += 1
+            self._queue.append(entry)
+            self._wake.set()
+
+        self._users.when_loaded(key, event.slot, loaded)
+
+    def submit_change(self, change: ChangeEntry) -> None:
+        """Queue one state change. Ordering: changes of one user are applied in the order submitted."""
+        change.user.pins += 1
+        self._changes.append(change)
+        self._wake.set()
+
+    def _claim_key(self, entry: Entry) -> bool:
+        """Note that the event's idempotency key is running here; False if it is answered already."""
+        event = entry.event
+        assert event.idempotency_key is not None
+        key = (event.tenant, event.idempotency_key)
+        running = self._running_keys.get(key)
+        if running is None:
+            self._running_keys[key] = entry
+            return True
+        if running.event.id == event.id:  # our own retry: it shares the outcome of the first try
+            if running.waiters is None:
+                running.waiters = []
+            running.waiters.append(entry.done)
+        else:
+            entry.done(
+                Outcome(
+                    event.id,
+                    status="failed",
+                    code="in_progress",
+                    detail="the first request with this idempotency key is still running",
+                    retry_after_s=1.0,
+                )
+            )
+        return False
+
+    # -- the loop ---------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        queue, changes = self._queue, self._changes
+        while True:
+            self._wake.clear()
+            while queue or changes:
+                if queue:
+                    batch = [queue.popleft() for _ in range(min(len(queue), self._settings.max_batch))]
+                    try:
+                        await self._append(batch)
+                    except asyncio.CancelledError:
+                        for entry in batch:
+                            self._fail(entry, UnavailableError("the shard stops"))
+                        raise
+                    except Exception as exc:
+                        log.exception("a batch of %d events failed", len(batch))
+                        for entry in batch:
+                            self._fail(entry, UnavailableError(f"append failed: {type(exc).__name__}"))
+                if changes:
+                    await self._change_round()
+                self._stats.gauge("append_queue", self.queued())
+            await self._wake.wait()
+
+    # -- events -----------------------------------------------------------------------------------------
+
+    async def _append(self, batch: list[Entry]) -> None:
+        started = self._clock.monotonic()
+        try:
+            batch = self._owned(batch)
+            if any(entry.event.retry for entry in batch):
+                batch = await self._without_known(batch)
+            while batch:
+                keyed = [entry.event for entry in batch if entry.event.idempotency_key is not None]
+                try:
+                    await self._append_planned(batch, keyed)
+                except KeysTakenError:
+                    batch = await self._without_taken(batch)
+                    continue
+                break
+        except PoisonError as exc:
+            await self._bisect(batch, exc)
+        except FencedError:
+            self._fenced()
+            for entry in batch:
+                self._done(entry, Outcome(entry.event.id, status="moved"))
+        except CarillonError as exc:
+            for entry in batch:
+                self._fail(entry, exc)
+        self._stats.observe_ms("append_ms", (self._clock.monotonic() - started) * 1000)
+
+    def _owned(self, batch: list[Entry]) -> list[Entry]:
+        kept = []
+        for entry in batch:
+            if self._owns(entry.event.slot):
+                kept.append(entry)
+            else:
+                self._done(entry, Outcome(entry.event.id, status="moved"))
+        return kept
+
+    async def _without_known(self, batch: list[Entry]) -> list[Entry]:
+        """Answer retries whose first try was stored after all; join those whose first try is in the batch."""
+        first: dict[bytes, Entry] = {}
+        kept: list[Entry] = []
+        for entry in batch:
+            twin = first.get(entry.event.id)
+            if twin is not None:
+                if twin.waiters is None:
+                    twin.waiters = []
+                twin.waiters.append(entry.done)
+                assert entry.user is not None
+                entry.user.pins -= 1
+                continue
+            first[entry.event.id] = entry
+            kept.append(entry)
+        known = await self._store.find_ids([entry.event.id for entry in kept if entry.event.retry])
+        rest = []
+        for entry in kept:
+            assert entry.user is not None
+            found = known.get(entry.event.id) if entry.event.retry else None
+            if found is None:
+                rest.append(entry)
+            elif found[1] != entry.user.stream_id:
+                self._fail(entry, NotFoundError("this id belongs to another user"))
+            else:
+                self._done(entry, self._stored_outcome(entry, entry.event.id, found[0]))
+        return rest
+
+    async def _without_taken(self, batch: list[Entry]) -> list[Entry]:
+        """Answer events whose idempotency key stands for something; the others go on."""
+        since_ms = self._keys_since_ms()
+        known = await self._store.find_keys(
+            [(e.event.tenant, e.event.idempotency_key) for e in batch if e.event.idempotency_key is not None],
+            since_ms,
+        )
+        rest = []
+        for entry in batch:
+            event = entry.event
+            stored = known.get((event.tenant, event.idempotency_key or ""))
+            if stored is None or event.idempotency_key is None:
+                rest.append(entry)
+            elif stored.body_hash != event.body_hash:
+                detail = "this idempotency key was used with another body"
+                self._done(
+                    entry, Outcome(event.id, status="failed", code="idempotency_conflict", detail=detail)
+                )
+            else:
+                outcome = self._stored_outcome(entry, stored.notification, stored.seq or 0)
+                # Our own retry of the request that made it is no replay to the caller.
+                outcome.replayed = stored.notification != event.id
+                self._done(entry, outcome)
+        return rest
+
+    def _stored_outcome(self, entry: Entry, notification: bytes, seq: int) -> Outcome:
+        assert entry.user is not None
+        present = self._plan(entry, self._clock.now_ms())
+        return Outcome(notification, seq, present.status, list(present.channels))
+
+    def _keys_since_ms(self) -> int:
+        return self._clock.now_ms() - round(self._settings.idempotency_ttl_s * 1000)
+
+    def _plan(self, entry: Entry, now_ms: int) -> Plan:
+        user = entry.user
+        assert user is not None
+        reach, grace_end_ms = self._reach(user)
+        return plan(
+            entry.event,
+            reach,
+            has_target=user.has_target,
+            now_ms=now_ms,
+            ack_window_ms=round(self._settings.ack_window_s * 1000),
+            grace_end_ms=grace_end_ms,
+            lease_ms=round(self._settings.delivery_lease_s * 1000),
+        )
+
+    async def _append_planned(self, batch: list[Entry], keyed: Sequence[Event]) -> None:
+        now_ms = self._clock.now_ms()
+        counts: dict[int, int] = {}
+        rows: list[AppendRow] = []
+        outbox: list[OutboxRow] = []
+        pushes: list[tuple[Entry, OutboxRow]] = []
+        for entry in batch:
+            user, event = entry.user, entry.event
+            assert user is not None
+            stream_id = user.stream_id
+            counts[stream_id] = counts.get(stream_id, 0) + 1
+            rows.append(AppendRow(event, stream_id, -counts[stream_id]))  # completed below
+            decided = entry.plan = self._plan(entry, now_ms)
+            if decided.push_due_ms is not None:
+                row = OutboxRow(
+                    await self._next_delivery_id(), event.id, stream_id, event.slot,
+                    decided.push_now, decided.push_due_ms,
+                )  # fmt: skip
+                outbox.append(row)
+                pushes.append((entry, row))
+        for row in rows:
+            row.back += counts[row.stream_id]
+        heads = await self._store.append(
+            self._term(), counts, rows, outbox, now_ms, keyed, self._keys_since_ms() if keyed else 0
+        )
+        committed_ms = self._clock.now_ms()
+        seqs: dict[bytes, int] = {}
+        for entry, row in zip(batch, rows, strict=True):
+            head = heads.get(row.stream_id)
+            if head is None:
+                # The stream was erased since it was loaded; its next event makes a new one.
+                assert entry.user is not None
+                self._users.forget(entry.user.key)
+                self._fail(entry, UnavailableError("the user was erased while the event was on its way"))
+                continue
+            seqs[entry.event.id] = head[0] - row.back
+            self._committed(entry, head, row.back, committed_ms)
+        for entry, outbox_row in pushes:
+            if entry.event.id in seqs:
+                assert entry.user is not None
+                self._planned(entry.user, entry.event, seqs[entry.event.id], outbox_row)
+
+    def _committed(self, entry: Entry, head: tuple[int, int, int], back: int, now_ms: int) -> None:
+        user, event, decided = entry.user, entry.event, entry.plan
+        assert user is not None
+        assert decided is not None
+        seq, rev, unread = head[0] - back, head[1] - back, head[2] - back
+        user.seq, user.rev, user.unread = seq, rev, unread
+        status = decided.status
+        session = user.session
+        if session is not None:
+            try:
+                effects = session.deliver(event.id, seq, rev, user.shown_unread(), event.content)
+            except ValueError:
+                # Somebody else wrote to this stream (a term that was ours before): read on from the store.
+                log.warning("gap in the stream of a user at seq %d: replaying from the store", seq)
+                effects = session.heal(user.head())
+            self._run_effects(user, effects)
+            if session.live:
+                self._stats.count("events_delivered")
+                self._stats.observe_ms("deliver_ms", max(0, now_ms - event.created_ms))
+                if status == "stored":
+                    status = "delivered"
+        if status == "delivered" and (session is None or not session.live):
+            status = "queued" if decided.push_due_ms is not None else "stored"
+        self._done(entry, Outcome(event.id, seq, status, list(decided.channels)))
+
+    async def _bisect(self, batch: list[Entry], error: PoisonError) -> None:
+        """Fail only the culprits: each half is a batch of its own."""
+        if len(batch) > 1:
+            middle = len(batch) // 2
+            await self._append(batch[:middle])
+            await self._append(batch[middle:])
+            return
+        entry = batch[0]
+        assert entry.user is not None
+        try:
+            known = await self._store.find_ids([entry.event.id])
+        except CarillonError as exc:
+            self._fail(entry, exc)
+            return
+        if entry.event.id in known and known[entry.event.id][1] == entry.user.stream_id:
+            self._done(entry, self._stored_outcome(entry, entry.event.id, known[entry.event.id][0]))
+            return
+        log.warning("an event was refused by PostgreSQL: %s", error)
+        self._done(entry, Outcome(entry.event.id, status="failed", code="invalid", detail=str(error)))
+
+    async def _next_delivery_id(self) -> int:
+        if not self._delivery_ids:
+            self._delivery_ids = (await self._store.draw_delivery_ids(IDS_BLOCK))[::-1]
+        return self._delivery_ids.pop()
+
+    def _fail(self, entry: Entry, error: CarillonError) -> None:
+        retry_s = error.retry_after_s if isinstance(error, UnavailableError) else 0.0
+        if isinstance(error, FencedError):
+            self._done(entry, Outcome(entry.event.id, status="moved"))
+            return
+        code = "unavailable" if isinstance(error, StoreUnavailableError) else error.code
+        self._done(
+            entry,
+            Outcome(entry.event.id, status="failed", code=code, detail=str(error), retry_after_s=retry_s),
+        )
+
+    def _done(self, entry: Entry, outcome: Outcome) -> None:
+        event = entry.event
+        if event.idempotency_key is not None:
+            key = (event.tenant, event.idempotency_key)
+            if self._running_keys.get(key) is entry:
+                del self._running_keys[key]
+        if entry.user is not None:
+            entry.user.pins -= 1
+            entry.user = None
+        done, entry.done = entry.done, _answered
+        done(outcome)
+        for waiter in entry.waiters or ():
+            waiter(outcome)
+        entry.waiters = None
+
+    # -- changes ----------------------------------------------------------------------------------------
+
+    async def _change_round(self) -> None:
+        """Apply the first waiting change of every user, one statement per operation."""
+        by_op: dict[str, list[ChangeEntry]] = {}
+        later: list[ChangeEntry] = []
+        taken: set[int] = set()
+        while self._changes and len(taken) < self._settings.max_batch:
+            change = self._changes.popleft()
+            if change.user.stream_id in taken:
+                later.append(change)
+                continue
+            taken.add(change.user.stream_id)
+            by_op.setdefault(change.op, []).append(change)
+        self._changes.extendleft(reversed(later))
+        for op, changes in by_op.items():
+            try:
+                await self._apply(op, [c for c in changes if self._still_owned(c)])
+            except CarillonError as exc:
+                if isinstance(exc, FencedError):
+                    self._fenced()
+                self._finish(changes, exc)
+            except asyncio.CancelledError:
+                self._finish(changes, UnavailableError("the shard stops"))
+                raise
+            except Exception as exc:
+                log.exception("%d changes (%s) failed", len(changes), op)
+                self._finish(changes, UnavailableError(f"change failed: {type(exc).__name__}"))
+
+    def _still_owned(self, change: ChangeEntry) -> bool:
+        if self._owns(change.user.slot):
+            return True
+        self._finish([change], FencedError("the slot has moved"))
+        return False
+
+    def _finish(self, changes: Sequence[ChangeEntry], answer: tuple[int, int, int] | CarillonError) -> None:
+        for change in changes:
+            done, change.done = change.done, _answered
+            if done is not _answered:
+                change.user.pins -= 1
+                done(answer)
+
+    async def _apply(self, op: str, changes: list[ChangeEntry]) -> None:
+        now_ms = self._clock.now_ms()
+        results: dict[int, ChangeDone] = {}
+        if op == "read_all":
+            upto = {
+                c.user.stream_id: c.user.seq if c.up_to_seq is None else min(c.up_to_seq, c.user.seq)
+                for c in changes
+            }
+            if upto:
+                results = await self._store.read_all(self._term(), list(upto.items()), now_ms)
+        else:
+            upto = {}
+            wanted = [(c.user.stream_id, list(dict.fromkeys(c.ids))) for c in changes if c.ids]
+            if wanted:
+                results = await self._store.change(self._term(), op, wanted, now_ms)
+        unknown = await self._unknown([c for c in changes if c.strict and c.user.stream_id not in results])
+        for change in changes:
+            user = change.user
+            result = results.get(user.stream_id)
+            if result is None:
+                if change in unknown:
+                    self._finish([change], NotFoundError("expected the id of a notification of this user"))
+                else:
+                    self._finish([change], (0, user.rev, user.shown_unread()))
+                continue
+            user.rev, user.unread = result.rev, result.unread
+            session = user.session
+            if session is not None:
+                frames = change_frames(op, result, now_ms, upto.get(user.stream_id, 0))
+                self._run_effects(user, session.state_changed(result.rev, user.shown_unread(), frames))
+            self._finish([change], (result.changed, user.rev, user.shown_unread()))
+
+    async def _unknown(self, changes: list[ChangeEntry]) -> list[ChangeEntry]:
+        """Which of the changes that did nothing name no notification of their user."""
+        if not changes:
+            return []
+        existing = await self._store.existing([(c.user.stream_id, raw) for c in changes for raw in c.ids])
+        return [c for c in changes if not any(raw in existing for raw in c.ids)]
+
+
+def _answered(_: Any) -> None:
+    """Stands where a callback was that has been called."""
+
+
+def change_frames(op: str, result: ChangeDone, now_ms: int, up_to_seq: int) -> list[bytes]:
+    """The frames that tell a user's devices of one committed change."""
+    at = rfc3339(now_ms)
+    if op == "read_all":
+        return [server_frames.all_notifications_read(at, up_to_seq, result.rev)]
+    if op == "read":
+        return [server_frames.notifications_read(result.ids, at, result.rev)]
+    if op == "seen":
+        return [server_frames.notifications_seen(result.ids, result.rev)]
+    kind = {"archive": "ARCHIVED", "dismiss": "DISMISSED", "click": "CLICKED"}[op]
+    return [server_frames.notification_state(kind, raw, result.rev) for raw in result.ids]
