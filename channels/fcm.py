@@ -1,9 +1,10 @@
 """Firebase Cloud Messaging through firebase-admin, whose requests travel over our HTTP/2 connections.
 
-firebase-admin builds and checks the messages, and turns FCM's errors into exceptions. Three things of it are
+firebase-admin builds and checks the messages, and turns FCM's errors into exceptions. Two things of it are
 replaced, on the instance of its messaging service and nowhere else: the URL (there is no setting for a local
-server), the transport (its own retries 500 and 503 by itself and ignores Retry-After; our outbox owns
-retries) and the refresh of OAuth tokens (its own blocks the event loop).
+server) and the HTTP client. Its own retries 500 and 503 by itself and ignores Retry-After while our outbox owns
+retries, refreshes OAuth tokens on the event loop, and takes three to four times the CPU
+(docs/adr/0006-apns-client.md).
 
 Source: https://firebase.google.com/docs/reference/fcm/rest/v1/projects.messages and .../v1/ErrorCode.
 """
@@ -14,9 +15,7 @@ import asyncio
 import datetime
 import itertools
 import logging
-import ssl
 import urllib.parse
-from collections.abc import AsyncGenerator
 from typing import Any, Final
 
 import firebase_admin
@@ -24,6 +23,7 @@ import google.auth.credentials
 import google.auth.exceptions
 import google.auth.transport.requests
 import httpx
+import msgspec
 import requests
 from firebase_admin import credentials, exceptions, messaging
 
@@ -35,12 +35,12 @@ from carillon.settings import PushSettings
 from channels.http2 import (
     AnswerTimeoutError,
     Header,
+    Http2Answer,
     Http2Limits,
     Http2Pool,
     NotProcessedError,
     UnknownResultError,
     client_tls,
-    secret_header,
 )
 from channels.ports import collapse_id, cut, fit, json_size, retry_after_s
 
@@ -50,7 +50,6 @@ BATCH: Final = 500
 """Messages of one `send_each_async` call; more raise ValueError."""
 
 _MAX_TTL_S: Final = 2_419_200  # 28 days, FCM's longest
-_SKIPPED_HEADERS: Final = frozenset({"host", "connection", "transfer-encoding", "accept-encoding"})
 _numbers: Final = itertools.count(1)
 
 
@@ -127,7 +126,7 @@ class FcmChannel:
         self._clock = clock or SystemClock()
         self._limits = limits or Http2Limits(connect_timeout_s=min(5.0, settings.timeout_s))
         self._app: firebase_admin.App | None = None
-        self._transport: FcmTransport | None = None
+        self._client: FcmClient | None = None
 
     async def open(self) -> None:
         """See `PushChannel.open`. Connections are dialled by the first pushes."""
@@ -148,26 +147,21 @@ class FcmChannel:
         options = {"projectId": project, "httpTimeout": settings.timeout_s}
         # A name of its own: several channels of one process (tests, later several projects) do not meet.
         app = firebase_admin.initialize_app(credential, options, name=f"carillon-{next(_numbers)}")
-        self._transport = FcmTransport(client_tls(settings.fcm_ca_file), settings.timeout_s, self._limits)
-        # firebase-admin 7.7 has no public hook; to be replaced once it takes an endpoint and a transport.
+        # firebase-admin 7.7 has no public hook; to be replaced once it takes an endpoint and a client.
         service: Any = messaging._get_messaging_service(app)
         service._fcm_url = f"{base.rstrip('/')}/v1/projects/{project}/messages:send"
         await service._async_client.aclose()
-        service._async_client._async_client = httpx.AsyncClient(
-            transport=self._transport,
-            auth=_OAuth(service._credential, settings.timeout_s),
-            headers=dict(service._async_client._headers),
-            timeout=settings.timeout_s,
-            follow_redirects=False,
-            trust_env=False,
-        )
+        url = urllib.parse.urlsplit(base)
+        pool = Http2Pool(url.hostname or "", url.port or 443, client_tls(settings.fcm_ca_file), self._limits)
+        tokens = AccessTokens(service._credential, settings.timeout_s)
+        self._client = service._async_client = FcmClient(pool, tokens, settings.timeout_s)
         self._app = app
 
     async def close(self) -> None:
         """See `PushChannel.close`."""
         app, self._app = self._app, None
-        if self._transport is not None:
-            await self._transport.aclose()
+        if self._client is not None:
+            await self._client.aclose()
         if app is not None:
             # In a thread, because it runs an event loop of its own.
             await asyncio.to_thread(firebase_admin.delete_app, app)
@@ -262,29 +256,20 @@ class OAuthError(httpx.ConnectError):
     """No access token could be had, so the message was not sent."""
 
 
-class _OAuth(httpx.Auth):
-    """Bearer tokens of a service account, fetched off the event loop, once for all that wait."""
-
-    requires_response_body = True
+class AccessTokens:
+    """Access tokens of a service account, fetched off the event loop, once for all that wait."""
 
     def __init__(self, credential: google.auth.credentials.Credentials, timeout_s: float) -> None:
         self._credential = credential
         self._timeout_s = timeout_s
         self._lock = asyncio.Lock()
 
-    async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
-        token = self._credential.token if self._credential.valid else await self._refresh(None)
-        request.headers["authorization"] = f"Bearer {token}"
-        response = yield request
-        # 401 is also how FCM says that it has no good APNs key of ours: another token does not help then.
-        if response.status_code == 401 and b"THIRD_PARTY_AUTH_ERROR" not in response.content:
-            request.headers["authorization"] = f"Bearer {await self._refresh(token)}"
-            yield request
-
-    async def _refresh(self, stale: str | None) -> str:
-        """A token other than `stale`."""
+    async def get(self, stale: str = "") -> str:
+        """A token other than `stale`. Raises OAuthError."""
+        if self._fresh(stale):
+            return str(self._credential.token)
         async with self._lock:
-            if not self._credential.valid or self._credential.token == stale:
+            if not self._fresh(stale):
                 try:
                     async with asyncio.timeout(self._timeout_s):
                         await asyncio.to_thread(self._fetch)
@@ -293,50 +278,62 @@ class _OAuth(httpx.Auth):
                     raise OAuthError(f"no access token: {exc}") from exc
             return str(self._credential.token)
 
+    def _fresh(self, stale: str) -> bool:
+        return bool(self._credential.valid) and self._credential.token != stale
+
     def _fetch(self) -> None:
         with requests.Session() as session:
             self._credential.refresh(google.auth.transport.requests.Request(session))
 
 
-class FcmTransport(httpx.AsyncBaseTransport):
-    """httpx over `Http2Pool`: tells apart what was not processed, and cancels one request alone."""
+class FcmClient:
+    """Stands in for firebase-admin's `HttpxAsyncClient`: the same two methods over `Http2Pool`.
 
-    def __init__(self, tls: ssl.SSLContext, timeout_s: float, limits: Http2Limits) -> None:
-        self._tls = tls
+    Errors are httpx's own, which firebase-admin turns into its exceptions: ConnectError for what was not
+    processed, ReadTimeout and ReadError for what may have been.
+    """
+
+    def __init__(self, pool: Http2Pool, tokens: AccessTokens, timeout_s: float) -> None:
+        self._pool = pool
+        self._tokens = tokens
         self._timeout_s = timeout_s
-        self._limits = limits
-        self._pools: dict[tuple[str, int], Http2Pool] = {}
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send one request. Raises ConnectError (not processed), ReadTimeout or ReadError (unknown)."""
-        url = request.url
-        place = (url.host, url.port or 443)
-        pool = self._pools.get(place)
-        if pool is None:
-            pool = self._pools[place] = Http2Pool(*place, self._tls, self._limits)
-        headers: list[Header] = [
-            (":method", request.method),
-            (":scheme", "https"),
-            (":authority", pool.authority),
-            (":path", url.raw_path.decode("ascii")),
-        ]
-        for name, value in request.headers.items():
-            if name == "content-length":
-                headers.append(secret_header(name, value))
-            elif name not in _SKIPPED_HEADERS:
-                headers.append((name, value))
-        try:
-            answer = await pool.request(headers, request.content, self._timeout_s)
-        except NotProcessedError as exc:
-            raise httpx.ConnectError(str(exc), request=request) from exc
-        except AnswerTimeoutError as exc:
-            raise httpx.ReadTimeout(str(exc), request=request) from exc
-        except UnknownResultError as exc:
-            raise httpx.ReadError(str(exc), request=request) from exc
+    async def request(self, method: str, url: str, *, headers: dict[str, str], json: Any) -> Any:
+        """Send one message. Raises httpx.HTTPStatusError for an answer that is no success."""
+        path = urllib.parse.urlsplit(url).path
+        body = msgspec.json.encode(json)
+        token = await self._tokens.get()
+        answer = await self._try(path, headers, token, body)
+        # 401 is also how FCM says that it has no good APNs key of ours: another token does not help then.
+        if answer.status == 401 and b"THIRD_PARTY_AUTH_ERROR" not in answer.body:
+            answer = await self._try(path, headers, await self._tokens.get(stale=token), body)
+        if answer.status == 200:
+            return answer
         answer_headers = [pair for pair in answer.headers.items() if pair[0] != ":status"]
-        return httpx.Response(answer.status, headers=answer_headers, content=answer.body, request=request)
+        response = httpx.Response(
+            answer.status, headers=answer_headers, content=answer.body, request=httpx.Request(method, url)
+        )
+        return response.raise_for_status()
+
+    async def _try(self, path: str, headers: dict[str, str], token: str, body: bytes) -> Http2Answer:
+        sent: list[Header] = [
+            (":method", "POST"),
+            (":scheme", "https"),
+            (":authority", self._pool.authority),
+            (":path", path),
+            ("authorization", f"Bearer {token}"),
+            ("content-type", "application/json"),
+            *((name.lower(), value) for name, value in headers.items()),
+        ]
+        try:
+            return await self._pool.request(sent, body, self._timeout_s)
+        except NotProcessedError as exc:
+            raise httpx.ConnectError(str(exc)) from exc
+        except AnswerTimeoutError as exc:
+            raise httpx.ReadTimeout(str(exc)) from exc
+        except UnknownResultError as exc:
+            raise httpx.ReadError(str(exc)) from exc
 
     async def aclose(self) -> None:
         """Close all connections."""
-        for pool in self._pools.values():
-            await pool.close()
+        await self._pool.close()

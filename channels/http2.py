@@ -17,7 +17,7 @@ import ssl
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import h2.config
 import h2.connection
@@ -25,7 +25,8 @@ import h2.errors
 import h2.events
 import h2.exceptions
 import h2.settings
-from hpack import NeverIndexedHeaderTuple
+import msgspec
+from hpack import Encoder, NeverIndexedHeaderTuple
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,14 @@ class AnswerTimeoutError(UnknownResultError):
     """No answer in time."""
 
 
+class _PlainEncoder(Encoder):
+    """Huffman coding saves a few bytes per header and costs more than all else of a request in Python."""
+
+    def encode(self, headers: Any, huffman: bool = False) -> bytes:
+        """See hpack."""
+        return super().encode(headers, huffman=False)
+
+
 @dataclass(slots=True)
 class Http2Answer:
     """A complete answer."""
@@ -62,6 +71,10 @@ class Http2Answer:
     status: int
     headers: dict[str, str]
     body: bytes
+
+    def json(self) -> Any:
+        """The body, decoded. Raises msgspec.DecodeError."""
+        return msgspec.json.decode(self.body)
 
 
 @dataclass(frozen=True)
@@ -126,6 +139,7 @@ class _Connection(asyncio.Protocol):
             normalize_inbound_headers=False,
         )
         self._h2 = h2.connection.H2Connection(config=config)
+        self._h2.encoder = _PlainEncoder()
         self._settled = False  # the server's first SETTINGS came
         self._buffer = bytearray()
         self._unacknowledged = 0

@@ -19,6 +19,7 @@ import h2.errors
 import h2.events
 import h2.exceptions
 import h2.settings
+from hpack import Encoder
 from hyperframe.frame import GoAwayFrame
 
 Fault = Literal["", "reset", "refuse", "goaway", "disconnect", "silent"]
@@ -55,6 +56,14 @@ class Answer:
     body: bytes = b""
     delay_s: float = 0.0
     fault: Fault = ""
+
+
+class _PlainEncoder(Encoder):
+    """Without Huffman coding, which would be the most expensive part of an answer."""
+
+    def encode(self, headers: Any, huffman: bool = False) -> bytes:
+        """See hpack."""
+        return super().encode(headers, huffman=False)
 
 
 Handler = Callable[[Request], Answer]
@@ -135,6 +144,7 @@ class Http2Connection(asyncio.Protocol):
             normalize_outbound_headers=False,
         )
         self._h2 = h2.connection.H2Connection(config=config)
+        self._h2.encoder = _PlainEncoder()
         self._open: dict[int, tuple[dict[str, str], bytearray]] = {}
         self._unacknowledged = 0
         self._blocked: dict[int, bytes] = {}
