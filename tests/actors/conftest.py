@@ -1,0 +1,15 @@
+"""Which event loops the actor tests run on."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import uvloop
+
+
+def pytest_asyncio_loop_factories(config: Any, item: Any) -> dict[str, Any]:
+    """Links run on both loops: Ray's actors use uvloop, the command line asyncio's own."""
+    if item.path.name == "test_link.py":
+        return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+    return {"asyncio": asyncio.new_event_loop}
