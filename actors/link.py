@@ -46,18 +46,26 @@ class LinkServer:
         self._secret = secret
         self._servers: list[asyncio.Server] = []
         self._links: set[Link] = set()
+        self._unix_path = ""
+        self._unix_inode = 0
 
     async def start(self, host: str, port: int = 0, unix_path: str = "") -> tuple[str, int]:
         """Bind and listen; returns the bound (host, port). An old socket file at `unix_path` is replaced."""
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(self._make, host, port, backlog=1024)
+        # Not serving yet: with `start_serving` a cancellation would lose the server without closing it.
+        server = await loop.create_server(self._make, host, port, backlog=1024, start_serving=False)
         self._servers.append(server)
         bound = server.sockets[0].getsockname()
         if unix_path:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(unix_path)
-            self._servers.append(await loop.create_unix_server(self._make, unix_path, backlog=1024))
+            self._servers.append(
+                await loop.create_unix_server(self._make, unix_path, backlog=1024, start_serving=False)
+            )
+            self._unix_path, self._unix_inode = unix_path, os.stat(unix_path).st_ino
             os.chmod(unix_path, 0o600)
+        for listening in self._servers:
+            await listening.start_serving()
         return bound[0], bound[1]
 
     def _make(self) -> Link:
@@ -73,7 +81,7 @@ class LinkServer:
         return link
 
     async def close(self) -> None:
-        """Stop listening and close every accepted link."""
+        """Stop listening, close every accepted link, remove the Unix socket."""
         for server in self._servers:
             server.close()
         for link in tuple(self._links):
@@ -83,6 +91,12 @@ class LinkServer:
                 await server.wait_closed()
         self._servers.clear()
         self._links.clear()
+        if self._unix_path:
+            with contextlib.suppress(OSError):
+                # A successor of the same name may have put its own socket there already.
+                if os.stat(self._unix_path).st_ino == self._unix_inode:
+                    os.unlink(self._unix_path)
+            self._unix_path = ""
 
 
 async def dial(

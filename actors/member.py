@@ -167,8 +167,6 @@ class Membership:
         self._callbacks: list[Callable[[ClusterMap], None]] = []
         self._first_map = asyncio.Event()
         self._renewed_at = float("-inf")
-        self._unix_path = ""
-        self._unix_inode = 0
         settings = config.settings
         self._server = LinkServer(handler, settings.link, config.name, config.secret)
         self._resolve: Callable[[], Awaitable[Address | None]] = RayCoordinatorResolver(
@@ -199,8 +197,6 @@ class Membership:
         try:
             path = socket_path(cluster.runtime_dir, self.config.name)
             host, port = await self._server.start(cluster.bind_host, 0, path)
-            self._unix_path = path
-            self._unix_inode = os.stat(path).st_ino if path else 0
             self.member = Member(
                 self.config.kind,
                 self.config.name,
@@ -234,12 +230,6 @@ class Membership:
             self._renewals = None
         await self._coordinator.close()
         await self._server.close()
-        if self._unix_path:
-            with contextlib.suppress(OSError):
-                # A successor of the same name may have put its own socket there already.
-                if os.stat(self._unix_path).st_ino == self._unix_inode:
-                    os.unlink(self._unix_path)
-            self._unix_path = ""
 
     def _advertised(self, bound_host: str) -> str:
         cluster = self.config.settings.cluster

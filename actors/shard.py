@@ -103,6 +103,7 @@ class Shard:
         self._links: dict[str, Link] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._gauges: asyncio.Task[None] | None = None
+        self._stopped = False
         shard = self._settings.shard
         self._limits = SessionLimits(
             recent_window=shard.recent_window,
@@ -149,7 +150,10 @@ class Shard:
         self._gauges = asyncio.get_running_loop().create_task(self._gauge_for_ever())
 
     async def stop(self, leave: bool = False) -> None:
-        """Stop serving. What was not committed is answered as unavailable."""
+        """Stop serving (idempotent). What was not committed is answered as unavailable."""
+        if self._stopped:
+            return
+        self._stopped = True
         if self._gauges is not None:
             self._gauges.cancel()
         await self._writer.close()

@@ -359,7 +359,7 @@ class Writer:
         counts: dict[int, int] = {}
         rows: list[AppendRow] = []
         outbox: list[OutboxRow] = []
-        pushes: list[tuple[Entry, OutboxRow]] = []
+        pushes: list[tuple[User, Event, OutboxRow]] = []
         for entry in batch:
             user, event = entry.user, entry.event
             assert user is not None
@@ -373,7 +373,7 @@ class Writer:
                     decided.push_now, decided.push_due_ms,
                 )  # fmt: skip
                 outbox.append(row)
-                pushes.append((entry, row))
+                pushes.append((user, event, row))
         for row in rows:
             row.back += counts[row.stream_id]
         heads = await self._store.append(
@@ -391,10 +391,9 @@ class Writer:
                 continue
             seqs[entry.event.id] = head[0] - row.back
             self._committed(entry, head, row.back, committed_ms)
-        for entry, outbox_row in pushes:
-            if entry.event.id in seqs:
-                assert entry.user is not None
-                self._planned(entry.user, entry.event, seqs[entry.event.id], outbox_row)
+        for user, event, outbox_row in pushes:
+            if event.id in seqs:
+                self._planned(user, event, seqs[event.id], outbox_row)
 
     def _committed(self, entry: Entry, head: tuple[int, int, int], back: int, now_ms: int) -> None:
         user, event, decided = entry.user, entry.event, entry.plan

@@ -6,6 +6,7 @@ applies them; acknowledgements, outbox and reads use other connections.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -225,14 +226,17 @@ class ShardStore:
 
     async def close(self) -> None:
         """Close all connections."""
-        if self._pool is not None:
-            pool, self._pool = self._pool, None
-            self._writer = None
-            try:
-                await pool.expire_connections()
-                pool.terminate()
-            except asyncpg.InterfaceError:
-                pass
+        if self._pool is None:
+            return
+        pool, self._pool = self._pool, None
+        writer, self._writer = self._writer, None
+        try:
+            async with asyncio.timeout(self._settings.connect_timeout_s):
+                if writer is not None:
+                    await pool.release(writer)
+                await pool.close()
+        except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            pool.terminate()
 
     def _open_pool(self) -> asyncpg.Pool:
         assert self._pool is not None, "open() first"
