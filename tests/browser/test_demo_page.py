@@ -1,0 +1,153 @@
+"""The demo page's client half, against a small server whose connection can be cut: resume, tabs, safety."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.browser.chromium import Chromium, find_chromium
+from tests.browser.fake_demo import FakeDemo
+from tests.support import eventually
+
+pytestmark = pytest.mark.skipif(
+    find_chromium() is None, reason="no Chromium in PATH: apt-get install chromium"
+)
+
+TITLES = "[...document.querySelectorAll('#feed .title')].map(n => n.textContent).join('|')"
+BADGE = "document.getElementById('badge').textContent"
+STATE = "document.getElementById('state').dataset.state"
+
+
+@pytest.fixture
+async def fake() -> AsyncIterator[FakeDemo]:
+    """A server with three users."""
+    async with FakeDemo() as server:
+        yield server
+
+
+@pytest.fixture
+async def browser() -> AsyncIterator[Chromium]:
+    """A browser; no page of it may have thrown."""
+    async with Chromium() as chromium:
+        yield chromium
+        assert chromium.problems == []
+
+
+async def test_send_receive_read_and_archive(fake: FakeDemo, browser: Chromium) -> None:
+    """An event sent to oneself appears once, is acknowledged and counted; read and archive work."""
+    tab = await browser.open(fake.url)
+    await tab.wait("document.querySelectorAll('.user').length === 3")
+    await tab.click("[data-user=ana]")
+    await tab.wait(f"{STATE} === 'open'")
+    await tab.fill("#send-title-input", "Hello")
+    await tab.click("#send-button")
+    await tab.wait(f"{TITLES} === 'Hello' && {BADGE} === '1' && document.title.startsWith('(1)')")
+    await eventually(lambda: ("ana", {"type": "ACK", "seq": 1}) in fake.frames, what="the ACK")
+    await eventually(
+        lambda: ("ana", {"type": "VISIBILITY", "state": "focused"}) in fake.frames, what="the VISIBILITY"
+    )
+    await tab.click("#feed button[aria-label^='Mark as read']")
+    await tab.wait(f"{BADGE} === '0' && document.querySelector('#feed li.read') !== null")
+    await tab.click("#feed button[aria-label^='Archive']")
+    await tab.wait("document.querySelectorAll('#feed li').length === 0")
+
+
+async def test_a_cut_connection_resumes_what_was_missed(fake: FakeDemo, browser: Chromium) -> None:
+    """After a loss the page reconnects by itself with its position; what it missed arrives."""
+    await fake.notify("ana", "one")
+    await fake.notify("ana", "two")
+    tab = await browser.open(f"{fake.url}?user=ana")
+    await tab.wait(f"{TITLES} === 'two|one' && {BADGE} === '2'")
+    fake.refusing = True
+    await fake.cut(4201)
+    await tab.wait(f"{STATE} === 'reconnecting'")
+    await fake.notify("ana", "three")
+    fake.notes["ana"][0]["read"] = True
+    await fake.change("ana", {"type": "NOTIFICATIONS_READ", "notificationIds": ["ana-1"], "readAt": ""})
+    fake.refusing = False
+    await tab.click("#link-button")  # "Try now"
+    await tab.wait(f"{STATE} === 'open' && {TITLES} === 'three|two|one' && {BADGE} === '2'")
+    resume = next(frame for user, frame in fake.frames if frame["type"] == "RESUME")
+    assert resume == {"type": "RESUME", "epoch": "e1", "lastSeq": 2, "lastRev": 2}
+    assert await tab.run("document.querySelectorAll('#feed li.read').length") == 1
+
+
+async def test_lost_history_takes_the_feed_anew(fake: FakeDemo, browser: Chromium) -> None:
+    """`recovered: false` drops what the page has and shows the feed as it is now."""
+    await fake.notify("ana", "before")
+    tab = await browser.open(f"{fake.url}?user=ana")
+    await tab.wait(f"{TITLES} === 'before'")
+    fake.epoch = "e2"
+    fake.notes["ana"].clear()
+    await fake.notify("ana", "after")
+    await fake.cut(4202)
+    await tab.wait(f"{STATE} === 'open' && {TITLES} === 'after'")
+
+
+async def test_an_expired_token_is_replaced_and_a_revoked_one_stops(
+    fake: FakeDemo, browser: Chromium
+) -> None:
+    """4101 fetches a new token and goes on; 4001 stops for good."""
+    tab = await browser.open(f"{fake.url}?user=ana")
+    await tab.wait(f"{STATE} === 'open'")
+    fake.token = "t2"
+    await fake.cut(4101)
+    await eventually(
+        lambda: sum(frame["type"] == "WATCH_PRESENCE" for _, frame in fake.frames) == 2,
+        what="a connection with the new token",
+    )
+    await tab.wait(f"{STATE} === 'open'")
+    await fake.cut(4001)
+    await tab.wait(f"{STATE} === 'stopped'")
+
+
+async def test_two_tabs_stay_in_step(fake: FakeDemo, browser: Chromium) -> None:
+    """What one tab reads is read in the other, and both show one new notification once."""
+    first = await browser.open(f"{fake.url}?user=ana")
+    second = await browser.open(f"{fake.url}?user=ana")
+    for tab in (first, second):
+        await tab.wait(f"{STATE} === 'open'")
+    await eventually(lambda: len(fake.sockets["ana"]) == 2, what="both tabs")
+    await fake.notify("ana", "both")
+    for tab in (first, second):
+        await tab.wait(f"{TITLES} === 'both' && {BADGE} === '1'")
+    await first.click("#read-all")
+    for tab in (first, second):
+        await tab.wait(f"{BADGE} === '0' && document.querySelector('#feed li.read') !== null")
+
+
+async def test_text_of_others_is_never_markup(fake: FakeDemo, browser: Chromium) -> None:
+    """A title with tags is shown as text."""
+    tab = await browser.open(f"{fake.url}?user=ana")
+    await tab.wait(f"{STATE} === 'open'")
+    title = "<img src=x onerror=\"document.title='owned'\">"
+    await fake.notify("ana", title, body="<b>bold</b>")
+    await tab.wait("document.querySelectorAll('#feed li').length === 1")
+    assert await tab.run(TITLES) == title
+    assert await tab.run("document.querySelectorAll('#feed img, #feed b').length") == 0
+
+
+async def test_a_closed_tab_means_push(fake: FakeDemo, browser: Chromium) -> None:
+    """With the user's tab gone, another user's tab shows the push."""
+    ana = await browser.open(f"{fake.url}?user=ana")
+    ben = await browser.open(f"{fake.url}?user=ben")
+    for tab in (ana, ben):
+        await tab.wait(f"{STATE} === 'open'")
+    await ana.close()
+    await eventually(lambda: not fake.sockets["ana"], what="the socket to go")
+    await ben.run("document.getElementById('send-user').value = 'ana'")
+    await ben.click("#send-button")
+    await ben.wait("document.querySelector('#pushes [data-notification=ana-1]') !== null")
+
+
+async def test_nothing_is_wider_than_a_phone(fake: FakeDemo, browser: Chromium, tmp_path: Path) -> None:
+    """At 360 pixels nothing scrolls sideways, in either colour scheme."""
+    await fake.notify("ana", "A" * 200, body="b" * 400, priority="urgent")
+    tab = await browser.open(f"{fake.url}?user=ana")
+    await tab.wait("document.querySelectorAll('#feed li').length === 1")
+    for dark in (False, True):
+        await tab.screenshot(tmp_path / f"{dark}.png", width=360, height=740, dark=dark)
+        assert await tab.run("(e => e.scrollWidth <= e.clientWidth)(document.documentElement)")
+        assert await tab.run("document.documentElement.dataset.theme") == ("dark" if dark else "light")
