@@ -28,7 +28,7 @@ class TargetError(Exception):
 
 @dataclass(frozen=True)
 class Target:
-    """What dev.json tells about a running system (docs/reference/dev-json.md if you write one by hand)."""
+    """What dev.json tells about a running system."""
 
     tenant: str
     api_key: str
