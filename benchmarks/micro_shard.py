@@ -1,6 +1,6 @@
-"""One shard against an embedded PostgreSQL: events/s in batches and one at a time, without HTTP or sockets.
+"""One shard against an embedded PostgreSQL: events/s in batches and one at a time, without HTTP.
 
-`python -m benchmarks.micro_shard` prints figures; it is for comparing two versions of the shard on one machine.
+`python -m benchmarks.micro_shard` prints figures, for comparing two versions of the shard on one machine.
 """
 
 from __future__ import annotations
