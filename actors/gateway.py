@@ -1,0 +1,328 @@
+"""The gateway: client sockets and nothing else. Which frame means what is the session's matter.
+
+It listens, upgrades, verifies tokens, keeps the heart-beat of all connections with one sweep, and moves
+bytes between sockets and the shards that own their users (actors/gateway_owners.py). Losing a shard costs no
+socket; losing a gateway costs its clients a reconnect and a resume.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import errno
+import logging
+import os
+import random
+import resource
+from typing import Any, Final
+
+from actors.config import ActorConfig
+from actors.gateway_connection import PAUSED_VERIFY, Connection
+from actors.gateway_handshake import Handshake
+from actors.gateway_host import Phase
+from actors.gateway_owners import Owners
+from actors.gateway_secrets import PostgresSecrets, ReadSecret, TenantSecrets
+from actors.link import Link
+from actors.member import Membership
+from carillon import server_frames
+from carillon.client_frames import Auth
+from carillon.clock import Clock, SystemClock
+from carillon.errors import CarillonError, ClusterError, TokenExpiredError, UnauthenticatedError
+from carillon.ids import slot_of
+from carillon.metrics import Stats
+from carillon.tokens import ClientIdentity, TokenRules, claimed_tenant, verify
+
+log = logging.getLogger(__name__)
+
+BACKLOG: Final = 8192
+"""Asked of the kernel, which cuts it to net.core.somaxconn: a storm of reconnects waits there."""
+SPARE_DESCRIPTORS: Final = 512
+"""Open files beside the client sockets."""
+SPARE_SOCKETS: Final = 1024
+"""Sockets beyond `max_connections` that may be in their handshake or being told to try later."""
+
+
+class Gateway:
+    """Owns client sockets.
+
+    Args:
+        config: who it is.
+        clock: None is the system's.
+        read_secret: gives a tenant's client secret; None reads it from Postgres.
+    """
+
+    def __init__(
+        self, config: ActorConfig, clock: Clock | None = None, *, read_secret: ReadSecret | None = None
+    ) -> None:
+        settings = config.settings
+        self.config = config
+        self.limits = settings.gateway
+        self.origins = frozenset(
+            origin.strip() for origin in self.limits.allowed_origins.split(",") if origin.strip()
+        )
+        # How late a deadline may be noticed; pings and their deadlines are set this much earlier.
+        self.tick_s = min(0.25, self.limits.heartbeat_s / 10, self.limits.pong_timeout_s / 10)
+        self.stats = Stats()
+        self.url = ""
+        self._clock = clock or SystemClock()
+        self._postgres = None if read_secret is not None else PostgresSecrets(settings.postgres)
+        self._secrets = TenantSecrets(
+            read_secret or self._postgres or _no_secret, settings.ingress.auth_cache_s, self._clock
+        )
+        self._rules = TokenRules(
+            settings.ingress.clock_skew_s, settings.ingress.token_audience, settings.ingress.token_issuer
+        )
+        self._sockets: dict[Connection, None] = {}
+        self._open = 0  # sockets that are WebSockets and not closing
+        self._draining = False
+        self._server: asyncio.Server | None = None
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    # -- life cycle -----------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Bind, join the cluster, accept.
+
+        Raises:
+            ClusterError: the port is taken.
+        """
+        self.loop = asyncio.get_running_loop()
+        _raise_descriptor_limit(self.limits.max_connections + SPARE_SOCKETS + SPARE_DESCRIPTORS)
+        host = self.config.settings.cluster.bind_host
+        try:
+            self._server = await self.loop.create_server(
+                lambda: Connection(self), host, self.limits.port, backlog=BACKLOG, start_serving=False
+            )
+        except OSError as exc:
+            if exc.errno != errno.EADDRINUSE:
+                raise ClusterError(f"the gateway cannot listen on {host}:{self.limits.port}: {exc}") from exc
+            raise ClusterError(
+                f"port {self.limits.port} of {host} is taken: end what listens there, or set gateway.port "
+                "(CARILLON_GATEWAY_PORT) to another one, or to 0 for any free one"
+            ) from exc
+        port = self._server.sockets[0].getsockname()[1]
+        self._membership = Membership(self.config, _NoLinks(), stats=self.stats, clock=self._clock)
+        self.owners = Owners(self, self._membership, self.stats)
+        try:
+            self.url = f"ws://{self._membership._advertised(host)}:{port}/ws"
+            self._membership.public = self.url
+            await self._membership.start()
+            await self._server.start_serving()
+        except BaseException:
+            self._server.close()
+            await self.owners.close()
+            raise
+        self._sweep()
+        log.info("%s serves %s", self.config.name, self.url)
+
+    async def status(self) -> dict[str, Any]:
+        """Facts for the command line."""
+        return {
+            "kind": "gateway",
+            "name": self.config.name,
+            "url": self.url,
+            "connections": self._open,
+            "sockets": len(self._sockets),
+            "attached": self.owners.attached,
+            "waiting": self.owners.waiting,
+            "draining": self._draining,
+            "mapVersion": self._membership.map.version,
+            "counters": dict(self.stats.counters),
+        }
+
+    async def drain(self) -> None:
+        """Stop accepting, close every connection with 4201, spread over `drain_s` in random order.
+
+        Cancellation: connections that are left stay open.
+        """
+        self._draining = True
+        if self._server is not None:
+            self._server.close()
+        conns = [conn for conn in self._sockets if conn.phase < Phase.CLOSING]
+        random.shuffle(conns)
+        started = self.loop.time()
+        for at, conn in enumerate(conns):
+            # Each at its own random moment of its own slice of time: neither a burst nor a beat.
+            due = started + self.limits.drain_s * (at + random.random()) / len(conns)  # noqa: S311
+            if due > self.loop.time():
+                await asyncio.sleep(due - self.loop.time())
+            if conn.phase is Phase.HANDSHAKE:
+                conn.abort()
+            else:
+                conn.close(4201, "the server is going away")
+        deadline = self.loop.time() + self.limits.close_timeout_s + 2 * self.tick_s
+        while self._sockets and self.loop.time() < deadline:
+            await asyncio.sleep(self.tick_s)
+
+    async def stop(self) -> None:
+        """Close everything at once (1001 for whoever is still there)."""
+        if self._server is None:
+            return  # never started
+        self._draining = True
+        self._server.close()
+        for conn in list(self._sockets):
+            conn.close(1001, "the server is going away")
+        # One turn for the close frames to leave, then the sockets.
+        await asyncio.sleep(0)
+        for conn in list(self._sockets):
+            conn.abort()
+        while self._sockets:
+            await asyncio.sleep(0.001)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        await self._secrets.close()
+        if self._postgres is not None:
+            await self._postgres.close()
+        await self.owners.close()
+        await self._membership.close()
+
+    # -- sockets (Host) -------------------------------------------------------------------------------
+
+    def opened(self, conn: Connection) -> bool:
+        """See `Host.opened`."""
+        self._sockets[conn] = None
+        return len(self._sockets) <= self.limits.max_connections + SPARE_SOCKETS
+
+    def healthy(self) -> bool:
+        """See `Host.healthy`."""
+        return not self._draining
+
+    def gone(self, conn: Connection) -> None:
+        """See `Host.gone`."""
+        self._sockets.pop(conn, None)
+
+    def ended(self, conn: Connection) -> None:
+        """See `Host.ended`."""
+        self._open -= 1
+        self.owners.detach(conn)
+
+    def count_close(self, code: int) -> None:
+        """See `Host.count_close`."""
+        self.stats.count(f'gateway_closes{{code="{code}"}}')
+
+    def upgraded(self, conn: Connection, shaken: Handshake) -> None:
+        """See `Host.upgraded`."""
+        self._open += 1
+        if self._draining:
+            conn.close(4201, "the server is going away")
+        elif self._open > self.limits.max_connections:
+            conn.close(4213, "this gateway has all the connections it can serve")
+        elif shaken.ticket:
+            conn.close(4001, "tickets are not supported yet: send a token")
+        else:
+            conn.device = shaken.device or _random_id()
+            if shaken.position is not None:
+                conn.epoch, conn.seq, conn.rev = shaken.position
+            if shaken.complaint is not None:
+                exc = shaken.complaint
+                conn.send(server_frames.error(exc.code, str(exc), exc.temporary))
+            if shaken.token is not None:
+                self.authenticate(conn, Auth(shaken.token))
+
+    # -- tokens ---------------------------------------------------------------------------------------
+
+    def authenticate(self, conn: Connection, auth: Auth) -> None:
+        """See `Host.authenticate`. A storm of connections waits for one read of the tenant's secret."""
+        try:
+            tenant = claimed_tenant(auth.token)
+        except UnauthenticatedError as exc:
+            conn.close(4001, str(exc))
+            return
+        known, secret = self._secrets.cached(tenant)
+        if known:
+            self._verify(conn, auth, secret)
+            return
+        conn.phase = Phase.VERIFY
+        conn.pause(PAUSED_VERIFY)
+
+        def told(secret: str | None, error: CarillonError | None) -> None:
+            if conn.phase is not Phase.VERIFY:
+                return  # it has gone meanwhile
+            if error is not None:
+                conn.close(4213, "tokens cannot be verified now, try later")
+            else:
+                self._verify(conn, auth, secret)
+                conn.verified()
+
+        self._secrets.fetch(tenant, told)
+
+    def _verify(self, conn: Connection, auth: Auth, secret: str | None) -> None:
+        now_ms = self._clock.now_ms()
+        try:
+            if secret is None:
+                raise UnauthenticatedError("the token's signature does not verify")
+            identity = verify(auth.token, secret, now_ms, self._rules)
+        except TokenExpiredError as exc:
+            conn.close(4101, str(exc))
+        except UnauthenticatedError as exc:
+            conn.close(4001, str(exc))
+        else:
+            if conn.path_user is not None and conn.path_user != identity.user:
+                conn.close(4002, "the token is not this user's")
+            else:
+                self._welcome(conn, auth, identity, now_ms)
+
+    def _welcome(self, conn: Connection, auth: Auth, identity: ClientIdentity, now_ms: int) -> None:
+        conn.tenant, conn.user = identity.tenant, identity.user
+        conn.slot = slot_of(identity.tenant, identity.user)
+        conn.issued_ms = identity.issued_ms
+        if auth.device is not None:
+            conn.device = auth.device
+        conn.path_user = None
+        conn.session_id = _random_id()
+        left_s = (identity.expires_ms - now_ms) / 1000
+        if left_s <= 0:  # taken thanks to the skew: until that, too, has passed
+            left_s += self._rules.skew_s
+        conn.expires_at = self.loop.time() + left_s
+        conn.phase = Phase.OPEN
+        if auth.ref is not None:
+            conn.send(server_frames.ok(auth.ref))
+        conn.start_pings(self.limits.heartbeat_s * random.uniform(0.5, 1.0))  # noqa: S311
+        self.owners.attach(conn)
+
+    # -- time -----------------------------------------------------------------------------------------
+
+    def _sweep(self) -> None:
+        now = self.loop.time()
+        for conn in [conn for conn in self._sockets if conn.due <= now]:
+            conn.look(now)
+        self.stats.gauge("connections", self._open)
+        self._sweeper = self.loop.call_later(self.tick_s, self._sweep)
+
+
+class _NoLinks:
+    """Nobody opens links to a gateway: it dials the shards."""
+
+    def link_opened(self, link: Link) -> None:
+        """See `LinkHandler`."""
+
+    def link_closed(self, link: Link) -> None:
+        """See `LinkHandler`."""
+
+    def receive(self, link: Link, message: Any, request: int) -> None:
+        """See `LinkHandler`."""
+        link.fail_nowait(request, CarillonError(f"a gateway does not take {type(message).__name__}"))
+
+    def read_finished(self, link: Link) -> None:
+        """See `LinkHandler`."""
+
+
+async def _no_secret(tenant: str) -> str | None:
+    return None
+
+
+def _random_id() -> str:
+    """16 characters, 96 random bits."""
+    return base64.urlsafe_b64encode(os.urandom(12)).decode()
+
+
+def _raise_descriptor_limit(wanted: int) -> None:
+    """Sockets are files: go up to the hard limit, and say so if that is not enough."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        goal = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (goal, hard))
+        if goal < wanted:
+            log.warning("only %d open files are allowed, %d may be needed: raise ulimit -n", goal, wanted)
