@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final
 
 import ray
 from ray import exceptions
@@ -230,14 +230,15 @@ def find_actor(name: str, namespace: str) -> Any | None:
 
 
 def answers(handle: Any, timeout_s: float) -> bool | None:
-    """Whether an actor lives: True, False (dead for good) or None (restarting, or busy)."""
+    """Whether an actor lives: True, False (dead for good) or None (restarting, or busy). Blocks."""
     try:
-        ray.get(handle.pid.remote(), timeout=timeout_s)
+        # Not ray.get: inside an async actor it warns about blocking the loop, though a thread calls it here.
+        handle.pid.remote().future().result(timeout_s)
     except exceptions.ActorUnavailableError:
         return None
     except exceptions.ActorDiedError:
         return False
-    except exceptions.GetTimeoutError:
+    except TimeoutError:
         return None
     return True
 
