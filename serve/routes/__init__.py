@@ -1,1 +1,12 @@
-"""HTTP routes, one module per subject."""
+"""HTTP routes, one module per subject; `all_routes` is the one table."""
+
+from __future__ import annotations
+
+from serve.routing import Route
+
+
+def all_routes() -> tuple[Route, ...]:
+    """Every route, in the order of the documentation."""
+    from serve.routes import client, demo, events, operations, users
+
+    return (*events.ROUTES, *users.ROUTES, *client.ROUTES, *operations.ROUTES, *demo.ROUTES)

@@ -1,0 +1,180 @@
+"""The ASGI app: one object behind two doors.
+
+`POST /v1/events` takes a short cut around the route table; both ways end in the same functions. Every
+answer, errors included, goes through one place, which adds X-Request-Id and CORS.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any, Final
+
+from carillon.api_keys import allows
+from carillon.clock import Clock
+from carillon.errors import CarillonError
+from carillon.events import ProblemError
+from carillon.problems import Problem, problem, problem_of
+from serve.http import (
+    ClientGoneError,
+    Header,
+    Request,
+    Response,
+    Scope,
+    clean_request_id,
+    path_segments,
+    problem_response,
+    read_body,
+)
+from serve.routes import all_routes
+from serve.routes.events import publish
+from serve.routing import CLIENT, OPEN, SERVICE, Router
+from serve.services import Services
+
+log = logging.getLogger(__name__)
+
+_HOT_PATH: Final = "/v1/events"
+_CORS_METHODS: Final = b"GET, POST, PUT, DELETE"
+_CORS_EXPOSED: Final = b"X-Request-Id, Retry-After, Idempotent-Replayed"
+
+
+class IngressApp:
+    """The app.
+
+    Args:
+        services: what handlers work with.
+
+    Memory: at most `ingress.max_in_flight` requests are worked on at once; one more is answered 503 with
+    Retry-After before its body is read.
+    """
+
+    def __init__(self, services: Services) -> None:
+        self.services = services
+        self._clock: Clock = services.clock
+        self._router = Router(all_routes())
+        settings = services.settings.ingress
+        self._timeout_s = settings.request_timeout_s
+        self._max_in_flight = settings.max_in_flight
+        self._limit = settings.max_request_bytes
+        self._origins = {origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()}
+        self._id_prefix = os.urandom(6).hex()
+        self._next_id = 0
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await _other(scope, receive, send)
+            return
+        services = self.services
+        started = self._clock.monotonic()
+        headers: list[Header] = scope["headers"]
+        request_id = authorization = key = origin = None
+        for name, value in headers:
+            if name == b"authorization":
+                authorization = value
+            elif name == b"x-request-id":
+                request_id = clean_request_id(value)
+            elif name == b"idempotency-key":
+                key = value
+            elif name == b"origin":
+                origin = value
+        if request_id is None:
+            self._next_id += 1
+            request_id = b"%s-%x" % (self._id_prefix.encode(), self._next_id)
+        services.in_flight += 1
+        try:
+            if services.in_flight > self._max_in_flight and not _exempt(scope["path"]):
+                busy = problem("unavailable", f"more than {self._max_in_flight} requests at once")
+                response = problem_response(busy, request_id)
+            elif (
+                scope["path"] == _HOT_PATH
+                and scope["method"] == "POST"
+                and not scope["query_string"]
+                and (known := services.auth.known_key(authorization)) is not None
+                and not known.revoked
+                and allows(known.scopes, "events:write")
+            ):
+                services.auth.used(known)
+                body = await read_body(receive, headers, self._limit)
+                response = await publish(
+                    services, body, key, known.tenant, started + self._timeout_s, request_id
+                )
+            else:
+                response = await self._dispatch(scope, receive, request_id, authorization, started)
+        except ProblemError as exc:
+            response = problem_response(exc.problem, request_id)
+        except ClientGoneError:
+            return
+        except CarillonError as exc:
+            response = problem_response(problem_of(exc), request_id)
+        except Exception:
+            log.exception("request %s (%s %s) failed", request_id.decode(), scope["method"], scope["path"])
+            response = problem_response(problem("internal"), request_id)
+        finally:
+            services.in_flight -= 1
+        out = response.headers
+        out.append((b"content-type", response.content_type))
+        out.append((b"content-length", b"%d" % len(response.body)))
+        out.append((b"x-request-id", request_id))
+        if origin is not None and scope["path"].startswith("/api/"):
+            self._cors(out, origin)
+        services.stats.observe_ms("ingress_request_ms", (self._clock.monotonic() - started) * 1000)
+        await send({"type": "http.response.start", "status": response.status, "headers": out})
+        await send({"type": "http.response.body", "body": response.body})
+
+    async def _dispatch(
+        self, scope: Scope, receive: Any, request_id: bytes, authorization: bytes | None, started: float
+    ) -> Response:
+        method: str = scope["method"]
+        found = self._router.find(method, path_segments(scope))
+        if isinstance(found, Problem):
+            if method == "OPTIONS" and found.status == 405 and scope["path"].startswith("/api/"):
+                return Response(b"", 204)  # a preflight: what is allowed is in the CORS headers
+            return problem_response(found, request_id)
+        route, params = found
+        request = Request(scope, receive, params, request_id, started + self._timeout_s, self._limit)
+        services = self.services
+        if route.door == SERVICE:
+            request.tenant = (await services.auth.service(authorization, route.scope)).tenant
+        elif route.door == CLIENT:
+            who = await services.auth.client(authorization)
+            request.tenant, request.user = who.tenant, who.user
+        else:
+            assert route.door == OPEN
+        return await route.handler(services, request)
+
+    def _cors(self, headers: list[Header], origin: bytes) -> None:
+        """CORS for /api. Tokens are not ambient, so any origin may ask unless the settings name some; there
+        are no credentials, so `*` suffices."""
+        if self._origins:
+            headers.append((b"vary", b"Origin"))
+            if origin.decode("latin-1") not in self._origins:
+                return
+            headers.append((b"access-control-allow-origin", origin))
+        else:
+            headers.append((b"access-control-allow-origin", b"*"))
+        headers.append((b"access-control-allow-methods", _CORS_METHODS))
+        headers.append((b"access-control-allow-headers", b"Authorization, Content-Type, X-Request-Id"))
+        headers.append((b"access-control-expose-headers", _CORS_EXPOSED))
+        headers.append((b"access-control-max-age", b"600"))
+
+
+def _exempt(path: str) -> bool:
+    """Operators see what is going on even when the house is full."""
+    return path in ("/healthz", "/readyz", "/metrics")
+
+
+async def _other(scope: Scope, receive: Any, send: Any) -> None:
+    """Lifespan (nothing to do: the replica starts and stops the services) and WebSockets (refused)."""
+    if scope["type"] == "lifespan":
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                await send({"type": "lifespan.startup.complete"})
+            else:
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+    elif scope["type"] == "websocket":
+        # Sockets live at the gateways (docs/reference/websocket.md): refused before the handshake, HTTP 403.
+        await receive()
+        await send({"type": "websocket.close", "code": 1000})

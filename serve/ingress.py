@@ -1,0 +1,250 @@
+"""One ingress replica: its stores, its link to the cluster, its app, and the door of its own.
+
+Serve's replica (serve/deployment.py) and the tests build this; `start` and `stop` run on the loop that will
+serve the requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import hashlib
+import logging
+import socket
+from collections.abc import Iterator
+from typing import Any, Final
+
+import asyncpg
+import uvicorn
+
+from actors.config import ActorConfig
+from carillon.clock import Clock, SystemClock
+from carillon.errors import CarillonError, ClusterError
+from carillon.events import EventParser
+from carillon.ids import Uuid7Source
+from carillon.metrics import Stats
+from serve.app import IngressApp
+from serve.auth import Authenticator
+from serve.backend import RouterBackend
+from serve.services import Services
+from stores.postgres.feed import FeedReader
+from stores.postgres.pool import open_pool
+from stores.postgres.tenants import TenantStore
+
+log = logging.getLogger(__name__)
+
+BACKLOG: Final = 2048
+
+
+def cluster_tag(secret: bytes) -> str:
+    """Names a cluster without telling its secret."""
+    return hashlib.sha256(b"carillon cluster tag\0" + secret).hexdigest()[:16]
+
+
+class _Server(uvicorn.Server):
+    """uvicorn inside of another program: the process' signals are not its business."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Install nothing."""
+        yield
+
+
+class Ingress:
+    """A replica.
+
+    Args:
+        config: of kind "ingress", with a name of its own.
+        clock: None is the system's.
+    """
+
+    def __init__(self, config: ActorConfig, clock: Clock | None = None) -> None:
+        self.config = config
+        self.stats = Stats()
+        self.url = ""
+        """Where the own door listens, e.g. "http://127.0.0.1:8080"; empty until `start`."""
+        self.app: IngressApp | None = None
+        self.backend: RouterBackend | None = None
+        self._clock = clock or SystemClock()
+        self._pool: asyncpg.Pool[Any] | None = None
+        self._socket: socket.socket | None = None
+        self._server: _Server | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Open everything; returns when requests are served.
+
+        Raises:
+            ClusterError: the direct port is taken.
+            StoreUnavailableError: Postgres does not answer.
+        """
+        settings = self.config.settings
+        tag = cluster_tag(self.config.secret)
+        host, port = settings.cluster.bind_host, settings.ingress.direct_port
+        try:
+            self._socket = await bind_door(host, port, tag)
+            bound = self._socket.getsockname()[1]
+            shown = settings.cluster.advertise_host or (
+                host if host not in ("0.0.0.0", "::") else "127.0.0.1"
+            )
+            self.url = f"http://{shown}:{bound}"
+            self._pool = await open_pool(settings.postgres)
+            self.backend = RouterBackend(self.config, self.stats, public=self.url, clock=self._clock)
+            tenants = TenantStore(self._pool, settings.postgres.connect_timeout_s)
+            auth = Authenticator(tenants, settings.ingress, self._clock)
+            services = Services(
+                settings,
+                self._clock,
+                self.stats,
+                EventParser(Uuid7Source()),
+                auth,
+                FeedReader(self._pool, settings.postgres.connect_timeout_s),
+                self.backend,
+                cluster_tag=tag,
+            )
+            self.app = IngressApp(services)
+            await self.backend.start()
+        except BaseException:
+            await self.stop()
+            raise
+        self._server = _Server(
+            uvicorn.Config(
+                self.app,
+                http="httptools",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                backlog=BACKLOG,
+                timeout_graceful_shutdown=max(1, round(settings.ingress.drain_s)),
+            )
+        )
+        loop = asyncio.get_running_loop()
+        self._tasks = [
+            loop.create_task(self._server.serve(sockets=[self._socket])),
+            loop.create_task(self._write_uses(auth, settings.ingress.key_touch_s)),
+        ]
+        while not self._server.started:
+            if self._tasks[0].done():
+                await self._tasks[0]
+                raise ClusterError(f"the listener on {self.url} ended before it began")
+            await asyncio.sleep(0.005)
+        log.info("%s listens on %s", self.config.name, self.url)
+
+    async def status(self) -> dict[str, Any]:
+        """Facts for the command line."""
+        services = self.app.services if self.app is not None else None
+        return {
+            "kind": "ingress",
+            "name": self.config.name,
+            "url": self.url,
+            "inFlight": services.in_flight if services is not None else 0,
+            "draining": services.draining if services is not None else False,
+            "mapVersion": self.backend.membership.map.version if self.backend is not None else 0,
+        }
+
+    def check(self) -> None:
+        """Raise if this replica cannot serve any more and is to be replaced.
+
+        Only what a new replica would cure: that Postgres or a router is away is told by GET /readyz.
+        """
+        if self._server is not None and self._tasks and self._tasks[0].done():
+            raise ClusterError(f"the listener on {self.url} ended")
+
+    async def stop(self) -> None:
+        """Finish what is in flight (at most `ingress.drain_s`), then close everything."""
+        if self.app is not None:
+            self.app.services.draining = True
+        if self._server is not None and self._tasks:
+            # uvicorn closes the listener, lets requests end, and closes idle connections.
+            self._server.should_exit = True
+            with contextlib.suppress(Exception):
+                await self._tasks[0]
+            deadline = self._clock.monotonic() + self.config.settings.ingress.drain_s
+            assert self.app is not None
+            while self.app.services.in_flight and self._clock.monotonic() < deadline:
+                await asyncio.sleep(0.01)
+        for task in self._tasks[1:]:
+            task.cancel()
+        await asyncio.gather(*self._tasks[1:], return_exceptions=True)
+        self._tasks = []
+        if self.app is not None:
+            with contextlib.suppress(CarillonError):
+                await self.app.services.auth.write_uses()
+        if self.backend is not None:
+            await self.backend.close(leave=True)
+        if self._pool is not None:
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(5.0):
+                    await self._pool.close()
+            self._pool.terminate()
+            self._pool = None
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    async def _write_uses(self, auth: Authenticator, every_s: float) -> None:
+        while True:
+            await asyncio.sleep(every_s)
+            try:
+                await auth.write_uses()
+            except CarillonError as exc:
+                log.info("the last use of API keys is not written yet: %s", exc)
+
+
+async def bind_door(host: str, port: int, tag: str) -> socket.socket:
+    """A listening address shared by all replicas of this cluster on this machine (SO_REUSEPORT).
+
+    SO_REUSEPORT lets any process of the same user share the port, another cluster's too, and the kernel would
+    then spread requests over both: so whoever listens there already is asked which cluster it belongs to.
+
+    Raises:
+        ClusterError: the port is taken by something else.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    door = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if port:
+            other = await _who_listens(host, port)
+            if other is not None and other != tag:
+                who = "another Carillon" if other else "another program"
+                raise ClusterError(
+                    f"port {port} (ingress.direct_port) is taken by {who}; "
+                    "stop it or set CARILLON_INGRESS_DIRECT_PORT"
+                )
+        door.bind((host, port))
+        door.setblocking(False)
+        return door
+    except OSError as exc:
+        door.close()
+        if exc.errno == errno.EADDRINUSE:
+            why = "is taken by another program; stop it or set CARILLON_INGRESS_DIRECT_PORT"
+        else:
+            why = f"cannot be opened on {host}: {exc.strerror}"
+        raise ClusterError(f"port {port} (ingress.direct_port) {why}") from exc
+    except BaseException:
+        door.close()
+        raise
+
+
+async def _who_listens(host: str, port: int) -> str | None:
+    """The cluster tag of the ingress that listens there; "" for anything else, None if nothing does."""
+    target = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    try:
+        async with asyncio.timeout(1.0):
+            reader, writer = await asyncio.open_connection(target, port)
+    except (OSError, TimeoutError):
+        return None
+    try:
+        async with asyncio.timeout(1.0):
+            writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            answer = await reader.read(65536)
+        head = answer.split(b'"cluster":"', 1)
+        return head[1].split(b'"', 1)[0].decode("ascii", "replace") if len(head) == 2 else ""
+    except (OSError, TimeoutError):
+        return ""
+    finally:
+        writer.close()

@@ -1,0 +1,242 @@
+"""What a user's own devices call: token in hand, always about the token's user."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from carillon.event_rules import MAX_INT, Text, text_error
+from carillon.events import ProblemError, refused
+from carillon.ids import slot_of
+from carillon.messages import Change, ChangeResult
+from carillon.notification import notification_json, user_json_of
+from carillon.problems import FieldError, problem, shown
+from carillon.session import change_frames
+from serve.http import Request, Response, json_response, whole_number
+from serve.routes import users
+from serve.routes.bodies import notification_ids, path_notification
+from serve.routing import CLIENT, Query, Route
+from serve.schemas import IDS_BODY, SUCCESS, WHOLE, obj, ref, text
+from serve.services import Services
+
+SYNC_LIMIT: Final = 200
+SYNC_LIMIT_MAX: Final = 1000
+
+
+async def _change(services: Services, request: Request, op: str, **more: Any) -> ChangeResult:
+    message = Change(request.tenant, request.user, slot_of(request.tenant, request.user), op, **more)
+    result = await services.backend.request(message, request.deadline)
+    assert isinstance(result, ChangeResult)
+    return result
+
+
+async def get_feed(services: Services, request: Request) -> Response:
+    """GET /api/notifications."""
+    return await users.feed(services, request, request.tenant, request.user)
+
+
+async def get_unread_count(services: Services, request: Request) -> Response:
+    """GET /api/notifications/unread-count."""
+    count, rev = await services.feed.unread_count(request.tenant, request.user, services.clock.now_ms())
+    return json_response({"count": count, "rev": rev})
+
+
+async def post_read(services: Services, request: Request) -> Response:
+    """POST /api/notifications/read."""
+    ids = notification_ids(await request.json_object())
+    if ids:
+        await _change(services, request, "read", ids=ids)
+    return json_response({"success": True})
+
+
+async def post_seen(services: Services, request: Request) -> Response:
+    """POST /api/notifications/seen."""
+    ids = notification_ids(await request.json_object())
+    if ids:
+        await _change(services, request, "seen", ids=ids)
+    return json_response({"success": True})
+
+
+async def post_read_all(services: Services, request: Request) -> Response:
+    """POST /api/notifications/read-all."""
+    up_to = (await request.json_object()).get("upToSeq")
+    if up_to is not None and (
+        isinstance(up_to, bool) or not isinstance(up_to, int) or not 0 <= up_to <= MAX_INT
+    ):
+        raise refused(
+            f"expected upToSeq to be a seq, got {shown(up_to)}",
+            [FieldError("upToSeq", "a seq (0 to 2^53-1)", shown(up_to))],
+        )
+    result = await _change(services, request, "read_all", up_to_seq=up_to)
+    return json_response({"count": result.changed})
+
+
+async def post_archive(services: Services, request: Request) -> Response:
+    """POST /api/notifications/{id}/archive."""
+    return await _one(services, request, "archive")
+
+
+async def post_dismiss(services: Services, request: Request) -> Response:
+    """POST /api/notifications/{id}/dismiss."""
+    return await _one(services, request, "dismiss")
+
+
+async def post_click(services: Services, request: Request) -> Response:
+    """POST /api/notifications/{id}/click."""
+    return await _one(services, request, "click")
+
+
+async def _one(services: Services, request: Request, op: str) -> Response:
+    raw = path_notification(request)
+    document = await request.json_object()
+    action = document.get("actionId") if op == "click" else None
+    if action is not None:
+        error = text_error("actionId", action, Text(1, 64))
+        if error is not None:
+            raise refused(f"expected actionId to be {error.expected}, got {error.got}", [error])
+    await _change(services, request, op, ids=[raw], action_id=action, strict=True)
+    return json_response({"success": True})
+
+
+async def get_preferences(services: Services, request: Request) -> Response:
+    """GET /api/notifications/preferences."""
+    return await users.get_preferences(services, request, request.tenant, request.user)
+
+
+async def put_preferences(services: Services, request: Request) -> Response:
+    """PUT /api/notifications/preferences."""
+    return await users.put_preferences(services, request, request.tenant, request.user)
+
+
+async def put_device(services: Services, request: Request) -> Response:
+    """PUT /api/devices/{deviceId}."""
+    return await users.put_device(services, request, request.tenant, request.user)
+
+
+async def delete_device(services: Services, request: Request) -> Response:
+    """DELETE /api/devices/{deviceId}."""
+    return await users.delete_device(services, request, request.tenant, request.user)
+
+
+async def get_sync(services: Services, request: Request) -> Response:
+    """GET /api/sync: everything after a position, in order."""
+    query = request.query()
+    if query.get("waitS", "0") != "0":
+        raise ProblemError(
+            problem(
+                "not_supported",
+                "waiting for the next change is not supported yet",
+                [FieldError("waitS", "absent or 0: not supported yet", shown(query["waitS"]))],
+            )
+        )
+    epoch = query.get("epoch") or None
+    page = await services.feed.sync(
+        request.tenant,
+        request.user,
+        services.clock.now_ms(),
+        epoch=epoch,
+        since=whole_number(query, "since", 0, 0, MAX_INT),
+        rev=whole_number(query, "rev", 0, 0, MAX_INT) if "rev" in query else None,
+        limit=whole_number(query, "limit", SYNC_LIMIT, 1, SYNC_LIMIT_MAX),
+    )
+    user_json = user_json_of(request.user)
+    notifications = ",".join(notification_json(row, user_json) for row in page.notifications)
+    frames = change_frames(page.changes, user_json, 0, more=False)
+    changes = ",".join(frame.decode() for _, frame, _ in frames)
+    return Response(
+        (
+            f'{{"notifications":[{notifications}],"changes":[{changes}],"lastSeq":{page.last_seq},'
+            f'"rev":{page.rev},"unreadCount":{page.head.unread},"epoch":{user_json_of(page.head.epoch)},'
+            f'"recovered":{"true" if page.recovered else "false"},"more":{"true" if page.more else "false"}}}'
+        ).encode()
+    )
+
+
+_TAG = "Client"
+_EMPTY: Final = obj({}, strict=False)
+_SYNC_ANSWER: Final = obj(
+    {
+        "notifications": {"type": "array", "items": ref("Notification")},
+        "changes": {"type": "array", "items": {"type": "object"}},
+        "lastSeq": WHOLE,
+        "rev": WHOLE,
+        "unreadCount": WHOLE,
+        "epoch": {"type": "string"},
+        "recovered": {"type": "boolean"},
+        "more": {"type": "boolean"},
+    },
+    ["notifications", "changes", "lastSeq", "rev", "unreadCount", "epoch", "recovered", "more"],
+)
+
+
+def _state_route(name: str, handler: Any, summary: str, body: dict[str, Any]) -> Route:
+    return Route(
+        "POST", f"/api/notifications/{{id}}/{name}", handler, CLIENT, summary, body=body, body_required=False,
+        answer=SUCCESS, answer_example={"success": True}, problems=(400, 404, 413, 422), tag=_TAG,
+    )  # fmt: skip
+
+
+ROUTES: Final = (
+    Route(
+        "GET", "/api/notifications", get_feed, CLIENT, "My feed, newest first", query=users.FEED_QUERY,
+        doc="Archived, dismissed, retracted and expired ones are left out.",
+        answer=ref("Feed"), problems=(400, 422), tag=_TAG,
+    ),
+    Route(
+        "GET", "/api/notifications/unread-count", get_unread_count, CLIENT, "How many are unread",
+        answer=obj({"count": WHOLE, "rev": WHOLE}, ["count", "rev"]),
+        answer_example={"count": 3, "rev": 40}, tag=_TAG,
+    ),
+    Route(
+        "POST", "/api/notifications/read", post_read, CLIENT, "Mark as read", body=IDS_BODY,
+        body_example={"notificationIds": ["0198c0de-7000-7000-8000-000000000001"]},
+        answer=SUCCESS, answer_example={"success": True}, problems=(400, 413, 422), tag=_TAG,
+    ),
+    Route(
+        "POST", "/api/notifications/read-all", post_read_all, CLIENT, "Mark all as read",
+        body=obj({"upToSeq": {"type": "integer", "minimum": 0, "maximum": MAX_INT}}, strict=False),
+        body_required=False, body_example={"upToSeq": 17}, answer=obj({"count": WHOLE}, ["count"]),
+        answer_example={"count": 3}, problems=(400, 413, 422), tag=_TAG,
+    ),
+    Route(
+        "POST", "/api/notifications/seen", post_seen, CLIENT, "Mark as seen", body=IDS_BODY,
+        body_example={"notificationIds": ["0198c0de-7000-7000-8000-000000000001"]},
+        answer=SUCCESS, answer_example={"success": True}, problems=(400, 413, 422), tag=_TAG,
+    ),
+    _state_route("archive", post_archive, "Archive", _EMPTY),
+    _state_route("click", post_click, "Note a click", obj({"actionId": text(1, 64)}, strict=False)),
+    _state_route("dismiss", post_dismiss, "Dismiss", _EMPTY),
+    Route(
+        "GET", "/api/notifications/preferences", get_preferences, CLIENT, "My preferences",
+        answer=ref("Preferences"), tag=_TAG,
+    ),
+    Route(
+        "PUT", "/api/notifications/preferences", put_preferences, CLIENT, "Replace my preferences",
+        body=ref("Preferences"), body_required=False, body_example=users.PREFERENCES_EXAMPLE,
+        answer=ref("Preferences"), problems=(400, 413, 422), tag=_TAG,
+    ),
+    Route(
+        "PUT", "/api/devices/{deviceId}", put_device, CLIENT, "Register my push target", body=ref("Device"),
+        body_example=users.DEVICE_EXAMPLE, answer=ref("RegisteredDevice"),
+        problems=(400, 413, 422), tag=_TAG,
+    ),
+    Route(
+        "DELETE", "/api/devices/{deviceId}", delete_device, CLIENT, "Forget my push target",
+        answer=SUCCESS, answer_example={"success": True}, problems=(404, 422), tag=_TAG,
+    ),
+    Route(
+        "GET", "/api/sync", get_sync, CLIENT, "Everything after a position",
+        doc=(
+            "Notifications after `since`, then the changes after `rev` of older ones, as the frames the "
+            "WebSocket would carry. `more`: the page was cut, ask again from `lastSeq` and `rev`. "
+            "`recovered: false`: the position is not known any more, read the feed."
+        ),
+        query=(
+            Query("epoch", {"type": "string"}, "The epoch the position belongs to; absent: not compared."),
+            Query("since", {"type": "integer", "minimum": 0, "maximum": MAX_INT}, "Last seq the client has."),
+            Query("rev", {"type": "integer", "minimum": 0, "maximum": MAX_INT}, "Last rev; absent: no changes."),
+            Query("limit", {"type": "integer", "minimum": 1, "maximum": SYNC_LIMIT_MAX}, "Page size."),
+            Query("waitS", {"enum": ["0"]}, "Waiting is not supported yet."),
+        ),
+        answer=_SYNC_ANSWER, problems=(400, 422), tag=_TAG,
+    ),
+)  # fmt: skip

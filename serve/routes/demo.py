@@ -1,0 +1,125 @@
+"""The demo page and what it needs. Everything but the page itself exists in demo mode only."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from carillon import tokens
+from carillon.errors import NotFoundError, UnavailableError
+from serve.http import Request, Response, json_response
+from serve.routes.events import publish
+from serve.routing import OPEN, Route
+from serve.schemas import USER_ID, obj, ref, text
+from serve.services import Services
+
+PAGE: Final = Path(__file__).parent.parent / "static" / "demo.html"
+TOKEN_TTL_S: Final = 3600.0
+
+
+def _require_demo(services: Services) -> None:
+    if not services.settings.ingress.demo:
+        raise NotFoundError("demo mode is off (CARILLON_INGRESS_DEMO=true turns it on)")
+
+
+async def page(services: Services, request: Request) -> Response:
+    """GET /demo."""
+    try:
+        html = await asyncio.to_thread(PAGE.read_bytes)
+    except FileNotFoundError:
+        raise NotFoundError("the demo page is not part of this installation") from None
+    return Response(html, content_type=b"text/html; charset=utf-8")
+
+
+async def config(services: Services, request: Request) -> Response:
+    """GET /demo/config.json: where to connect, and fresh tokens of the demo users."""
+    _require_demo(services)
+    settings = services.settings.ingress
+    record = await services.auth.tenant(settings.demo_tenant)
+    if record is None:
+        raise UnavailableError(f"the demo tenant {settings.demo_tenant!r} does not exist yet")
+    now_ms = services.clock.now_ms()
+    gateways = services.backend.gateways()
+    return json_response(
+        {
+            "wsUrl": gateways[0] if gateways else None,
+            "tenant": record.tenant,
+            "users": [
+                {
+                    "userId": user,
+                    "token": tokens.mint(record.tenant, user, record.client_secret, now_ms, TOKEN_TTL_S),
+                }
+                for user in (name.strip() for name in settings.demo_users.split(","))
+                if user
+            ],
+            "fcmReceivedUrl": settings.demo_fcm_received_url or None,
+            "apnsReceivedUrl": settings.demo_apns_received_url or None,
+        }
+    )
+
+
+async def send(services: Services, request: Request) -> Response:
+    """POST /demo/send: an event to one of the demo tenant's users."""
+    _require_demo(services)
+    document = await request.json_object(("userId", "title", "body", "priority"))
+    event = {"type": "demo", **document}
+    return await publish(
+        services,
+        msgspec.json.encode(event),
+        None,
+        services.settings.ingress.demo_tenant,
+        request.deadline,
+        request.request_id,
+    )
+
+
+async def received(services: Services, request: Request) -> Response:
+    """GET /demo/received: what the local push servers received, fetched here to spare the page CORS."""
+    _require_demo(services)
+    settings = services.settings.ingress
+    fcm, apns = await asyncio.gather(
+        _fetch(settings.demo_fcm_received_url), _fetch(settings.demo_apns_received_url)
+    )
+    return json_response({"fcm": fcm, "apns": apns})
+
+
+async def _fetch(url: str) -> Any:
+    """The JSON at `url`, null if there is none."""
+    if not url:
+        return None
+    import httpx  # 0.1 s to import, for the demo only
+
+    try:
+        async with httpx.AsyncClient(timeout=2.0, trust_env=False) as client:
+            answer = await client.get(url)
+            return msgspec.Raw(answer.content) if answer.status_code == 200 else None
+    except httpx.HTTPError:
+        return None
+
+
+_TAG = "Demo"
+
+ROUTES: Final = (
+    Route("GET", "/demo", page, OPEN, "The demo page", answer_type="text/html", problems=(404,), tag=_TAG),
+    Route(
+        "GET", "/demo/config.json", config, OPEN, "Demo mode: where to connect, and tokens",
+        answer=obj({}, strict=False), problems=(404, 503), tag=_TAG,
+    ),
+    Route(
+        "POST", "/demo/send", send, OPEN, "Demo mode: an event to a demo user",
+        body=obj(
+            {"userId": USER_ID, "title": text(1, 255, control=True), "body": {"type": "string"},
+             "priority": {"enum": ["low", "normal", "high", "urgent"]}},
+            ["userId", "title"],
+        ),
+        body_example={"userId": "ada", "title": "Hello", "body": "from the demo", "priority": "normal"},
+        status=202, answer=ref("EventResult"), problems=(400, 404, 413, 422, 429, 503), tag=_TAG,
+    ),
+    Route(
+        "GET", "/demo/received", received, OPEN, "Demo mode: what the local push servers received",
+        answer=obj({}, strict=False), problems=(404,), tag=_TAG,
+    ),
+)  # fmt: skip

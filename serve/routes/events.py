@@ -1,0 +1,161 @@
+"""`POST /v1/events`."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from carillon.events import Request as ParsedEvents
+from carillon.events import refused
+from carillon.ids import uuid_text
+from carillon.messages import Outcome
+from carillon.problems import FieldError, Problem, problem, problem_document
+from serve.http import JSON, Header, Request, Response, problem_response
+from serve.routing import SERVICE, Query, Route
+from serve.schemas import ref
+from serve.services import Services
+
+_encode: Final = msgspec.json.Encoder().encode
+_REPLAYED: Final[Header] = (b"idempotent-replayed", b"true")
+_CHANNELS: Final[dict[tuple[str, ...], str]] = {}
+_TOLD: Final = {
+    "in_progress": "the first request with this idempotency key is still running",
+    "idempotency_conflict": "the idempotency key was used within 24 h with another body",
+}
+
+
+async def post_events(services: Services, request: Request) -> Response:
+    """One event, an event for many, or a batch."""
+    query = request.query()
+    if query.get("dryRun", "false") != "false":
+        raise refused(
+            "dryRun is not supported yet", [FieldError("dryRun", "absent or false", "true")], "not_supported"
+        )
+    body = await request.body()
+    key = request.header(b"idempotency-key")
+    return await publish(services, body, key, request.tenant, request.deadline, request.request_id)
+
+
+async def publish(
+    services: Services, body: bytes, key: bytes | None, tenant: str, deadline: float, request_id: bytes
+) -> Response:
+    """Validate, publish and answer. The hot route calls this without a `Request`.
+
+    Raises:
+        ProblemError: the request as a whole is refused.
+    """
+    parsed = services.parser.parse(
+        body, tenant, services.clock.now_ms(), None if key is None else key.decode("utf-8", "replace")
+    )
+    outcomes = await services.backend.publish(parsed.events, deadline) if parsed.events else []
+    if parsed.slots is None:
+        outcome = outcomes[0]
+        told = outcome_problem(outcome)
+        if told is not None:
+            return problem_response(told, request_id)
+        headers = (_REPLAYED,) if outcome.replayed else ()
+        return Response(f"{{{_result(outcome)}}}".encode(), 202, JSON, headers)
+    return _many(parsed, outcomes, request_id)
+
+
+def _many(parsed: ParsedEvents, outcomes: list[Outcome], request_id: bytes) -> Response:
+    problems = [outcome_problem(outcome) for outcome in outcomes]
+    failed = [told for told in problems if told is not None]
+    if failed and len(failed) == len(outcomes) and all(told.status in (429, 503) for told in failed):
+        # Nothing was stored and all of it may be tried again: said once, where clients look for it.
+        return problem_response(failed[0], request_id)
+    assert parsed.slots is not None
+    parts: list[str] = []
+    for slot in parsed.slots:
+        user = "" if slot.user is None else f'"userId":{_encode(slot.user).decode()},'
+        told = slot.refused if slot.event < 0 else problems[slot.event]
+        if told is not None:
+            text = _encode(problem_document(told, request_id.decode())).decode()
+            parts.append(f'{{{user}"error":{text}}}')
+        else:
+            parts.append(f"{{{user}{_result(outcomes[slot.event])}}}")
+    replayed = bool(outcomes) and all(outcome.replayed for outcome in outcomes)
+    return Response(
+        f'{{"results":[{",".join(parts)}]}}'.encode(), 202, JSON, (_REPLAYED,) if replayed else ()
+    )
+
+
+def _result(outcome: Outcome) -> str:
+    key = tuple(outcome.channels)
+    channels = _CHANNELS.get(key)
+    if channels is None:
+        channels = _encode(outcome.channels).decode()
+        if len(_CHANNELS) < 100:
+            _CHANNELS[key] = channels
+    reason = "" if outcome.reason is None else f',"reason":{_encode(outcome.reason).decode()}'
+    return (
+        f'"id":"{uuid_text(outcome.id)}","seq":{outcome.seq},"status":"{outcome.status}",'
+        f'"channels":{channels}{reason}'
+    )
+
+
+def outcome_problem(outcome: Outcome) -> Problem | None:
+    """The problem of a failed outcome, None of any other."""
+    if outcome.status != "failed":
+        return None
+    code = outcome.code or "internal"
+    detail = _TOLD.get(code) or outcome.detail or ""
+    return problem(code, "" if code == "internal" else detail, retry_after_s=outcome.retry_after_s)
+
+
+_EVENT = {
+    "userId": "ada",
+    "type": "comment.reply",
+    "title": "Grace replied to you",
+    "body": "I think so, too.",
+    "priority": "high",
+    "actorId": "grace",
+    "targetType": "thread",
+    "targetId": "42",
+    "link": "https://example.com/threads/42",
+    "data": {"threadId": 42},
+}
+
+ROUTES: Final = (
+    Route(
+        "POST",
+        "/v1/events",
+        post_events,
+        SERVICE,
+        "Send an event",
+        scope="events:write",
+        doc=(
+            "An object is one event (with `userIds`: for up to 1,000 users), an array a batch of up to 1,000. "
+            "Answered after the commit. One bad item of a batch does not fail the others: it is "
+            '`{"error": problem}`.'
+        ),
+        query=(Query("dryRun", {"enum": ["false"]}, "true is not supported yet."),),
+        headers=(
+            Query(
+                "Idempotency-Key",
+                {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+                "The same key and body within 24 h: the same answer, one effect. On a batch it means "
+                "`<key>#<index>`, with `userIds` `<key>#<userId>`.",
+            ),
+        ),
+        body={
+            "anyOf": [
+                ref("Event"),
+                ref("EventToMany"),
+                {"type": "array", "maxItems": 1000, "items": ref("Event")},
+            ]
+        },
+        body_example=_EVENT,
+        status=202,
+        answer={"anyOf": [ref("EventResult"), ref("EventResults")]},
+        answer_example={
+            "id": "0198c0de-7000-7000-8000-000000000001",
+            "seq": 17,
+            "status": "delivered",
+            "channels": ["in_app", "push"],
+        },
+        problems=(400, 409, 413, 422, 429),
+        tag="Events",
+    ),
+)

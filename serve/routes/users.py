@@ -1,0 +1,409 @@
+"""What services ask about users: feeds, devices, preferences, sessions, tokens, presence."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from carillon import preferences, tokens
+from carillon.clock import rfc3339
+from carillon.errors import NotFoundError, UnauthenticatedError
+from carillon.events import ProblemError, refused
+from carillon.ids import slot_of
+from carillon.messages import (
+    DeviceDelete,
+    Done,
+    PreferencesPut,
+    PresenceQuery,
+    PresenceReply,
+    SessionsRevoke,
+    UserPresence,
+)
+from carillon.notification import notification_json, user_json_of
+from carillon.preferences import PreferencesError
+from carillon.problems import FieldError, problem, shown
+from serve.http import Request, Response, json_response, whole_number
+from serve.routes.bodies import device_put, id_list, path_id, path_notification, valid_id
+from serve.routing import SERVICE, Query, Route
+from serve.schemas import INSTANT, SUCCESS, USER_ID, obj, ref
+from serve.services import Services
+from stores.postgres.feed import STATUSES, FeedFilter
+
+MAX_LIMIT: Final = 100
+DEFAULT_LIMIT: Final = 20
+_FLAGS: Final = {"true": True, "1": True, "false": False, "0": False}
+_TEXT_FILTERS: Final = (("type", 64), ("category", 64), ("q", 255))
+
+
+# -- the feed -----------------------------------------------------------------------------------------
+
+
+async def feed(services: Services, request: Request, tenant: str, user: str) -> Response:
+    """One page of a user's feed, by the query of the request."""
+    query = request.query()
+    limit = whole_number(query, "limit", DEFAULT_LIMIT, 1, MAX_LIMIT)
+    status = query.get("status")
+    if status is not None and status not in STATUSES:
+        raise _bad("status", "|".join(STATUSES), status)
+    unread = query.get("unread")
+    if unread is not None:
+        if unread not in _FLAGS:
+            raise _bad("unread", "true or false", unread)
+        if _FLAGS[unread]:
+            if status not in (None, "unread"):
+                raise _bad("unread", f"absent with status={status}", unread)
+            status = "unread"
+    for name, longest in _TEXT_FILTERS:
+        if len(query.get(name, "")) > longest:
+            raise _bad(name, f"at most {longest} characters", f"{len(query[name])} characters")
+    chosen = FeedFilter(
+        status, query.get("type") or None, query.get("category") or None, query.get("q") or None
+    )
+    rows, after = await services.feed.page(
+        tenant,
+        user,
+        services.clock.now_ms(),
+        limit=limit,
+        cursor=query.get("cursor") or None,
+        chosen=chosen,
+    )
+    user_json = user_json_of(user)
+    items = ",".join(notification_json(row, user_json) for row in rows)
+    cursor = "null" if after is None else f'"{after}"'
+    return Response(f'{{"notifications":[{items}],"nextCursor":{cursor}}}'.encode())
+
+
+def _bad(name: str, expected: str, got: str) -> ProblemError:
+    return refused(
+        f"expected {name} to be {expected}, got {shown(got)}", [FieldError(name, expected, shown(got))]
+    )
+
+
+async def get_user_feed(services: Services, request: Request) -> Response:
+    """GET /v1/users/{userId}/notifications."""
+    return await feed(services, request, request.tenant, path_id(request, "userId"))
+
+
+async def get_notification(services: Services, request: Request) -> Response:
+    """GET /v1/notifications/{id}."""
+    found = await services.feed.notification(request.tenant, path_notification(request))
+    if found is None:
+        raise NotFoundError(
+            "there is no such notification", "id", "the id of a notification", request.params["id"]
+        )
+    row = found.row
+    state = (
+        "RETRACTED"
+        if row.retracted_ms is not None
+        else "READ"
+        if row.read_ms is not None
+        else "DELIVERED"
+        if row.delivered_ms is not None
+        else "SENT"
+    )
+    return json_response(
+        {
+            "notification": msgspec.Raw(notification_json(row, user_json_of(found.user)).encode()),
+            "deliveryState": state,
+            "deliveries": [_delivery(one) for one in found.deliveries],
+        }
+    )
+
+
+def _delivery(one: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "channel": one["channel"],
+        "state": one["state"],
+        "attempts": one["attempts"],
+        "reason": one["reason"],
+        "dueAt": rfc3339(one["due_ms"]),
+        "createdAt": rfc3339(one["created_ms"]),
+        "updatedAt": rfc3339(one["updated_ms"]),
+        "tries": [
+            {
+                "attempt": t["attempt"],
+                "deviceId": t["device_id"],
+                "provider": t["provider"],
+                "outcome": t["outcome"],
+                "providerId": t["provider_id"] or None,
+                "status": t["status"],
+                "error": t["error"] or None,
+                "startedAt": rfc3339(t["started_ms"]),
+                "durationMs": round(t["duration_ms"], 1),
+            }
+            for t in one["tries"]
+        ],
+    }
+
+
+# -- devices ------------------------------------------------------------------------------------------
+
+
+async def put_device(services: Services, request: Request, tenant: str, user: str) -> Response:
+    """Register or replace a push target and tell it back."""
+    device = path_id(request, "deviceId")
+    message = device_put(await request.json_object(), tenant, user, slot_of(tenant, user), device)
+    await services.backend.request(message, request.deadline)
+    return json_response(
+        {
+            "deviceId": device,
+            "platform": message.platform,
+            "provider": message.provider,
+            message.token_kind: message.token,
+            "appId": message.app_id,
+            "environment": message.environment,
+            "locale": message.locale,
+        }
+    )
+
+
+async def delete_device(services: Services, request: Request, tenant: str, user: str) -> Response:
+    """Forget a push target."""
+    device = path_id(request, "deviceId")
+    done = await services.backend.request(
+        DeviceDelete(tenant, user, slot_of(tenant, user), device), request.deadline
+    )
+    if isinstance(done, Done) and done.count == 0:
+        raise NotFoundError("the user has no such device", "deviceId", "a registered device", device)
+    return json_response({"success": True})
+
+
+async def put_user_device(services: Services, request: Request) -> Response:
+    """PUT /v1/users/{userId}/devices/{deviceId}."""
+    return await put_device(services, request, request.tenant, path_id(request, "userId"))
+
+
+async def delete_user_device(services: Services, request: Request) -> Response:
+    """DELETE /v1/users/{userId}/devices/{deviceId}."""
+    return await delete_device(services, request, request.tenant, path_id(request, "userId"))
+
+
+async def get_user_device(services: Services, request: Request) -> Response:
+    """GET /v1/users/{userId}/devices/{deviceId}."""
+    user, device = path_id(request, "userId"), path_id(request, "deviceId")
+    found = await services.feed.device(request.tenant, user, device)
+    if found is None:
+        raise NotFoundError("the user has no such device", "deviceId", "a registered device", device)
+    document = {
+        "deviceId": device,
+        "platform": found["platform"],
+        "provider": found["provider"],
+        found["token_kind"]: found["token"],
+        "appId": found["app_id"],
+        "environment": found["environment"],
+        "locale": found["locale"],
+        "registeredAt": rfc3339(found["registered_ms"]),
+    }
+    if found["disabled_ms"] is not None:
+        document["disabledAt"] = rfc3339(found["disabled_ms"])
+        document["disabledReason"] = found["disabled_reason"]
+    return json_response(document)
+
+
+# -- preferences --------------------------------------------------------------------------------------
+
+
+async def get_preferences(services: Services, request: Request, tenant: str, user: str) -> Response:
+    """The document with every member."""
+    return json_response(preferences.complete(await services.feed.preferences(tenant, user)))
+
+
+async def put_preferences(services: Services, request: Request, tenant: str, user: str) -> Response:
+    """Replace the document and tell it back with every member."""
+    document = await request.json_object()
+    try:
+        text = preferences.validate(document)
+    except PreferencesError as exc:
+        raise ProblemError(problem("invalid", str(exc), exc.errors)) from None
+    await services.backend.request(
+        PreferencesPut(tenant, user, slot_of(tenant, user), text), request.deadline
+    )
+    return json_response(preferences.complete(document))
+
+
+async def get_user_preferences(services: Services, request: Request) -> Response:
+    """GET /v1/users/{userId}/preferences."""
+    return await get_preferences(services, request, request.tenant, path_id(request, "userId"))
+
+
+async def put_user_preferences(services: Services, request: Request) -> Response:
+    """PUT /v1/users/{userId}/preferences."""
+    return await put_preferences(services, request, request.tenant, path_id(request, "userId"))
+
+
+# -- sessions, tokens, presence -----------------------------------------------------------------------
+
+
+async def revoke_sessions(services: Services, request: Request) -> Response:
+    """POST /v1/users/{userId}/sessions/revoke."""
+    user = path_id(request, "userId")
+    await request.json_object(())
+    tenant = request.tenant
+    await services.backend.request(SessionsRevoke(tenant, user, slot_of(tenant, user)), request.deadline)
+    services.auth.revoked(tenant, user)
+    return json_response({"success": True})
+
+
+async def post_token(services: Services, request: Request) -> Response:
+    """POST /v1/tokens."""
+    document = await request.json_object(("userId", "ttlS"))
+    user = valid_id("userId", document.get("userId"))
+    settings = services.settings.ingress
+    ttl_s = document.get("ttlS")
+    if ttl_s is None:
+        ttl_s = settings.token_ttl_s
+    elif (
+        isinstance(ttl_s, bool)
+        or not isinstance(ttl_s, int | float)
+        or not 1 <= ttl_s <= settings.token_ttl_max_s
+    ):
+        expected = f"seconds from 1 to {settings.token_ttl_max_s:.0f}"
+        raise refused(
+            f"expected ttlS to be {expected}, got {shown(ttl_s)}",
+            [FieldError("ttlS", expected, shown(ttl_s))],
+        )
+    record = await services.auth.tenant(request.tenant)
+    if record is None:
+        raise UnauthenticatedError("the tenant of the API key is gone")
+    now_ms = services.clock.now_ms()
+    token = tokens.mint(request.tenant, user, record.client_secret, now_ms, ttl_s)
+    # `exp` is whole seconds, rounded up.
+    expires_ms = -(-(now_ms + round(ttl_s * 1000)) // 1000) * 1000
+    return json_response({"token": token, "expiresAt": rfc3339(expires_ms)}, 201)
+
+
+def _presence(one: UserPresence) -> dict[str, Any]:
+    return {
+        "userId": one.user,
+        "status": one.status,
+        "devices": [
+            {"deviceId": d.device, "attention": d.attention, "since": rfc3339(d.since_ms)}
+            for d in one.devices
+        ],
+        "lastSeenAt": None if one.last_seen_ms is None else rfc3339(one.last_seen_ms),
+    }
+
+
+async def _ask_presence(services: Services, request: Request, users: list[str]) -> list[dict[str, Any]]:
+    if not users:
+        return []
+    reply = await services.backend.request(PresenceQuery(request.tenant, users), request.deadline)
+    assert isinstance(reply, PresenceReply)
+    return [_presence(one) for one in reply.users]
+
+
+async def get_presence(services: Services, request: Request) -> Response:
+    """GET /v1/presence/{userId}."""
+    return json_response((await _ask_presence(services, request, [path_id(request, "userId")]))[0])
+
+
+async def query_presence(services: Services, request: Request) -> Response:
+    """POST /v1/presence/query."""
+    users = id_list(await request.json_object(("userIds",)), "userIds")
+    for index, user in enumerate(users):
+        valid_id(f"userIds/{index}", user)
+    return json_response({"users": await _ask_presence(services, request, users)})
+
+
+# -- the table ----------------------------------------------------------------------------------------
+
+FEED_QUERY: Final = (
+    Query(
+        "limit",
+        {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT},
+        "Page size.",
+    ),
+    Query("cursor", {"type": "string"}, "`nextCursor` of the page before."),
+    Query("unread", {"enum": ["true", "false"]}, "true: only unread ones."),
+    Query("status", {"enum": list(STATUSES)}, "archived lists what was archived or dismissed."),
+    Query("type", {"type": "string", "maxLength": 64}, "Only this type."),
+    Query("category", {"type": "string", "maxLength": 64}, "Only this category."),
+    Query("q", {"type": "string", "maxLength": 255}, "Text in title or body, whatever its case."),
+)
+DEVICE_EXAMPLE: Final = {
+    "platform": "android",
+    "provider": "fcm",
+    "token": "fcm-registration-token",
+    "appId": "com.example.app",
+    "environment": "production",
+}
+PREFERENCES_EXAMPLE: Final = {
+    "channels": {"push": False},
+    "quietHours": {"start": "22:00", "end": "07:00", "timezone": "Europe/Vienna", "days": ["mon", "tue"]},
+}
+_READ, _WRITE = "users:read", "users:write"
+_TAG = "Users"
+
+ROUTES: Final = (
+    Route(
+        "POST", "/v1/tokens", post_token, SERVICE, "Mint a client token", scope="tokens:write",
+        body=obj({"userId": USER_ID, "ttlS": {"type": "number", "minimum": 1, "maximum": 86400}}, ["userId"]),
+        body_example={"userId": "ada", "ttlS": 3600},
+        status=201, answer=obj({"token": {"type": "string"}, "expiresAt": INSTANT}, ["token", "expiresAt"]),
+        answer_example={"token": "eyJhbGciOi...", "expiresAt": "2026-01-02T03:04:05.000Z"},
+        problems=(400, 413, 422), tag=_TAG,
+    ),
+    Route(
+        "PUT", "/v1/users/{userId}/devices/{deviceId}", put_user_device, SERVICE, "Register a push target",
+        scope=_WRITE, doc="A target belongs to one user: registering it for another moves it.",
+        body=ref("Device"), body_example=DEVICE_EXAMPLE, answer=ref("RegisteredDevice"),
+        answer_example={"deviceId": "pixel-8", **DEVICE_EXAMPLE, "locale": None},
+        problems=(400, 413, 422), tag=_TAG,
+    ),
+    Route(
+        "GET", "/v1/users/{userId}/devices/{deviceId}", get_user_device, SERVICE, "Read a push target",
+        scope=_READ, answer=ref("RegisteredDevice"), problems=(404, 422), tag=_TAG,
+    ),
+    Route(
+        "DELETE", "/v1/users/{userId}/devices/{deviceId}", delete_user_device, SERVICE, "Forget a push target",
+        scope=_WRITE, answer=SUCCESS, answer_example={"success": True}, problems=(404, 422), tag=_TAG,
+    ),
+    Route(
+        "GET", "/v1/users/{userId}/notifications", get_user_feed, SERVICE, "Read a user's feed", scope=_READ,
+        query=FEED_QUERY, answer=ref("Feed"), problems=(400, 422), tag=_TAG,
+    ),
+    Route(
+        "GET", "/v1/users/{userId}/preferences", get_user_preferences, SERVICE, "Read preferences", scope=_READ,
+        answer=ref("Preferences"), problems=(422,), tag=_TAG,
+    ),
+    Route(
+        "PUT", "/v1/users/{userId}/preferences", put_user_preferences, SERVICE, "Replace preferences",
+        scope=_WRITE, doc="Stored; policy applies them in a later release.", body=ref("Preferences"),
+        body_required=False, body_example=PREFERENCES_EXAMPLE, answer=ref("Preferences"),
+        problems=(400, 413, 422), tag=_TAG,
+    ),
+    Route(
+        "POST", "/v1/users/{userId}/sessions/revoke", revoke_sessions, SERVICE, "Revoke a user's sessions",
+        scope=_WRITE, doc="Tokens issued before now are invalid, sockets are closed with 4001.",
+        body=obj({}), body_required=False, answer=SUCCESS, answer_example={"success": True},
+        problems=(400, 413, 422), tag=_TAG,
+    ),
+    Route(
+        "GET", "/v1/notifications/{id}", get_notification, SERVICE, "Read a notification and its deliveries",
+        scope=_READ,
+        answer=obj(
+            {
+                "notification": ref("Notification"),
+                "deliveryState": {"enum": ["SENT", "DELIVERED", "READ", "RETRACTED"]},
+                "deliveries": {"type": "array", "items": {"type": "object"}},
+            },
+            ["notification", "deliveryState", "deliveries"],
+        ),
+        problems=(404,), tag=_TAG,
+    ),
+    Route(
+        "GET", "/v1/presence/{userId}", get_presence, SERVICE, "Is the user there?", scope="presence:read",
+        answer=ref("Presence"), problems=(422,), tag="Presence",
+    ),
+    Route(
+        "POST", "/v1/presence/query", query_presence, SERVICE, "Presence of many users", scope="presence:read",
+        body=obj({"userIds": {"type": "array", "items": USER_ID, "maxItems": 1000}}, ["userIds"]),
+        body_example={"userIds": ["ada", "grace"]},
+        answer=obj({"users": {"type": "array", "items": ref("Presence")}}, ["users"]),
+        answer_example={
+            "users": [{"userId": "ada", "status": "offline", "devices": [], "lastSeenAt": None}]
+        },
+        problems=(400, 413, 422), tag="Presence",
+    ),
+)  # fmt: skip

@@ -1,0 +1,272 @@
+"""JSON schemas of requests and answers, for the route table and GET /openapi.json.
+
+They describe; what validates is carillon/events.py and its siblings. Examples in the route table are checked
+against them by a test.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from carillon.event_rules import ACTION_TEXTS, METHODS, PRIORITY_NAMES, SUPPORTED_CHANNELS, TEXTS
+from carillon.preferences import CHANNELS, DAYS, DIGESTS
+
+Schema = dict[str, Any]
+
+NO_CONTROL: Final = r"^[^\u0000-\u001f\u007f-\u009f]*$"
+NO_NUL: Final = r"^[^\u0000]*$"
+
+
+def text(low: int, high: int, *, control: bool = False) -> Schema:
+    """A text member of `low` to `high` characters."""
+    return {
+        "type": "string",
+        "minLength": low,
+        "maxLength": high,
+        "pattern": NO_NUL if control else NO_CONTROL,
+    }
+
+
+def obj(members: dict[str, Schema], required: list[str] | None = None, *, strict: bool = True) -> Schema:
+    """An object; `strict` refuses other members."""
+    schema: Schema = {"type": "object", "properties": members}
+    if required:
+        schema["required"] = required
+    if strict:
+        schema["additionalProperties"] = False
+    return schema
+
+
+def ref(name: str) -> Schema:
+    """A reference to a schema of `COMPONENTS`."""
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+INSTANT: Final[Schema] = {"type": "string", "format": "date-time"}
+WHOLE: Final[Schema] = {"type": "integer", "minimum": 0}
+USER_ID: Final = text(1, 128)
+UUID: Final[Schema] = {"type": "string", "format": "uuid"}
+SUCCESS: Final = obj({"success": {"const": True}}, ["success"])
+IDS_BODY: Final = obj(
+    {"notificationIds": {"type": "array", "items": {"type": "string"}, "maxItems": 1000}},
+    ["notificationIds"],
+    strict=False,
+)
+
+_EVENT_MEMBERS: Final[dict[str, Schema]] = {
+    **{name: text(rule.low, rule.high, control=rule.control) for name, rule in TEXTS.items()},
+    "userIds": {
+        "type": "array",
+        "items": USER_ID,
+        "maxItems": 1000,
+        "description": "Several recipients of one event; not inside of a batch.",
+    },
+    "body": {"type": "string", "pattern": NO_NUL, "maxLength": 1024, "description": "At most 4,096 bytes."},
+    "priority": {"enum": list(PRIORITY_NAMES), "description": "critical is urgent."},
+    "data": {"type": "object", "description": "Yours; integers up to 2^53-1, nesting up to 32."},
+    "actions": {
+        "type": "array",
+        "maxItems": 10,
+        "items": obj(
+            {
+                **{
+                    name: text(rule.low, rule.high, control=rule.control)
+                    for name, rule in ACTION_TEXTS.items()
+                },
+                "method": {"enum": list(METHODS)},
+                "payload": {"type": "object"},
+            }
+        ),
+    },
+    "channels": {
+        "type": "array",
+        "minItems": 1,
+        "maxItems": 20,
+        "items": {"enum": list(SUPPORTED_CHANNELS)},
+        "description": "Absent: in_app, and push if the user has a target.",
+    },
+    "expiresAt": {**INSTANT, "description": "From 1970 to 9998, with offset."},
+    "aggregate": {"const": False, "description": "true is not supported yet."},
+    "fallback": {"type": "array", "maxItems": 0, "description": "Not supported yet."},
+}
+_ONE: Final = {name: schema for name, schema in _EVENT_MEMBERS.items() if name != "userIds"}
+_MANY: Final = {name: schema for name, schema in _EVENT_MEMBERS.items() if name != "userId"}
+
+_NOTIFICATION_ALWAYS: Final[dict[str, Schema]] = {
+    "id": UUID,
+    "seq": WHOLE,
+    "rev": WHOLE,
+    "userId": {"type": "string"},
+    "type": {"type": "string"},
+    "title": {"type": "string"},
+    "body": {"type": ["string", "null"]},
+    "actorId": {"type": ["string", "null"]},
+    "targetType": {"type": ["string", "null"]},
+    "targetId": {"type": ["string", "null"]},
+    "read": {"type": "boolean"},
+    "seen": {"type": "boolean"},
+    "archived": {"type": "boolean"},
+    "priority": {"enum": ["low", "normal", "high", "urgent"]},
+    "category": {"type": ["string", "null"]},
+    "actions": {"type": "array", "items": {"type": "object"}},
+    "data": {"type": "object"},
+    "createdAt": INSTANT,
+}
+
+COMPONENTS: Final[dict[str, Schema]] = {
+    "Event": {
+        "description": "One event for one user.",
+        **obj(_ONE, ["userId", "type", "title"]),
+    },
+    "EventToMany": {
+        "description": "One event for several users.",
+        **obj(_MANY, ["userIds", "type", "title"]),
+    },
+    "EventResult": obj(
+        {
+            "userId": {"type": "string"},
+            "id": UUID,
+            "seq": WHOLE,
+            "status": {
+                "enum": ["delivered", "queued", "stored", "deferred", "merged", "duplicate", "suppressed"]
+            },
+            "channels": {"type": "array", "items": {"type": "string"}},
+            "reason": {"type": "string"},
+        },
+        ["id", "seq", "status", "channels"],
+    ),
+    "EventResults": obj(
+        {
+            "results": {
+                "type": "array",
+                "items": {
+                    "anyOf": [
+                        ref("EventResult"),
+                        obj({"userId": {"type": "string"}, "error": ref("Problem")}, ["error"]),
+                    ]
+                },
+            }
+        },
+        ["results"],
+    ),
+    "Notification": obj(_NOTIFICATION_ALWAYS, list(_NOTIFICATION_ALWAYS), strict=False),
+    "Feed": obj(
+        {
+            "notifications": {"type": "array", "items": ref("Notification")},
+            "nextCursor": {"type": ["string", "null"]},
+        },
+        ["notifications", "nextCursor"],
+    ),
+    "Preferences": obj(
+        {
+            "global": {"type": "boolean"},
+            "channels": {
+                "type": "object",
+                "propertyNames": {"enum": list(CHANNELS)},
+                "additionalProperties": {"type": "boolean"},
+            },
+            "categories": ref("PreferenceRules"),
+            "types": ref("PreferenceRules"),
+            "quietHours": {
+                "anyOf": [
+                    {"type": "null"},
+                    obj(
+                        {
+                            "start": {"type": "string", "pattern": r"^([01]\d|2[0-3]):[0-5]\d$"},
+                            "end": {"type": "string", "pattern": r"^([01]\d|2[0-3]):[0-5]\d$"},
+                            "timezone": {"type": "string", "examples": ["Europe/Vienna"]},
+                            "days": {"type": "array", "maxItems": 7, "items": {"enum": list(DAYS)}},
+                        },
+                        ["start", "end"],
+                    ),
+                ]
+            },
+            "doNotDisturbUntil": {"anyOf": [{"type": "null"}, INSTANT]},
+            "digest": {"enum": list(DIGESTS)},
+            "sound": {"anyOf": [{"type": "boolean"}, text(1, 64)]},
+            "badge": {"type": "boolean"},
+        }
+    ),
+    "PreferenceRules": {
+        "type": "object",
+        "maxProperties": 200,
+        "propertyNames": text(1, 64),
+        "additionalProperties": {
+            "anyOf": [
+                {"type": "boolean"},
+                {
+                    "type": "object",
+                    "propertyNames": {"enum": list(CHANNELS)},
+                    "additionalProperties": {"type": "boolean"},
+                },
+            ]
+        },
+    },
+    "Device": {
+        **obj(
+            {
+                "platform": {"enum": ["ios", "android", "web"]},
+                "provider": {"enum": ["fcm", "apns"]},
+                "token": text(1, 4096),
+                "fid": text(1, 4096),
+                "appId": text(0, 255),
+                "environment": {"enum": ["production", "sandbox"]},
+                "locale": {"anyOf": [{"type": "null"}, text(1, 35)]},
+            },
+            ["platform", "provider"],
+        ),
+        "oneOf": [{"required": ["token"]}, {"required": ["fid"]}],
+        "description": "A push target. fid (Firebase installation id) is for fcm only.",
+    },
+    "RegisteredDevice": obj(
+        {
+            "deviceId": {"type": "string"},
+            "platform": {"type": "string"},
+            "provider": {"type": "string"},
+            "token": {"type": "string"},
+            "fid": {"type": "string"},
+            "appId": {"type": "string"},
+            "environment": {"type": "string"},
+            "locale": {"type": ["string", "null"]},
+            "registeredAt": INSTANT,
+            "disabledAt": INSTANT,
+            "disabledReason": {"type": ["string", "null"]},
+        },
+        ["deviceId", "platform", "provider", "appId", "environment", "locale"],
+    ),
+    "Presence": obj(
+        {
+            "userId": {"type": "string"},
+            "status": {"enum": ["active", "idle", "offline"]},
+            "devices": {
+                "type": "array",
+                "items": obj(
+                    {"deviceId": {"type": "string"}, "attention": {"type": "string"}, "since": INSTANT},
+                    ["deviceId", "attention", "since"],
+                ),
+            },
+            "lastSeenAt": {"anyOf": [{"type": "null"}, INSTANT]},
+        },
+        ["userId", "status", "devices", "lastSeenAt"],
+    ),
+    "Problem": obj(
+        {
+            "type": {"type": "string"},
+            "title": {"type": "string"},
+            "status": {"type": "integer"},
+            "detail": {"type": "string"},
+            "code": {"type": "string"},
+            "temporary": {"type": "boolean"},
+            "requestId": {"type": "string"},
+            "errors": {
+                "type": "array",
+                "items": obj(
+                    {"path": {"type": "string"}, "expected": {"type": "string"}, "got": {"type": "string"}},
+                    ["path", "expected", "got"],
+                ),
+            },
+        },
+        ["type", "title", "status", "detail", "code", "temporary", "requestId", "errors"],
+    ),
+}
+"""Named schemas."""

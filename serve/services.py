@@ -1,0 +1,55 @@
+"""What handlers work with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from carillon.clock import Clock
+from carillon.events import EventParser
+from carillon.messages import Event, Message, Outcome, StatsReply
+from carillon.metrics import Stats
+from carillon.settings import Settings
+from serve.auth import Authenticator
+from stores.postgres.feed import FeedReader
+
+
+class Backend(Protocol):
+    """The cluster behind the ingress (serve.backend.RouterBackend; tests have simpler ones)."""
+
+    async def publish(self, events: list[Event], deadline: float) -> list[Outcome]:
+        """See RouterBackend.publish."""
+        ...
+
+    async def request(self, message: Message, deadline: float) -> object:
+        """See RouterBackend.request."""
+        ...
+
+    async def checks(self, timeout_s: float) -> dict[str, str]:
+        """See RouterBackend.checks."""
+        ...
+
+    async def stats_reply(self, timeout_s: float) -> StatsReply:
+        """See RouterBackend.stats_reply."""
+        ...
+
+    def gateways(self) -> list[str]:
+        """What clients dial: the public URLs of all gateways."""
+        ...
+
+
+@dataclass
+class Services:
+    """Shared by all handlers of one replica."""
+
+    settings: Settings
+    clock: Clock
+    stats: Stats
+    parser: EventParser
+    auth: Authenticator
+    feed: FeedReader
+    backend: Backend
+    in_flight: int = 0
+    draining: bool = False
+    cluster_tag: str = ""
+    """Says which cluster a door belongs to (GET /healthz), without telling its secret."""
