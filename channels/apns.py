@@ -145,7 +145,7 @@ class ApnsChannel:
     def __init__(
         self, settings: PushSettings, clock: Clock | None = None, limits: Http2Limits | None = None
     ) -> None:
-        self._settings = settings
+        self.settings = settings
         self._clock = clock or SystemClock()
         self._limits = limits or Http2Limits(
             connections=settings.apns_connections, connect_timeout_s=min(5.0, settings.timeout_s)
@@ -155,7 +155,7 @@ class ApnsChannel:
 
     async def open(self) -> None:
         """See `PushChannel.open`. Connections are dialled by the first pushes."""
-        settings = self._settings
+        settings = self.settings
         self._token = ProviderToken(
             Path(settings.apns_key_file),
             settings.apns_key_id,
@@ -176,6 +176,10 @@ class ApnsChannel:
         else:
             tls = client_tls(settings.apns_ca_file)
             self._pools = {name: Http2Pool(host, 443, tls, self._limits) for name, host in HOSTS.items()}
+
+    def authority(self, environment: str) -> str:
+        """Host (and port) that targets of an environment are sent to."""
+        return (self._pools.get(environment) or self._pools["production"]).authority
 
     async def close(self) -> None:
         """See `PushChannel.close`."""
@@ -214,11 +218,11 @@ class ApnsChannel:
     async def _try(self, job: PushJob, target: PushTarget, payload: bytes, result: PushResult) -> None:
         assert self._token is not None, "open() comes first"
         pool = self._pools.get(target.environment) or self._pools["production"]
-        timeout_s = self._settings.timeout_s
+        timeout_s = self.settings.timeout_s
         token = self._token.header()
         answer = await pool.request(self._headers(job, target, pool, token, result), payload, timeout_s)
         expired = answer.status == 403 and _reason(answer)[0] == "ExpiredProviderToken"
-        if expired and self._token.refused(token, self._settings.apns_token_min_age_s):
+        if expired and self._token.refused(token, self.settings.apns_token_min_age_s):
             # Refused before it was looked at, so a second try cannot duplicate.
             headers = self._headers(job, target, pool, self._token.header(), result)
             answer = await pool.request(headers, payload, timeout_s)
@@ -229,7 +233,7 @@ class ApnsChannel:
     ) -> list[Header]:
         expires_ms = job.expires_ms
         if expires_ms is None:
-            expires_ms = self._clock.now_ms() + round(self._settings.ttl_s * 1000)
+            expires_ms = self._clock.now_ms() + round(self.settings.ttl_s * 1000)
         return [
             (":method", "POST"),
             (":scheme", "https"),
@@ -237,7 +241,7 @@ class ApnsChannel:
             secret_header(":path", f"/3/device/{urllib.parse.quote(target.token, safe='')}"),
             ("authorization", token),
             ("apns-push-type", "alert"),
-            ("apns-topic", target.app_id or self._settings.apns_topic),
+            ("apns-topic", target.app_id or self.settings.apns_topic),
             ("apns-priority", "10" if job.priority >= 1 else "5"),
             ("apns-expiration", str(expires_ms // 1000)),
             secret_header("apns-id", result.provider_id),

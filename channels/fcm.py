@@ -2,8 +2,8 @@
 
 firebase-admin builds and checks the messages, and turns FCM's errors into exceptions. Two things of it are
 replaced, on the instance of its messaging service and nowhere else: the URL (there is no setting for a local
-server) and the HTTP client. Its own retries 500 and 503 by itself and ignores Retry-After while our outbox owns
-retries, refreshes OAuth tokens on the event loop, and takes three to four times the CPU
+server) and the HTTP client. Its own retries 500 and 503 by itself and ignores Retry-After while our outbox
+owns retries, refreshes OAuth tokens on the event loop, and takes several times the CPU
 (docs/adr/0006-apns-client.md).
 
 Source: https://firebase.google.com/docs/reference/fcm/rest/v1/projects.messages and .../v1/ErrorCode.

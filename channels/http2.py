@@ -158,7 +158,14 @@ class _Connection(asyncio.Protocol):
         if chosen is not None and chosen.selected_alpn_protocol() != "h2":
             self._finish(NotProcessedError("the server does not speak HTTP/2 (ALPN)"))
             return
-        self._h2.local_settings.update({h2.settings.SettingCodes.ENABLE_PUSH: 0})
+        # Replaced, not updated: h2 announces what is in force, and an update waits for its acknowledgement.
+        self._h2.local_settings = h2.settings.Settings(
+            client=True,
+            initial_values={
+                h2.settings.SettingCodes.ENABLE_PUSH: 0,
+                h2.settings.SettingCodes.MAX_HEADER_LIST_SIZE: 65_536,
+            },
+        )
         self._h2.initiate_connection()
         self._h2.increment_flow_control_window(_WINDOW - 65_535)
         self._flush()
@@ -207,13 +214,21 @@ class _Connection(asyncio.Protocol):
                 self._finish(UnknownResultError(f"no answer to a ping within {limits.ping_timeout_s} s"))
                 return
             self._pinged_at = None
-        if now - self.last_received >= limits.ping_interval_s and self._transport is not None:
-            self._pinged_at = now
-            self._h2.ping(b"carillon")
-            self._flush()
-            self._timer = self._loop.call_later(limits.ping_timeout_s, self._tick)
+        if now - self.last_received >= limits.ping_interval_s:
+            self.ping()
         else:
             self._timer = self._loop.call_later(limits.ping_interval_s, self._tick)
+
+    def ping(self) -> None:
+        """Ask for a sign of life; without one in `ping_timeout_s` the connection is dropped."""
+        if self._pinged_at is not None or self._transport is None:
+            return
+        self._pinged_at = self._loop.time()
+        self._h2.ping(b"carillon")
+        self._flush()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(self._pool.limits.ping_timeout_s, self._tick)
 
     # -- sending ------------------------------------------------------------------------------------
 
@@ -496,7 +511,7 @@ class Http2Pool:
         else:
             _fail(exchange, AnswerTimeoutError("no answer in time"))
             if connection.last_received < exchange.started_at:
-                connection.retire()  # silent since before this request: probably half-open
+                connection.ping()  # silent since before this request: is anybody there?
         connection.give_up(stream, exchange)
 
     # -- choosing and dialling ----------------------------------------------------------------------

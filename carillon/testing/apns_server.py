@@ -82,6 +82,9 @@ class ApnsServer(LocalProvider):
         super().__init__(clock)
         self.tokens_seen: dict[str, int] = {}
         """Provider tokens that verified -> their `iat` (seconds since the epoch)."""
+        self.error_padding = 0
+        """Extra bytes in every error body."""
+        self.port = 0
         self._folder = folder
         self._any_topic = any_topic
         self._public_key: ec.EllipticCurvePublicKey | None = None
@@ -96,8 +99,9 @@ class ApnsServer(LocalProvider):
         self.server = Http2Server(self.handle, tls)
         self._control = ControlPort(self.routes())
         control = f"http://127.0.0.1:{await self._control.start(port=control_port)}"
+        self.port = await self.server.start(port=port)
         return {
-            "url": f"https://127.0.0.1:{await self.server.start(port=port)}",
+            "url": f"https://127.0.0.1:{self.port}",
             "controlUrl": control,
             "receivedUrl": f"{control}/received",
             "caFile": str(ca_file),
@@ -222,6 +226,8 @@ class ApnsServer(LocalProvider):
     def _error(self, behaviour: Behaviour, apns_id: str) -> Answer:
         status = behaviour.status or REASONS.get(behaviour.error, 500)
         body: dict[str, Any] = {"reason": behaviour.error}
+        if self.error_padding:
+            body["padding"] = "x" * self.error_padding
         if status == 410:
             body["timestamp"] = self.clock.now_ms() if behaviour.timestamp is None else behaviour.timestamp
         headers = [("apns-id", apns_id), ("content-type", "application/json")]

@@ -73,7 +73,7 @@ class FcmServer(LocalProvider):
         self._path = f"/v1/projects/{project}/messages:send"
         self._tokens: dict[str, int] = {}  # access token -> expiry, ms since the epoch
         self._public_key: rsa.RSAPublicKey | None = None
-        self._token_uri = ""
+        self.token_uri = ""
         self._messages = 0
         self._control: ControlPort | None = None
         self._decode = msgspec.json.Decoder().decode
@@ -84,15 +84,15 @@ class FcmServer(LocalProvider):
         self.server = Http2Server(self.handle, tls)
         self._control = ControlPort(self.routes() | {"POST /token": self._token})
         control = f"http://127.0.0.1:{await self._control.start(port=control_port)}"
-        self._token_uri = f"{control}/token"
+        self.token_uri = f"{control}/token"
         account = self._folder / "service-account.json"
-        self._public_key = write_service_account(account, self._token_uri, self.project)
+        self._public_key = write_service_account(account, self.token_uri, self.project)
         return {
             "url": f"https://127.0.0.1:{await self.server.start(port=port)}",
             "controlUrl": control,
             "receivedUrl": f"{control}/received",
             "caFile": str(ca_file),
-            "tokenUri": self._token_uri,
+            "tokenUri": self.token_uri,
             "credentialsFile": str(account),
             "project": self.project,
         }
@@ -126,7 +126,7 @@ class FcmServer(LocalProvider):
                 form.get("assertion", ""),
                 self._public_key,
                 algorithms=["RS256"],
-                audience=[self._token_uri, _GOOGLE_TOKEN_URI],
+                audience=[self.token_uri, _GOOGLE_TOKEN_URI],
                 options={"require": ["iss", "iat", "exp", "aud"]},
                 leeway=10,
             )

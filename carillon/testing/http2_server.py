@@ -84,6 +84,8 @@ class Http2Server:
         self.max_streams = max_streams
         self.connections: set[Http2Connection] = set()
         self.connections_made = 0
+        self.most_open = 0
+        """Most streams that were open at once on one connection."""
         self.stalled = False
         self._tls = tls
         self._server: asyncio.Server | None = None
@@ -131,6 +133,8 @@ class Http2Connection(asyncio.Protocol):
         """1 for the server's first connection."""
         self.last_stream = 0
         self.note: Any = None  # the provider's own state about this connection
+        self.deaf = False
+        """True: bytes are read and nothing is ever answered, as by a peer that vanished."""
         self._server = server
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
@@ -146,10 +150,11 @@ class Http2Connection(asyncio.Protocol):
         self._h2 = h2.connection.H2Connection(config=config)
         self._h2.encoder = _PlainEncoder()
         self._open: dict[int, tuple[dict[str, str], bytearray]] = {}
+        self._answering: set[int] = set()
         self._unacknowledged = 0
         self._blocked: dict[int, bytes] = {}
         self._flush_scheduled = False
-        self._going = False
+        self._last_served: int | None = None  # what our GOAWAY said
 
     # -- asyncio ------------------------------------------------------------------------------------
 
@@ -159,11 +164,14 @@ class Http2Connection(asyncio.Protocol):
         self._server.connections.add(self)
         self._server.connections_made += 1
         self.number = self._server.connections_made
-        self._h2.local_settings.update(
-            {
+        # Replaced, not updated: h2 announces what is in force, and an update waits for its acknowledgement.
+        self._h2.local_settings = h2.settings.Settings(
+            client=False,
+            initial_values={
                 h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: self._server.max_streams,
                 h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 0 if self._server.stalled else _STREAM_WINDOW,
-            }
+                h2.settings.SettingCodes.MAX_HEADER_LIST_SIZE: 65_536,
+            },
         )
         self._h2.initiate_connection()
         self._h2.increment_flow_control_window(_CONNECTION_WINDOW - _STREAM_WINDOW)
@@ -178,6 +186,8 @@ class Http2Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """asyncio: bytes of frames."""
+        if self.deaf:
+            return
         try:
             events = self._h2.receive_data(data)
         except h2.exceptions.ProtocolError:
@@ -191,9 +201,13 @@ class Http2Connection(asyncio.Protocol):
 
     def _on_event(self, event: h2.events.Event) -> None:
         if isinstance(event, h2.events.RequestReceived):
+            if self._last_served is not None and event.stream_id > self._last_served:
+                return  # we said that we would not process it
             headers = dict(cast("list[tuple[str, str]]", event.headers))
             self._open[event.stream_id] = (headers, bytearray())
             self.last_stream = max(self.last_stream, event.stream_id)
+            self._answering.add(event.stream_id)
+            self._server.most_open = max(self._server.most_open, len(self._answering))
         elif isinstance(event, h2.events.DataReceived):
             parts = self._open.get(event.stream_id)
             if parts is not None and event.data:
@@ -206,6 +220,7 @@ class Http2Connection(asyncio.Protocol):
                 self._serve(event.stream_id, parts[0], bytes(parts[1]))
         elif isinstance(event, h2.events.StreamReset):
             self._open.pop(event.stream_id, None)
+            self._answering.discard(event.stream_id)
             self._blocked.pop(event.stream_id, None)
         elif isinstance(event, h2.events.WindowUpdated | h2.events.RemoteSettingsChanged):
             for stream, body in list(self._blocked.items()):
@@ -221,6 +236,11 @@ class Http2Connection(asyncio.Protocol):
         self._unacknowledged += size
         if not self._server.stalled and self._unacknowledged >= _CONNECTION_WINDOW // 4:
             self.release_window()
+
+    @property
+    def stream_window(self) -> int:
+        """The window of new streams that the client has acknowledged."""
+        return self._h2.local_settings.initial_window_size
 
     def set_stream_window(self, size: int) -> None:
         """Tell the client the window of its streams; 0 stops every body that is not sent yet."""
@@ -242,12 +262,15 @@ class Http2Connection(asyncio.Protocol):
         answer = self._server.handle(request)
         if answer.fault == "silent":
             return
-        if answer.delay_s > 0:
+        if answer.fault == "goaway":
+            self.goaway(stream - 1)  # at once: what is behind this stream must not be processed
+        elif answer.delay_s > 0:
             self._loop.call_later(answer.delay_s, self._answer, stream, answer)
         else:
             self._answer(stream, answer)
 
     def _answer(self, stream: int, answer: Answer) -> None:
+        self._answering.discard(stream)
         if self._transport is None:
             return
         try:
@@ -257,9 +280,6 @@ class Http2Connection(asyncio.Protocol):
                 self._h2.reset_stream(stream, h2.errors.ErrorCodes.REFUSED_STREAM)
             elif answer.fault == "disconnect":
                 self.abort()
-                return
-            elif answer.fault == "goaway":
-                self.goaway(stream - 1)
                 return
             else:
                 headers = [(":status", str(answer.status)), *answer.headers]
@@ -272,12 +292,14 @@ class Http2Connection(asyncio.Protocol):
 
     def _send_body(self, stream: int, body: bytes) -> None:
         try:
-            room = min(self._h2.local_flow_control_window(stream), self._h2.max_outbound_frame_size)
-            if room < len(body):
-                # A client that never acknowledges DATA stalls here, as it does at the real provider.
-                self._blocked[stream] = body
-                return
-            self._h2.send_data(stream, body, end_stream=True)
+            while body:
+                room = min(self._h2.local_flow_control_window(stream), self._h2.max_outbound_frame_size)
+                if room <= 0:
+                    # A client that never acknowledges DATA stalls here, as it does at the real provider.
+                    self._blocked[stream] = body
+                    return
+                part, body = body[:room], body[room:]
+                self._h2.send_data(stream, part, end_stream=not body)
         except h2.exceptions.ProtocolError:
             pass
 
@@ -286,8 +308,10 @@ class Http2Connection(asyncio.Protocol):
 
         Written as a raw frame because h2's own `close_connection` forbids answering open streams after it.
         """
-        if self._transport is not None and not self._going:
-            self._going = True
+        if self._transport is not None and self._last_served is None:
+            self._last_served = last_stream
+            for stream in [stream for stream in self._open if stream > last_stream]:
+                del self._open[stream]
             self._flush()
             self._transport.write(GoAwayFrame(0, last_stream_id=max(last_stream, 0)).serialize())
 
