@@ -313,7 +313,8 @@ class Link(asyncio.Protocol):
         """Answer request number `request` with an error (RemoteError at the caller)."""
         if isinstance(error, CarillonError):
             retry = error.retry_after_s if isinstance(error, UnavailableError | RemoteError) else 0.0
-            failure = Failure(error.code, str(error), error.temporary, retry)
+            text = error.message if isinstance(error, RemoteError) else str(error)  # passed on as it came
+            failure = Failure(error.code, text, error.temporary, retry)
         else:
             failure = Failure("internal", f"{type(error).__name__}: {error}", False)
         self.reply_nowait(request, failure)

@@ -91,6 +91,8 @@ class RayCoordinatorResolver:
         try:
             async with asyncio.timeout(self._timeout_s):
                 handle = await asyncio.shield(asyncio.wrap_future(self._start_lookup()))
+                if isinstance(handle, Exception):
+                    raise handle
                 answer = await asyncio.wrap_future(handle.link_address.remote().future())
         except TimeoutError:
             log.info("the coordinator did not answer within %s s", self._timeout_s)
@@ -112,13 +114,13 @@ class RayCoordinatorResolver:
         self._lookup = future
 
         def look() -> None:
+            found: Any
             try:
                 ray = importlib.import_module("ray")  # not at import time: tests run without Ray
                 found = ray.get_actor(COORDINATOR_NAME, namespace=self._namespace)
-            except BaseException as exc:
-                future.set_exception(exc)
-            else:
-                future.set_result(found)
+            except Exception as exc:
+                found = exc  # a result, as nobody may wait any more: no "never retrieved" in the log
+            future.set_result(found)
 
         threading.Thread(target=look, name="coordinator-lookup", daemon=True).start()
         return future

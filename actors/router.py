@@ -313,13 +313,18 @@ class Router:
             self._fail_all(lane, events, places, "internal", "the shard's answer makes no sense", 0.0)
             return
         lane.outstanding -= len(events)
-        on_the_way, pauses = self._on_the_way, self._pauses
+        on_the_way, pauses, held = self._on_the_way, self._pauses, self._held
+        freed: set[int] = set()  # held slots of which nothing is on the way any more
         moved = 0
         for event, place, outcome in zip(events, places, outcomes, strict=True):
-            on_the_way[event.slot] -= 1
+            slot = event.slot
+            on_the_way[slot] -= 1
             if outcome.status == "moved":
                 moved += 1
-                self._hold(event, place, self._pause(event.slot))
+                self._hold(event, place, self._pause(slot))
+            if held and slot in held and not on_the_way[slot]:
+                freed.add(slot)
+            if outcome.status == "moved":
                 continue
             ask, index = place
             ask.outcomes[index] = outcome
@@ -327,12 +332,12 @@ class Router:
             if not ask.missing:
                 self._reply(ask)
             if pauses:
-                pauses.pop(event.slot, None)
+                pauses.pop(slot, None)
         self.stats.count("events_routed", len(events) - moved)
         if moved:
             self.stats.count("events_rerouted", moved)
-        if self._held:
-            self._release()
+        if freed:
+            self._release(freed)
 
     def _not_answered(
         self, lane: _Lane, events: list[Event], places: list[_Place], exc: BaseException
@@ -381,7 +386,7 @@ class Router:
             self._on_the_way[event.slot] -= 1
             self._refuse(ask, index, event, code, detail, retry_after_s)
         if self._held:
-            self._release()
+            self._release({event.slot for event in events})
 
     # -- slots that move ----------------------------------------------------------------------------
 
@@ -391,13 +396,14 @@ class Router:
         """Take back a batch that did not arrive (or, `ambiguous`, that may have)."""
         lane.outstanding -= len(events)
         self.stats.count("events_rerouted", len(events))
-        pauses = {slot: self._pause(slot) for slot in {event.slot for event in events}} if pause else {}
+        slots = {event.slot for event in events}
+        pauses = {slot: self._pause(slot) for slot in slots} if pause else {}
         for event, place in zip(events, places, strict=True):
             self._on_the_way[event.slot] -= 1
             if ambiguous:
                 event.retry = True
             self._hold(event, place, pauses.get(event.slot, 0.0))
-        self._release()
+        self._release(slots)
 
     def _pause(self, slot: int) -> float:
         """When to ask again about a slot that its owner refused, if nothing is heard before.
@@ -431,20 +437,26 @@ class Router:
         if self._hold_timer is None and not self._stopped:
             self._arm_hold_timer()
 
-    def _release(self) -> None:
-        """Send what is held for slots whose owner can be reached (again)."""
+    def _release(self, slots: set[int] | None = None) -> None:
+        """Send what is held for slots whose owner can be reached (again).
+
+        Args:
+            slots: look at these only; None means all. During a failover answers of the living shards come
+                by the thousand, and each must not look at every slot of the dead one.
+        """
         if self._directory is None or self._stopped:
             return
         now = self._clock.monotonic()
-        for slot, waiting in list(self._held.items()):
+        for slot in list(self._held) if slots is None else slots:
+            waiting = self._held.get(slot)
             lane = self._by_slot[slot]
-            if lane is None or self._on_the_way[slot] or waiting.not_before > now:
+            if waiting is None or lane is None or self._on_the_way[slot] or waiting.not_before > now:
                 continue
             if self._directory.link(lane.name) is None:
                 continue
             entries = waiting.entries
             if lane.outstanding and lane.outstanding + len(entries) > self._max_outstanding:
-                continue  # as lane empties, `_answered` comes back here
+                continue  # the next `_hold_tick` comes back to it
             del self._held[slot]
             self._held_count -= len(entries)
             entries.sort(key=_arrival)
