@@ -14,18 +14,19 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
-from collections import deque
 from collections.abc import Coroutine
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import asyncpg
 import msgspec
 
 from actors.config import ActorConfig
 from actors.link import Link, LinkServer
-from actors.names import COORDINATOR, actor_name
+from actors.names import COORDINATOR
 from actors.roster import Entry, Roster
-from carillon.clock import Clock, SystemClock, rfc3339
+from actors.slot_table import STORE_ERRORS, SlotTable
+from actors.supervisor import Nodes, Supervisor
+from carillon.clock import Clock, SystemClock
 from carillon.errors import (
     BusyError,
     CarillonError,
@@ -48,49 +49,22 @@ from carillon.messages import (
     StatsReply,
 )
 from carillon.placement import (
-    ActorSpec,
     LeaseTable,
-    NodeInfo,
     RebalanceTimer,
     assign_slots,
     build_map,
     decide_losses,
-    empty_owners,
     map_version,
-    moved_slots,
     node_suspects,
     ownerless,
-    wanted_actors,
 )
 from carillon.settings import Settings
-from stores.postgres.cluster import ClusterStore
-from stores.postgres.migrate import ensure_partitions
-from stores.postgres.pool import acquired, open_pool
 
 log = logging.getLogger(__name__)
 
-STORE_CONNECTIONS: Final = 3
-"""A move, the one who ends what it waits for, and one for the rest."""
 SAVE_DELAY_S: Final = 0.05
 """Maps of one burst of joins are saved once."""
-KEPT_MOVES: Final = 20
 MAINTENANCE_S: Final = 6 * 3600.0
-
-
-class Nodes(Protocol):
-    """What the coordinator needs of Ray (actors/ray_nodes.py); tests give their own or none."""
-
-    async def alive(self) -> tuple[list[NodeInfo], set[str]]:
-        """The live nodes, and the ids of nodes known to be dead."""
-        ...
-
-    async def ensure(self, spec: ActorSpec) -> None:
-        """Start an actor unless it exists. Returns before it has started."""
-        ...
-
-    async def remove(self, name: str) -> None:
-        """End an actor for good, if it exists."""
-        ...
 
 
 class Coordinator:
@@ -113,8 +87,6 @@ class Coordinator:
         nodes: Nodes | None = None,
     ) -> None:
         self.config = config
-        self.epoch = 0
-        """This coordinator's number; 0 until Postgres gave it one."""
         self.map = ClusterMap(0, [-1] * SLOTS, [], [])
         """The newest map."""
         self.terminated: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -125,28 +97,25 @@ class Coordinator:
         self._leases = LeaseTable(cluster.lease_timeout_s, tick_s, stall_s=cluster.lease_timeout_s / 4)
         self._rebalance = RebalanceTimer(cluster.rebalance_delay_s)
         self._roster = Roster()
-        self._owners: list[str | None] = empty_owners()
+        self._table = SlotTable(config.settings, self._clock)
         self._change = 0
         self._server = LinkServer(self, config.settings.link, config.name, config.secret)
         self._address: Address | None = None
-        self._store: ClusterStore | None = None
-        self._store_error = ""
-        self._must_reload = False
-        self._retry_at = 0.0
         self._lock = asyncio.Lock()
         self._dirty = asyncio.Event()
-        self._nodes = nodes
-        if spawn and nodes is None:
-            self._nodes = importlib.import_module("actors.ray_nodes").RayNodes(config)
-        self._live_nodes: dict[str, NodeInfo] = {}
-        self._dead_nodes: set[str] = set()
-        self._wanted: dict[str, ActorSpec] = {}
-        self._asked_at: dict[str, float] = {}
+        self._supervisor: Supervisor | None = None
+        if spawn:  # imported here: without it the coordinator runs without Ray
+            ray_nodes: Nodes = nodes or importlib.import_module("actors.ray_nodes").RayNodes(config)
+            self._supervisor = Supervisor(ray_nodes, config.settings, self._clock, self._has_joined)
         self._retired = False
         self._changing: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._moves: deque[dict[str, Any]] = deque(maxlen=KEPT_MOVES)
         self._stalls = 0
+
+    @property
+    def epoch(self) -> int:
+        """This coordinator's number; 0 until Postgres gave it one."""
+        return self._table.epoch
 
     # -- life cycle ---------------------------------------------------------------------------------
 
@@ -160,8 +129,8 @@ class Coordinator:
         host, port = await self._server.start(cluster.bind_host)
         self._address = Address(self._advertised(host), port)
         try:
-            if self._nodes is not None:
-                await self._poll_nodes()
+            if self._supervisor is not None:
+                await self._supervisor.poll()
             await self._load_first()
         except BaseException:
             await self.stop()
@@ -169,8 +138,8 @@ class Coordinator:
         self._run(self._tick_for_ever())
         self._run(self._save_for_ever())
         self._run(self._maintain_for_ever())
-        if self._nodes is not None:
-            self._run(self._watch_nodes())
+        if self._supervisor is not None:
+            self._run(self._watch_nodes(self._supervisor))
         log.info("coordinator epoch %d serves at %s:%d", self.epoch, self._address.host, port)
 
     async def stop(self) -> None:
@@ -180,9 +149,7 @@ class Coordinator:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._server.close()
-        store, self._store = self._store, None
-        if store is not None:
-            await store.close()
+        await self._table.close()
 
     async def drain(self) -> None:
         """See `retire`."""
@@ -195,7 +162,7 @@ class Coordinator:
     @property
     def waiting_for(self) -> str:
         """What keeps `start` from returning, as a sentence; "" if nothing does."""
-        return f"the coordinator waits for PostgreSQL: {self._store_error}" if self._store_error else ""
+        return f"the coordinator waits for PostgreSQL: {self._table.error}" if self._table.error else ""
 
     def link_address(self) -> Address | None:
         """Where members dial; None before `start` has bound the port."""
@@ -205,18 +172,19 @@ class Coordinator:
         """JSON-able facts for the command line."""
         now = self._clock.monotonic()
         counts = self._slot_counts()
+        supervisor = self._supervisor
         return {
             "epoch": self.epoch,
             "version": self.map.version,
             "retired": self._retired,
-            "postgres": self._store_error or "ok",
+            "postgres": self._table.error or "ok",
             "stalls": self._stalls,
             "nodes": [
                 {"node": info.node, "host": info.host, "head": info.is_head}
-                for info in self._live_nodes.values()
+                for info in (supervisor.live.values() if supervisor else ())
             ],
-            "wanted": sorted(self._wanted),
-            "missing": self._missing(),
+            "wanted": sorted(supervisor.wanted) if supervisor else [],
+            "missing": supervisor.missing() if supervisor else [],
             "ownerless": counts.get("", 0),
             "members": [
                 {
@@ -234,7 +202,7 @@ class Coordinator:
                 }
                 for entry in sorted(self._roster, key=lambda entry: (entry.member.kind, entry.member.name))
             ],
-            "moves": list(self._moves),
+            "moves": list(self._table.moves),
         }
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -261,59 +229,36 @@ class Coordinator:
     # -- Postgres -----------------------------------------------------------------------------------
 
     async def _load_first(self) -> None:
-        settings = self.config.settings
-        wait_s = settings.link.reconnect_min_s or 0.05
-        while True:
-            try:
-                if self._store is None:
-                    pool = await open_pool(settings.postgres, STORE_CONNECTIONS)
-                    self._store = ClusterStore(pool, settings.postgres, settings.cluster.fence_wait_s)
-                epoch = await self._store.take_epoch()
-                stored = await self._store.load()
-                break
-            except (StoreUnavailableError, asyncpg.PostgresError) as exc:
-                if self._store_error != str(exc):
-                    log.warning("the coordinator waits for PostgreSQL: %s", exc)
-                self._store_error = str(exc)
-                await asyncio.sleep(wait_s)
-                wait_s = min(wait_s * 2, settings.link.reconnect_max_s)
-        self._store_error = ""
-        self.epoch = epoch
-        self._owners = list(stored.owners)
+        stored = await self._table.open()
         # Everyone of the last map has one lease to join again. Those of nodes that Ray does not have are of
         # an earlier run of the cluster.
         now = self._clock.monotonic()
         for member in stored.members:
-            if self._nodes is not None and member.node not in self._live_nodes:
+            if self._supervisor is not None and member.node not in self._supervisor.live:
                 continue
             self._roster.put(Entry(member))
             self._leases.grant(member.name, now)
         self._publish()
 
-    async def _reload(self) -> None:
-        """Read owners and terms again: a commit whose answer was lost may have changed them."""
-        assert self._store is not None
-        stored = await self._store.load()
-        self._must_reload = False
-        terms = {name: row.term for name, row in stored.shards.items()}
-        changed = self._owners != stored.owners
-        for entry in self._roster.shards().values():
-            changed |= entry.member.term != terms.get(entry.member.name, entry.member.term)
-        if changed:
-            self._owners = list(stored.owners)
+    async def _reload_if_needed(self) -> None:
+        """A commit whose answer was lost may have changed owners and terms (under the lock)."""
+        if self._table.must_reload:
+            changed, terms = await self._table.reload()
+            if self._roster.set_terms(terms) or changed:
+                self._publish()
+
+    async def _move(self, target: list[str | None], reason: str) -> bool:
+        """Carry out a new assignment (under the lock); whether anything moved. Raises as `SlotTable.move`."""
+        terms = await self._table.move(target, reason)
+        if terms:
             self._roster.set_terms(terms)
-            self._publish()
+        return terms is not None
 
     def _store_failed(self, exc: Exception) -> None:
-        """Note trouble with Postgres; the next try comes a little later."""
         if isinstance(exc, FencedError):
             self._superseded(str(exc))
-            return
-        if self._store_error != str(exc):
-            log.warning("the cluster map stays as it is: %s", exc)
-        self._store_error = str(exc)
-        self._must_reload = True
-        self._retry_at = self._clock.monotonic() + self.config.settings.link.reconnect_max_s
+        else:
+            self._table.failed(exc)
 
     def _superseded(self, why: str) -> None:
         """A newer coordinator exists: serve nobody any more, so that members find it."""
@@ -323,29 +268,6 @@ class Coordinator:
         self.terminated.set_result(why)
         self._run(self.stop())
 
-    async def _move(self, target: list[str | None], reason: str) -> None:
-        """Carry out a new assignment (under the lock). Raises StoreUnavailableError, FencedError."""
-        assert self._store is not None
-        moves = moved_slots(self._owners, target)
-        if not moves:
-            return
-        began = self._clock.monotonic()
-        terms = await self._store.move_slots(self.epoch, moves)
-        took_ms = (self._clock.monotonic() - began) * 1000
-        self._owners = target
-        self._roster.set_terms(terms)
-        self._store_error = ""
-        self._moves.append(
-            {
-                "at": rfc3339(self._clock.now_ms()),
-                "reason": reason,
-                "slots": len(moves),
-                "from": sorted(terms),
-                "took_ms": round(took_ms, 1),
-            }
-        )
-        log.info("moved %d slots in %.0f ms: %s", len(moves), took_ms, reason)
-
     # -- maps ---------------------------------------------------------------------------------------
 
     def _publish(self, but: Link | None = None) -> None:
@@ -353,7 +275,7 @@ class Coordinator:
         self._change += 1
         self.map = build_map(
             map_version(self.epoch, self._change),
-            self._owners,
+            self._table.owners,
             {name: entry.member for name, entry in self._roster.shards().items()},
             [entry.member for entry in self._roster.others()],
         )
@@ -372,10 +294,17 @@ class Coordinator:
     def _slot_counts(self) -> dict[str, int]:
         shards = self._roster.shards()
         counts = dict.fromkeys(shards, 0)
-        for owner in self._owners:
+        for owner in self._table.owners:
             name = owner if owner is not None and owner in shards else ""
             counts[name] = counts.get(name, 0) + 1
         return counts
+
+    def _has_joined(self, name: str) -> bool:
+        entry = self._roster.get(name)
+        return entry is not None and entry.is_joined
+
+    def _dead_nodes(self) -> set[str]:
+        return self._supervisor.dead if self._supervisor is not None else set()
 
     def _live_shards(self) -> set[str]:
         """Shards that can take slots now."""
@@ -385,7 +314,7 @@ class Coordinator:
             for name, entry in self._roster.shards().items()
             if entry.is_joined
             and not entry.leaving
-            and entry.member.node not in self._dead_nodes
+            and entry.member.node not in self._dead_nodes()
             and not self._leases.is_lapsed(name, now)
         }
 
@@ -393,7 +322,7 @@ class Coordinator:
         """The best assignment over the live shards; absent ones that may come back keep their slots."""
         live = self._live_shards() - without
         absent = set(self._roster.shards()) - live - without
-        return assign_slots(self._owners, live, absent)
+        return assign_slots(self._table.owners, live, absent)
 
     # -- links --------------------------------------------------------------------------------------
 
@@ -454,22 +383,18 @@ class Coordinator:
             return self.map
         async with self._lock:
             self._refuse_taken(link, member)
-            if self._must_reload:
-                await self._reload()
-            assert self._store is not None
+            await self._reload_if_needed()
             known = self._roster.get(member.name)
             if known is not None and known.member.incarnation == member.incarnation:
                 term = known.member.term  # only the link was lost; Postgres need not even be there
             else:
-                term = await self._store.register_shard(
-                    self.epoch, member.name, member.node, member.incarnation
-                )
+                term = await self._table.register(member)
             self._admit(link, msgspec.structs.replace(member, term=term))
             if not self._retired:
-                if ownerless(self._owners, self._roster.shards()):
+                if ownerless(self._table.owners, self._roster.shards()):
                     try:
                         await self._move(self._target(), f"{member.name} joined, slots had no owner")
-                    except StoreUnavailableError as exc:  # it is a member all the same; the tick tries again
+                    except STORE_ERRORS as exc:  # it is a member all the same; the tick tries again
                         self._store_failed(exc)
                 self._rebalance.joined(self._clock.monotonic())
             self._publish(but=link)
@@ -495,6 +420,8 @@ class Coordinator:
         link.context = member.name
         self._roster.put(Entry(member, None if link.closed else link))
         self._leases.grant(member.name, self._clock.monotonic())
+        if self._supervisor is not None:
+            self._supervisor.joined(member.name)
         if old is not None and old is not link:
             old.close()
 
@@ -506,8 +433,7 @@ class Coordinator:
             if entry.member.kind == "shard" and not self._retired:
                 entry.leaving = True
                 if self._live_shards():
-                    if self._must_reload:
-                        await self._reload()
+                    await self._reload_if_needed()
                     await self._move(self._target({leave.name}), f"{leave.name} leaves")
                     self._publish()  # it hears of its new term and that it owns nothing, before the answer
             self._drop(leave.name)
@@ -517,7 +443,6 @@ class Coordinator:
     def _drop(self, name: str) -> None:
         self._roster.drop(name)
         self._leases.drop(name)
-        self._asked_at.pop(name, None)
 
     def _stats(self) -> StatsReply:
         now = self._clock.monotonic()
@@ -546,9 +471,9 @@ class Coordinator:
                     else "all leases ended together",
                 )
                 continue
-            if self._changing is not None or now < self._retry_at or self._retired:
+            if self._changing is not None or now < self._table.retry_at or self._retired:
                 continue
-            if self._suspects() or self._rebalance.is_due(now) or self._must_reload or self._can_give():
+            if self._suspects() or self._rebalance.is_due(now) or self._table.must_reload or self._can_give():
                 # In a task of its own: waiting for Postgres here would look like a stall.
                 self._changing = self._run(self._change_map())
                 self._changing.add_done_callback(self._change_done)
@@ -557,13 +482,14 @@ class Coordinator:
         self._changing = None
 
     def _can_give(self) -> bool:
-        return bool(ownerless(self._owners, self._roster.shards()) and self._live_shards())
+        return bool(ownerless(self._table.owners, self._roster.shards()) and self._live_shards())
 
     def _suspects(self) -> frozenset[str]:
         now = self._clock.monotonic()
         lapsed = {e.member.name for e in self._roster if self._leases.is_lapsed(e.member.name, now)}
         members = [(e.member.name, e.member.node, e.is_joined) for e in self._roster]
-        on_dead = {name for name, node, _ in members if node in self._dead_nodes}
+        dead = self._dead_nodes()
+        on_dead = {name for name, node, _ in members if node in dead}
         suspects = on_dead | lapsed | node_suspects(lapsed, members)
         losses = decide_losses(suspects, self._roster.shards(), self._live_shards())
         return losses.shards | losses.others
@@ -574,19 +500,16 @@ class Coordinator:
             lost = self._suspects()  # again: somebody may have come back while we waited
             lost_shards = lost & self._roster.shards().keys()
             try:
-                if self._must_reload:
-                    await self._reload()
+                await self._reload_if_needed()
                 due = self._rebalance.is_due(self._clock.monotonic())
                 if lost_shards or due or self._can_give():
                     reason = f"lost {', '.join(sorted(lost_shards))}" if lost_shards else "shards joined"
-                    await self._move(target := self._target(lost_shards), reason)
-                    moved = target is self._owners
+                    moved = await self._move(self._target(lost_shards), reason)
                 else:
                     moved = False
                 if due:
                     self._rebalance.done()
-                self._store_error = ""
-            except (StoreUnavailableError, FencedError, asyncpg.PostgresError) as exc:
+            except (FencedError, *STORE_ERRORS) as exc:
                 self._store_failed(exc)
                 lost -= lost_shards
                 lost_shards, moved = frozenset(), False
@@ -608,12 +531,11 @@ class Coordinator:
             await self._dirty.wait()
             await asyncio.sleep(SAVE_DELAY_S)
             self._dirty.clear()
-            assert self._store is not None
             try:
-                await self._store.save_members(self.epoch, [*self.map.shards, *self.map.members])
+                await self._table.save_members([*self.map.shards, *self.map.members])
             except FencedError as exc:
                 self._superseded(str(exc))
-            except (StoreUnavailableError, asyncpg.PostgresError) as exc:
+            except STORE_ERRORS as exc:
                 log.info("the members are not saved: %s", exc)
                 await asyncio.sleep(self.config.settings.link.reconnect_max_s)
                 self._dirty.set()
@@ -621,67 +543,26 @@ class Coordinator:
     async def _maintain_for_ever(self) -> None:
         """Partitions ahead of time, and rows of shards that are long gone."""
         while True:
-            assert self._store is not None
             try:
-                await self._store.forget_old_shards(self.epoch, list(self._roster.shards()))
-                async with acquired(
-                    self._store.pool, self.config.settings.postgres.connect_timeout_s
-                ) as connection:
-                    await ensure_partitions(connection, self._clock.now_ms())
+                await self._table.maintain(list(self._roster.shards()))
                 wait_s = MAINTENANCE_S
             except FencedError as exc:
                 self._superseded(str(exc))
                 return
-            except (StoreUnavailableError, asyncpg.PostgresError) as exc:
+            except STORE_ERRORS as exc:
                 log.warning("maintenance of the database has to wait: %s", exc)
                 wait_s = 60.0
             await asyncio.sleep(wait_s)
 
-    # -- nodes --------------------------------------------------------------------------------------
-
-    async def _watch_nodes(self) -> None:
+    async def _watch_nodes(self, supervisor: Supervisor) -> None:
         while True:
             try:
-                await self._poll_nodes()
                 if not self._retired:
-                    await self._start_missing()
+                    await supervisor.poll()
+                    await supervisor.reconcile()
             except Exception as exc:  # Ray's errors share no base; the last answer stays in force
                 log.warning("watching the nodes failed: %s: %s", type(exc).__name__, exc)
             await asyncio.sleep(self.config.settings.cluster.node_poll_s)
-
-    async def _poll_nodes(self) -> None:
-        assert self._nodes is not None
-        alive, dead = await self._nodes.alive()
-        if not alive:
-            return  # Ray always has the node that answers: this is no answer
-        now_alive = {info.node: info for info in alive}
-        gone = (self._live_nodes.keys() - now_alive.keys()) | dead
-        for node in gone - self._dead_nodes:
-            log.warning("Ray lost node %s", node)
-        for node in now_alive.keys() - self._live_nodes.keys():
-            log.info("node %s joined", node)
-        self._live_nodes = now_alive
-        self._dead_nodes = gone | (self._dead_nodes - now_alive.keys())
-        removed = [name for name, spec in self._wanted.items() if spec.node in self._dead_nodes]
-        self._wanted = {actor_name(spec): spec for spec in wanted_actors(self.config.settings, alive)}
-        for name in removed:
-            if not self._retired:
-                self._run(self._nodes.remove(name))
-
-    def _missing(self) -> list[str]:
-        return [name for name in self._wanted if (e := self._roster.get(name)) is None or not e.is_joined]
-
-    async def _start_missing(self) -> None:
-        assert self._nodes is not None
-        now = self._clock.monotonic()
-        retry_s = self.config.settings.cluster.spawn_retry_s
-        for name in self._missing():
-            if now - self._asked_at.get(name, float("-inf")) < retry_s:
-                continue
-            if name in self._asked_at:
-                log.warning("%s has not joined within %.0f s of its start", name, retry_s)
-            self._asked_at[name] = now
-            await self._nodes.ensure(self._wanted[name])
 
 
 def coordinator_config(settings: Settings, secret: bytes, node: str = "local") -> ActorConfig:

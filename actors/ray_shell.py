@@ -365,9 +365,8 @@ def undeploy(
 
 
 def _names(namespace: str) -> list[str]:
-    return [
-        found["name"] for found in list_named_actors(all_namespaces=True) if found["namespace"] == namespace
-    ]
+    found: Any = list_named_actors(all_namespaces=True)  # dicts, whatever its annotation says
+    return [actor["name"] for actor in found if actor["namespace"] == namespace]
 
 
 def _settle(calls: list[Any], timeout_s: float) -> None:

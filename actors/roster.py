@@ -91,12 +91,15 @@ class Roster:
         """All members that are not shards."""
         return [entry for entry in self._entries.values() if entry.member.kind != "shard"]
 
-    def set_terms(self, terms: dict[str, int]) -> None:
-        """Shards began new terms."""
+    def set_terms(self, terms: dict[str, int]) -> bool:
+        """Shards have these terms now; True if that is news of any of them."""
+        changed = False
         for name, term in terms.items():
             entry = self._entries.get(name)
-            if entry is not None:
+            if entry is not None and entry.member.term != term:
                 entry.member = msgspec.structs.replace(entry.member, term=term)
+                changed = True
+        return changed
 
     def take_numbers(self, renew: Renew) -> None:
         """The newest statistics of a member."""

@@ -341,15 +341,14 @@ async def test_without_postgres_the_last_map_is_served_and_nothing_moves(bench: 
     """A lapsed lease becomes a move only once Postgres answers again; members without slots come and go."""
     coordinator = await bench.coordinator()
     first, second = await bench.shards(coordinator, "a", "b")
-    store = coordinator._store
-    assert store is not None
+    store = coordinator._table.store
     real, store._pool = store._pool, _NoPool()
     first.die()
     gateway = bench.member("gateway", "g")
     assert slots(await gateway.join(coordinator)) == {"a": SLOTS // 2, "b": SLOTS // 2}
     with pytest.raises(RemoteError, match="PostgreSQL"):
         await bench.member("shard", "c").join(coordinator)
-    await eventually(lambda: coordinator._store_error, what="the coordinator tried to move")
+    await eventually(lambda: coordinator._table.error, what="the coordinator tried to move")
     await stays(lambda: slots(second.map)["a"] == SLOTS // 2, 1.2, "slots moved without Postgres")
     assert (await coordinator.status())["postgres"] != "ok"
     store._pool = real
@@ -370,8 +369,7 @@ async def test_a_move_whose_answer_was_lost_is_found_out(bench: Bench) -> None:
     """The commit happened, the answer did not arrive: the map is read again and everybody is told."""
     coordinator = await bench.coordinator()
     first, second = await bench.shards(coordinator, "a", "b")
-    store = coordinator._store
-    assert store is not None
+    store = coordinator._table.store
     real = store.move_slots
     calls = 0
 
