@@ -16,7 +16,7 @@ from typing import Any
 from actors.shard_users import User, UserCache
 from carillon import server_frames
 from carillon.clock import Clock, rfc3339
-from carillon.errors import CarillonError, FencedError, NotFoundError, StoreUnavailableError, UnavailableError
+from carillon.errors import CarillonError, FencedError, NotFoundError, UnavailableError
 from carillon.ids import UserKey
 from carillon.messages import Event, Outcome
 from carillon.metrics import Stats
@@ -450,10 +450,11 @@ class Writer:
         if isinstance(error, FencedError):
             self._done(entry, Outcome(entry.event.id, status="moved"))
             return
-        code = "unavailable" if isinstance(error, StoreUnavailableError) else error.code
         self._done(
             entry,
-            Outcome(entry.event.id, status="failed", code=code, detail=str(error), retry_after_s=retry_s),
+            Outcome(
+                entry.event.id, status="failed", code=error.code, detail=str(error), retry_after_s=retry_s
+            ),
         )
 
     def _done(self, entry: Entry, outcome: Outcome) -> None:
