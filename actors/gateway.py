@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import resource
+import socket
 from typing import Any, Final
 
 from actors.config import ActorConfig
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 
 BACKLOG: Final = 8192
 """Asked of the kernel, which cuts it to net.core.somaxconn: a storm of reconnects waits there."""
+TCP_NOTSENT_LOWAT: Final = 25
+"""linux/tcp.h; the socket module names it from Python 3.12 on."""
 SPARE_DESCRIPTORS: Final = 512
 """Open files beside the client sockets."""
 SPARE_SOCKETS: Final = 1024
@@ -101,6 +104,10 @@ class Gateway:
                 f"port {self.limits.port} of {host} is taken: end what listens there, or set gateway.port "
                 "(CARILLON_GATEWAY_PORT) to another one, or to 0 for any free one"
             ) from exc
+        for listener in self._server.sockets:
+            # Inherited by accepted sockets: what a slow reader leaves waits in our buffer, where it is seen
+            # and bounded, and not in megabytes of kernel memory.
+            listener.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, self.limits.low_buffer_bytes)
         port = self._server.sockets[0].getsockname()[1]
         self._membership = Membership(self.config, _NoLinks(), stats=self.stats, clock=self._clock)
         self.owners = Owners(self, self._membership, self.stats)

@@ -423,10 +423,11 @@ class Connection(asyncio.Protocol):
             return
         for data in ws.data_to_send():
             if data:
-                if self.phase < Phase.CLOSING and ws.state is WS_OPEN:
-                    self.write_live(data)
-                else:
+                if data[0] & 0x0F == Opcode.CLOSE:
                     self._write(data)
+                elif self.phase < Phase.CLOSING:
+                    self.write_live(data)
+                # else a pong: a peer that floods us with pings while we close must not fill our buffer
             elif self._transport is not None:
                 if ws.close_rcvd is not None:
                     self._transport.close()  # both close frames are there

@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from websockets.asyncio.client import ClientConnection, connect
 
@@ -183,6 +183,9 @@ async def running(**sections: dict[str, Any]) -> AsyncIterator[Start]:
     try:
         yield start
     finally:
+        for raw in RawClient.opened:
+            raw.writer.transport.abort()
+        RawClient.opened.clear()
         for kit in kits:
             await kit.gateway.stop()
             for shard in kit.shards:
@@ -211,7 +214,10 @@ async def closed_with(client: ClientConnection, timeout_s: float = 5.0) -> int |
 class RawClient:
     """A client that can do what websockets would not: half frames, no mask, no reading."""
 
+    opened: ClassVar[list[RawClient]] = []
+
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.opened.append(self)
         self.reader = reader
         self.writer = writer
 
