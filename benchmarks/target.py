@@ -10,6 +10,7 @@ import hmac
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -127,7 +128,7 @@ class OwnSystem:
         self._process = subprocess.Popen(  # noqa: ASYNC220  a fork, once
             [sys.executable, "-m", "cluster", "up"],
             cwd=ROOT,
-            env={**os.environ, "CARILLON_CLUSTER_RUNTIME_DIR": str(self.runtime_dir)},
+            env={**os.environ, **self._settings()},
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -144,6 +145,18 @@ class OwnSystem:
                     return target
             await asyncio.sleep(0.25)
         raise TargetError(f"the system was not ready within {self.timeout_s:.0f} s; see {log}")
+
+    def _settings(self) -> dict[str, str]:
+        """A folder and ports of its own: another system may be up on this machine."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            serve_port = probe.getsockname()[1]
+        return {
+            "CARILLON_CLUSTER_RUNTIME_DIR": str(self.runtime_dir),
+            "CARILLON_GATEWAY_PORT": "0",
+            "CARILLON_INGRESS_DIRECT_PORT": "0",
+            "CARILLON_INGRESS_PORT": str(serve_port),  # Serve takes no 0
+        }
 
     def stop(self, timeout_s: float = 60.0) -> None:
         """Ask it to end (SIGTERM), wait, and kill what is left after `timeout_s`."""

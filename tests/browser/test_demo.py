@@ -1,0 +1,112 @@
+"""The demo as a person uses it: the real system, a real browser."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from benchmarks.target import Target
+from benchmarks.wire import get_json
+from tests.browser.chromium import Chromium, Tab
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+STATE = "document.getElementById('state').dataset.state"
+BADGE = "Number(document.getElementById('badge').dataset.count)"
+
+
+@pytest.fixture
+async def browser() -> AsyncIterator[Chromium]:
+    """A browser; no page of it may have thrown."""
+    async with Chromium() as chromium:
+        yield chromium
+        assert chromium.problems == []
+
+
+async def users_of(system: Target) -> list[str]:
+    """The demo users."""
+    config = await get_json(system.http_door("direct"), "/demo/config.json")
+    return [user["userId"] for user in config["users"]]
+
+
+async def open_as(browser: Chromium, system: Target, user: str) -> Tab:
+    """The page, with `user` picked by clicking, connected."""
+    tab = await browser.open(f"{system.direct_url}/demo")
+    await tab.click(f"[data-user='{user}']")
+    await tab.wait(f"{STATE} === 'open'")
+    return tab
+
+
+async def send(tab: Tab, to: str, title: str) -> None:
+    """Fill the form and press the button; wait until the server has answered."""
+    await tab.run(f"document.getElementById('send-user').value = '{to}'")
+    await tab.fill("#send-title-input", title)
+    await tab.click("#send-button")
+    await tab.wait("document.getElementById('send-hint').textContent.startsWith('№')")
+    await tab.run("document.getElementById('send-hint').textContent = ''")
+
+
+def row(title: str) -> str:
+    """An expression: the feed shows this title exactly once."""
+    titles = "[...document.querySelectorAll('#feed .title')]"
+    return f"{titles}.filter(n => n.textContent === '{title}').length === 1"
+
+
+async def test_an_event_to_oneself_is_seen_and_with_the_tab_closed_goes_to_push(
+    system: Target, browser: Chromium
+) -> None:
+    """Feed and badge show it while the page is open; with the tab closed the next reaches the phone."""
+    ana, ben = (await users_of(system))[:2]
+    tab = await open_as(browser, system, ana)
+    before = await tab.run(BADGE)
+    await send(tab, ana, "while I look")
+    await tab.wait(row("while I look"))
+    await tab.wait(f"{BADGE} === {before + 1}")
+
+    watcher = await open_as(browser, system, ben)
+    pushed = "[...document.querySelectorAll('#pushes .title')].map(n => n.textContent)"
+    await tab.close()
+    await send(watcher, ana, "while I am away")
+    await watcher.wait(f"{pushed}.includes('while I am away')", timeout_s=30)
+    # It was acknowledged on the socket, so it never went to the phone.
+    assert "while I look" not in await watcher.run(pushed)
+
+    again = await open_as(browser, system, ana)
+    await again.wait(row("while I am away"))
+    await again.wait(f"{BADGE} === {before + 2}")
+
+
+async def test_tabs_are_in_step_and_reading_survives_a_reload(system: Target, browser: Chromium) -> None:
+    """Read in one tab is read in the other at once, and still after a reload."""
+    chloe = (await users_of(system))[2]
+    first = await open_as(browser, system, chloe)
+    second = await open_as(browser, system, chloe)
+    await send(first, chloe, "for both tabs")
+    for tab in (first, second):
+        await tab.wait(row("for both tabs"))
+    await first.click("#read-all")
+    for tab in (first, second):
+        await tab.wait(f"{BADGE} === 0")
+    await second.call("Page.reload")
+    await second.wait(f"document.readyState === 'complete' && {STATE} === 'open' && {row('for both tabs')}")
+    assert await second.run(BADGE) == 0
+    await first.click("#feed button[aria-label='Archive: for both tabs']")
+    await second.wait(f"!({row('for both tabs')})")
+
+
+async def test_offline_and_back_resumes(system: Target, browser: Chromium) -> None:
+    """What arrived while the connection was closed is there after going online, by resume, exactly once."""
+    ana, ben = (await users_of(system))[:2]
+    tab = await open_as(browser, system, ben)
+    await send(tab, ben, "before the pause")
+    await tab.wait(row("before the pause"))
+    await tab.click("#link-button")
+    await tab.wait(f"{STATE} === 'none'")
+    other = await open_as(browser, system, ana)
+    await send(other, ben, "during the pause")
+    await tab.click("#link-button")
+    await tab.wait(row("during the pause"))
+    wire = await tab.run("document.getElementById('wire').textContent")
+    assert '"type":"RESUME"' in wire
+    assert '"recovered":true' in wire
