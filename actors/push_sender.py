@@ -11,7 +11,7 @@ import importlib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from actors.link import Link, LinkServer, dial
 from actors.member import machine_id
@@ -176,6 +176,14 @@ def _advertised(advertise_host: str, bound_host: str) -> str:
     return str(importlib.import_module("ray.util").get_node_ip_address())
 
 
+class RaySender(PushSender):
+    """The same as a Ray actor."""
+
+    def __init__(self, config: SenderConfig) -> None:
+        importlib.import_module("actors.ray_shell").configure_logging(config.name)
+        super().__init__(config)
+
+
 Spawn = Callable[[SenderConfig], Awaitable[tuple[Address, Callable[[], Awaitable[None]]]]]
 """Starts a `PushSender` somewhere; gives its address and what ends it."""
 
@@ -187,7 +195,7 @@ async def spawn_with_ray(config: SenderConfig) -> tuple[Address, Callable[[], Aw
     still asks for it.
     """
     ray = importlib.import_module("ray")
-    actor = ray.remote(PushSender).options(
+    actor = ray.remote(RaySender).options(
         num_cpus=0, max_restarts=0, max_concurrency=16, scheduling_strategy="SPREAD", enable_task_events=False
     )
     handle = await asyncio.to_thread(actor.remote, config)
@@ -267,9 +275,3 @@ class RemoteSender:
 
     def read_finished(self, link: Link) -> None:
         """Outcomes are handed on one by one."""
-
-
-__all__: Final = [
-    "LocalSender", "PushSender", "RemoteSender", "Sender", "SenderConfig", "Spawn", "same_for_all",
-    "spawn_with_ray",
-]  # fmt: skip
