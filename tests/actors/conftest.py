@@ -9,7 +9,8 @@ import uvloop
 
 
 def pytest_asyncio_loop_factories(config: Any, item: Any) -> dict[str, Any]:
-    """Links run on both loops: Ray's actors use uvloop, the command line asyncio's own."""
-    if item.path.name == "test_link.py":
+    """Links run on both loops: Ray's actors use uvloop, the command line asyncio's own. So do gateways, whose
+    buffers and closing the two treat differently."""
+    if item.path.name in ("test_link.py", "test_gateway.py", "test_gateway_limits.py"):
         return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
     return {"asyncio": asyncio.new_event_loop}
