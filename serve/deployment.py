@@ -39,7 +39,7 @@ class IngressReplica:
         self._ingress = Ingress(config)
         await self._ingress.start()
 
-    def __serve_build_asgi_app__(self) -> Any:  # noqa: PLW3201  Serve's own name
+    def __serve_build_asgi_app__(self) -> Any:
         """Serve: the app, built by the constructor."""
         assert self._ingress.app is not None
         return self._ingress.app
