@@ -39,6 +39,9 @@ class PostgresSettings:
     )
     connect_timeout_s: float = setting(5.0, "Longest wait for a connection.", low=0.1, unit="s")
     statement_timeout_s: float = setting(10.0, "Longest run of one statement.", low=0.1, unit="s")
+    embedded_port: int = setting(
+        0, "Port of the embedded server; 0 means any free one at each start.", low=0, high=65535
+    )
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ class RedisSettings:
     url: str = setting("", "redis:// URL; empty means the embedded Valkey of `make up`.")
     timeout_s: float = setting(
         0.5, "Longest wait for one command before going on without.", low=0.01, unit="s"
+    )
+    embedded_port: int = setting(
+        0, "Port of the embedded server; 0 means any free one at each start.", low=0, high=65535
     )
 
 

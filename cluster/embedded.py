@@ -147,6 +147,12 @@ class _Server:
         """`stop` for a running event loop."""
         await asyncio.to_thread(self.stop)
 
+    async def restart_async(self) -> None:
+        """Start again on the same port after the server ended by itself."""
+        await self.stop_async()
+        self._fixed = True
+        await self.start_async()
+
     def kill(self) -> None:
         """SIGKILL the server, for tests of what follows. The folder stays locked until `stop`."""
         if self.child is not None:
@@ -263,7 +269,7 @@ class EmbeddedPostgres(_Server):
     """
 
     title = "PostgreSQL"
-    setting = "CARILLON_CLUSTER_POSTGRES_PORT"
+    setting = "CARILLON_POSTGRES_EMBEDDED_PORT"
     user = "carillon"
     database = "carillon"
 
@@ -516,7 +522,7 @@ class EmbeddedValkey(_Server):
     """
 
     title = "Valkey"
-    setting = "CARILLON_CLUSTER_REDIS_PORT"
+    setting = "CARILLON_REDIS_EMBEDDED_PORT"
 
     def __init__(self, folder: Path | str, *, port: int = 0, fast: bool = False) -> None:
         super().__init__(folder, port=port, fast=fast)

@@ -129,7 +129,8 @@ def spawn(
     log: Path | None = None,
     user: int | None = None,
     group: int | None = None,
-    stdin: int | IO[bytes] = subprocess.DEVNULL,
+    stdin: int | None = None,
+    stdout: int | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start a long-lived child in a session of its own that gets `death_signal` when we die.
 
@@ -142,10 +143,11 @@ def spawn(
         death_signal: sent by the kernel when our thread ends, also after a SIGKILL of us.
         env: whole environment; None passes ours on.
         cwd: working directory; None means ours.
-        log: file that both outputs are appended to; None discards them.
+        log: file that both outputs are appended to (with `stdout`, only the errors); None discards them.
         user: numeric user to become; None stays (only root may change). Give `group` too.
         group: numeric group to become.
-        stdin: as for `subprocess.Popen`.
+        stdin: None is /dev/null, or `subprocess.PIPE`.
+        stdout: None is the log, or `subprocess.PIPE`.
 
     Raises:
         ClusterError: the program cannot be started.
@@ -158,9 +160,9 @@ def spawn(
         try:
             return subprocess.Popen(
                 list(command),
-                stdin=stdin,
-                stdout=out,
-                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL if stdin is None else stdin,
+                stdout=out if stdout is None else stdout,
+                stderr=out,
                 env=env,
                 cwd=cwd,
                 start_new_session=True,

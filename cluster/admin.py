@@ -1,0 +1,130 @@
+"""Commands that only need the database: tenants, keys, migrations, partitions."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
+
+from carillon.clock import SystemClock, rfc3339
+from carillon.errors import ClusterError, SettingsError
+from carillon.settings import Settings
+from cluster.run_folder import RunFolder
+from stores.postgres.migrate import ensure_partitions, migrate
+from stores.postgres.pool import connect, open_pool, translated
+from stores.postgres.tenants import TenantStore
+
+T = TypeVar("T")
+
+
+def database(options: argparse.Namespace, settings: Settings) -> Settings:
+    """Settings with the DSN to use: the option, the setting, or that of the run in the data folder."""
+    dsn = options.dsn or settings.postgres.dsn
+    if not dsn:
+        try:
+            dsn = json.loads(RunFolder(settings.cluster.runtime_dir).dev_file.read_text())["postgresDsn"]
+        except (OSError, ValueError, KeyError):
+            raise ClusterError(
+                f"no database: give --dsn, set CARILLON_POSTGRES_DSN, or run `up` with {settings.cluster.runtime_dir}"
+            ) from None
+    return settings.with_values(postgres={"dsn": dsn})
+
+
+def _with_store(settings: Settings, work: Callable[[TenantStore], Awaitable[T]]) -> T:
+    async def run() -> T:
+        pool = await open_pool(settings.postgres, 1)
+        try:
+            return await work(TenantStore(pool))
+        finally:
+            await pool.close()
+
+    return asyncio.run(run())
+
+
+def _migrate(options: argparse.Namespace, settings: Settings) -> int:
+    applied = asyncio.run(migrate(database(options, settings).postgres.dsn))
+    for name in applied:
+        print(name)
+    print(f"{len(applied)} migrations applied" if applied else "the database is up to date")
+    return 0
+
+
+def _partitions(options: argparse.Namespace, settings: Settings) -> int:
+    if options.months < 0:
+        raise SettingsError(f"expected --months to be at least 0, got {options.months}")
+
+    async def run() -> list[str]:
+        connection = await connect(database(options, settings).postgres.dsn)
+        try:
+            with translated():
+                return await ensure_partitions(connection, SystemClock().now_ms(), options.months)
+        finally:
+            await connection.close()
+
+    made = asyncio.run(run())
+    for name in made:
+        print(name)
+    print(f"{len(made)} partitions made" if made else "all partitions are there")
+    return 0
+
+
+def _tenant_create(options: argparse.Namespace, settings: Settings) -> int:
+    tenant = _with_store(
+        database(options, settings), lambda store: store.create_tenant(options.tenant, options.client_secret)
+    )
+    print(f"tenant {tenant.tenant}")
+    if options.client_secret is None:
+        print(f"client secret {tenant.client_secret}")
+    return 0
+
+
+def _tenant_list(options: argparse.Namespace, settings: Settings) -> int:
+    for name in _with_store(database(options, settings), lambda store: store.tenants()):
+        print(name)
+    return 0
+
+
+def _key_create(options: argparse.Namespace, settings: Settings) -> int:
+    scopes = options.scope or ["admin"]
+    print(
+        _with_store(
+            database(options, settings),
+            lambda store: store.create_key(options.tenant, options.name, scopes),
+        )
+    )
+    return 0
+
+
+def _key_list(options: argparse.Namespace, settings: Settings) -> int:
+    for key in _with_store(database(options, settings), lambda store: store.list_keys(options.tenant)):
+        state = "revoked" if key.revoked else "valid"
+        made = rfc3339(key.created_ms) if key.created_ms else "-"
+        used = rfc3339(key.last_used_ms) if key.last_used_ms else "never"
+        print(
+            f"{key.key_id}  {state:<7}  made {made}  used {used}  {','.join(sorted(key.scopes))}  {key.name}"
+        )
+    return 0
+
+
+def _key_revoke(options: argparse.Namespace, settings: Settings) -> int:
+    revoked = _with_store(
+        database(options, settings), lambda store: store.revoke_key(options.tenant, options.key_id)
+    )
+    if not revoked:
+        raise ClusterError(f"tenant {options.tenant!r} has no valid key {options.key_id!r}")
+    print(f"{options.key_id} is revoked; replicas forget it within {settings.ingress.auth_cache_s:g} s")
+    return 0
+
+
+HANDLERS: Final = {
+    "migrate": _migrate,
+    "partitions": _partitions,
+    "tenant_create": _tenant_create,
+    "tenant_list": _tenant_list,
+    "key_create": _key_create,
+    "key_list": _key_list,
+    "key_revoke": _key_revoke,
+}
+"""By the name that cluster/cli.py uses."""

@@ -1,0 +1,80 @@
+"""The environment that Ray's processes need, and why.
+
+Ray and Serve read these once, when they are imported or started: they must be in the environment of the
+head, of every node and of every driver, before anything else happens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+"""The repository's root, which is the import root everywhere."""
+
+SERVE_SWITCHES: Final = {
+    # Serve's default proxy is a Python process: 290 requests/s. HAProxy straight to the replicas: 7,800.
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+}
+"""Must be the same on every node (ray_cluster.yaml sets them, too)."""
+
+QUIET: Final = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Nothing collects these here; Carillon's own figures are at /metrics.
+    "RAY_enable_metrics_collection": "0",
+    "RAY_DISABLE_METRICS_COLLECTION": "1",
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_event_stats": "0",
+    # Our actors come by name, each with a process of its own: idle workers would only cost memory.
+    "RAY_prestart_worker_first_driver": "0",
+    # Serve's controller looks ten times a second by default, which is most of an idle system's CPU time.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
+}
+"""What an idle system would pay for without using it."""
+
+
+def client_environment(token_file: Path | str | None, loopback: bool) -> dict[str, str]:
+    """Variables of any process that talks to the local Ray.
+
+    Args:
+        token_file: file of the cluster's token; None leaves the caller's authentication as it is.
+        loopback: the whole cluster is on 127.0.0.1.
+    """
+    values = {**QUIET, **SERVE_SWITCHES, "PYTHONPATH": str(ROOT)}
+    if token_file is not None:
+        # Whoever reaches the GCS can run code as us: loopback alone keeps no other user of the machine out.
+        values |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
+    if loopback:
+        # Ray turns 127.0.0.1 into the machine's outward address, where a head on loopback does not listen.
+        # This switch, made for desktops whose firewalls ask, keeps it as it is.
+        values["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    return values
+
+
+def head_environment(
+    token_file: Path | str, loopback: bool, short_folder: Path, ports: tuple[int, int]
+) -> dict[str, str]:
+    """Variables of the head that `up` starts; its workers inherit them.
+
+    Args:
+        token_file: file of the cluster's token.
+        loopback: the whole cluster is on 127.0.0.1.
+        short_folder: for HAProxy's files, of which Serve otherwise has one set per machine.
+        ports: two free ports for HAProxy's metrics and statistics, likewise.
+    """
+    haproxy = short_folder / "h"
+    return client_environment(token_file, loopback) | {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
+    }

@@ -1,0 +1,173 @@
+"""Commands that talk to a running system: deploy onto a cluster, down, status, drain."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import time
+from typing import Any, Final
+
+from carillon.clock import SystemClock
+from carillon.errors import ClusterError
+from carillon.settings import Settings
+from cluster.processes import alive
+from cluster.ray_env import client_environment
+from cluster.run_folder import RunFolder
+
+_CLOCK = SystemClock()
+
+
+def _connect(options: argparse.Namespace, settings: Settings) -> str:
+    """Join the Ray of --address, or of the run in the data folder; returns the namespace."""
+    from cluster import operator
+
+    if options.address:
+        # The caller's RAY_AUTH_MODE and token are the cluster's business.
+        os.environ.update(client_environment(None, loopback=options.address.startswith("127.0.0.1:")))
+        operator.connect(options.address, settings.cluster.namespace)
+        return settings.cluster.namespace
+    folder = RunFolder(settings.cluster.runtime_dir)
+    run = folder.run() if folder.running() else None
+    if run is None:
+        raise ClusterError(f"nothing runs in {folder.path}: start it with `make up`, or give --address")
+    if not run.get("rayAddress"):
+        raise ClusterError("the system is still starting; try again in a few seconds")
+    os.environ.update(client_environment(folder.ray_token_file(), loopback=bool(run["loopback"])))
+    operator.connect(run["rayAddress"], run["namespace"])
+    return run["namespace"]
+
+
+def deploy_to(address: str, settings: Settings, timeout_s: float) -> int:
+    """`up --address`: migrate the database and deploy onto a Ray cluster that runs already."""
+    missing = [
+        name
+        for name, value in (
+            ("CARILLON_POSTGRES_DSN", settings.postgres.dsn),
+            ("CARILLON_REDIS_URL", settings.redis.url),
+            ("CARILLON_CLUSTER_SECRET", settings.cluster.secret),
+        )
+        if not value
+    ]
+    if missing:
+        raise ClusterError(f"a cluster needs {', '.join(missing)}: it has no embedded servers")
+    from cluster import operator
+    from cluster.up import Console
+    from stores.postgres.migrate import migrate
+
+    console = Console()
+    with console.step("migrations are applied"):
+        asyncio.run(migrate(settings.postgres.dsn))
+    os.environ.update(client_environment(None, loopback=address.startswith("127.0.0.1:")))
+    operator.connect(address, settings.cluster.namespace)
+    status = operator.deploy_all(settings, settings.cluster.secret.encode(), timeout_s, console.say)
+    for member in status["members"]:
+        if member["public"]:
+            console.put(f"  {member['kind']:<8} {member['public']}")
+    console.say(
+        f"Carillon is deployed on {len(status['nodes'])} nodes; `down --address {address}` removes it"
+    )
+    return 0
+
+
+def _down(options: argparse.Namespace, settings: Settings) -> int:
+    if options.address:
+        from cluster import operator
+
+        namespace = _connect(options, settings)
+        count = operator.undeploy_all(namespace, options.timeout, print)
+        print(f"{count} actors removed" if count else f"nothing was deployed in the namespace {namespace!r}")
+        return 0
+    folder = RunFolder(settings.cluster.runtime_dir)
+    process = folder.running()
+    if process is None:
+        print(f"nothing runs in {folder.path}")
+        return 0
+    os.kill(process.pid, signal.SIGTERM)
+    deadline = _CLOCK.monotonic() + options.timeout
+    while alive(process):
+        if _CLOCK.monotonic() > deadline:
+            raise ClusterError(f"process {process.pid} has not stopped within {options.timeout:g} s")
+        time.sleep(0.05)
+    print("stopped")
+    return 0
+
+
+def _drain(options: argparse.Namespace, settings: Settings) -> int:
+    from cluster import operator
+
+    namespace = _connect(options, settings)
+    members = operator.coordinator_status(namespace)["members"]
+    names: list[str] = []
+    for wanted in options.name:
+        found = [m["name"] for m in members if m["name"] == wanted or m["node"].startswith(wanted)]
+        found = [name for name in found if not name.startswith("ingress-")]  # Serve drains its own
+        if not found:
+            raise ClusterError(f"there is no actor or node {wanted!r}; `status` lists them")
+        names += [name for name in found if name not in names]
+    late = operator.drain_actors(namespace, names, options.timeout)
+    if late:
+        raise ClusterError(f"{', '.join(late)} did not finish within {options.timeout:g} s")
+    print(f"drained {', '.join(names)}")
+    return 0
+
+
+def _status(options: argparse.Namespace, settings: Settings) -> int:
+    from cluster import operator
+
+    namespace = _connect(options, settings)
+    status = operator.coordinator_status(namespace)
+    names = [member["name"] for member in status["members"] if member["kind"] != "ingress"]
+    actors = operator.actor_statuses(namespace, names)
+    if options.json:
+        print(json.dumps({"coordinator": status, "actors": actors}, indent=1))
+    else:
+        print("\n".join(status_lines(status, actors)))
+    return 0
+
+
+def status_lines(status: dict[str, Any], actors: dict[str, dict[str, Any]]) -> list[str]:
+    """The status as text: nodes, then one line per member, then totals."""
+    nodes = {node["node"]: node for node in status["nodes"]}
+    lines = [f"map version {status['version']}, PostgreSQL {status['postgres']}"]
+    lines += [
+        f"node {node['node'][:8]}  {node['host']}{'  (head)' if node['head'] else ''}"
+        for node in nodes.values()
+    ]
+    lines.append(f"{'actor':<28} {'node':<9} {'state':<9} {'slots':>5} {'sessions':>8} {'sockets':>8}  queue")
+    totals = {"sessions": 0, "sockets": 0}
+    for member in status["members"]:
+        facts = actors.get(member["name"], {})
+        state = "ok" if member["joined"] else "lost"
+        if facts.get("error"):
+            state = "silent"
+        elif facts.get("draining"):
+            state = "draining"
+        sessions = facts.get("sessions") if member["kind"] == "shard" else None
+        sockets = facts.get("connections") if member["kind"] == "gateway" else None
+        totals["sessions"] += sessions or 0
+        totals["sockets"] += sockets or 0
+        queue = {"shard": facts.get("appendQueue"), "pool": facts.get("queued"), "router": facts.get("held")}
+        shown = [
+            member["slots"] if member["kind"] == "shard" else None,
+            sessions,
+            sockets,
+            queue.get(member["kind"]),
+        ]
+        cells = ["" if value is None else str(value) for value in shown]
+        lines.append(
+            f"{member['name']:<28} {member['node'][:8]:<9} {state:<9} "
+            f"{cells[0]:>5} {cells[1]:>8} {cells[2]:>8}  {cells[3]}".rstrip()
+        )
+    if status["missing"]:
+        lines.append(f"missing: {', '.join(status['missing'])}")
+    if status["ownerless"]:
+        lines.append(f"slots without owner: {status['ownerless']}")
+    lines.append(f"{totals['sessions']} live sessions, {totals['sockets']} sockets")
+    return lines
+
+
+HANDLERS: Final = {"down": _down, "status": _status, "drain": _drain}
+"""By the name that cluster/cli.py uses."""
