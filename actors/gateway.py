@@ -163,10 +163,10 @@ class Gateway:
             await asyncio.sleep(self.tick_s)
 
     async def stop(self) -> None:
-        """Close everything at once (1001 for whoever is still there)."""
+        """Close everything at once, with 1001; after `drain` leave the cluster, too."""
         if self._server is None:
             return  # never started
-        self._draining = True
+        leave, self._draining = self._draining, True
         self._server.close()
         for conn in list(self._sockets):
             conn.close(1001, "the server is going away")
@@ -182,7 +182,7 @@ class Gateway:
         if self._postgres is not None:
             await self._postgres.close()
         await self.owners.close()
-        await self._membership.close()
+        await self._membership.close(leave)
 
     # -- sockets (Host) -------------------------------------------------------------------------------
 

@@ -56,13 +56,15 @@ class Connection(asyncio.Protocol):
         ready: True once the first frame or a live frame passed.
         resume: RESUME that was passed on and not yet answered by its WELCOME.
         held: messages that wait for an attachment.
+        drain_wanted: True while `Owners.drained` is to be called once the buffer has run low.
         due: loop time at which the sweep looks at it.
     """
 
     __slots__ = (
-        "_ack_credit", "_buffer", "_drain_wanted", "_errors", "_host", "_live_bytes", "_partial",
+        "_ack_credit", "_buffer", "_errors", "_host", "_live_bytes", "_partial",
         "_partial_text", "_paused", "_ping_due", "_pinged", "_tokens", "_tokens_at", "_transport",
-        "_write_paused", "_ws", "attached_at", "clean", "device", "due", "encoding", "epoch", "expires_at",
+        "_write_paused", "_ws", "attached_at", "clean", "device", "drain_wanted", "due",
+        "encoding", "epoch", "expires_at",
         "held", "issued_ms", "link", "number", "orphan_since", "path_user", "phase", "ready",
         "resume", "rev", "seq", "session_id", "shard", "slot", "tenant", "term", "user", "welcomed",
     )  # fmt: skip
@@ -73,41 +75,23 @@ class Connection(asyncio.Protocol):
         self._ws: Protocol | None = None
         self._buffer: bytes | bytearray | None = bytearray()  # handshake; later input that waits while paused
         self._partial: bytearray | None = None
-        self._partial_text = False
-        self._paused = 0
-        self._pinged = False
-        self._ping_due = NEVER
+        self._partial_text = self._pinged = self._write_paused = self.drain_wanted = False
+        self._paused = self._ack_credit = self._live_bytes = 0
+        self._ping_due = self.expires_at = NEVER
         self._tokens = host.limits.frames_per_s
-        self._tokens_at = 0.0
-        self._ack_credit = 0
-        self._live_bytes = 0
-        self._write_paused = False
-        self._drain_wanted = False
+        self._tokens_at = self.attached_at = self.orphan_since = 0.0
         self._errors: list[float] | None = None
         self.phase = Phase.HANDSHAKE
         self.encoding = Encoding.LEGACY
         self.path_user: str | None = None
-        self.tenant = ""
-        self.user = ""
-        self.slot = 0
-        self.device = ""
-        self.session_id = ""
-        self.issued_ms = 0
-        self.expires_at = NEVER
-        self.number = 0
+        self.tenant = self.user = self.device = self.session_id = self.shard = ""
+        self.slot = self.issued_ms = self.number = self.term = self.seq = 0
         self.link: Link | None = None
-        self.shard = ""
-        self.term = 0
-        self.attached_at = 0.0
-        self.orphan_since = 0.0
         self.epoch: str | None = None
-        self.seq = 0
         self.rev: int | None = None
-        self.welcomed = False
-        self.ready = False
+        self.welcomed = self.ready = self.clean = False
         self.resume: ClientResume | None = None
         self.held: list[Any] | None = None
-        self.clean = False
         self.due = host.loop.time() + host.limits.handshake_timeout_s
 
     # -- asyncio --------------------------------------------------------------------------------------
@@ -134,7 +118,6 @@ class Connection(asyncio.Protocol):
             self._ws.receive_eof()
             self._ws.data_to_send()  # nothing useful: the peer is gone
             self._over()
-            self._closing()
 
     def pause_writing(self) -> None:
         """asyncio: more than `low_buffer_bytes` are unsent."""
@@ -143,8 +126,8 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """asyncio: the buffer ran low; a replay may go on."""
         self._write_paused = False
-        if self._drain_wanted:
-            self._drain_wanted = False
+        if self.drain_wanted:
+            self.drain_wanted = False
             self._host.owners.drained(self)
 
     def data_received(self, data: bytes) -> None:
@@ -221,7 +204,6 @@ class Connection(asyncio.Protocol):
                 if ws.close_sent is not None and ws.close_rcvd is None:
                     self._host.count_close(ws.close_sent.code)  # the protocol found a violation
                 self._over()
-                self._closing()
 
     def _take_frame(self, ws: Protocol, frame: Frame) -> None:
         opcode = frame.opcode
@@ -305,7 +287,6 @@ class Connection(asyncio.Protocol):
         ws.fail(code, close_reason(reason))
         self._host.count_close(code)
         self._over()
-        self._closing()
 
     # -- pausing --------------------------------------------------------------------------------------
 
@@ -400,7 +381,7 @@ class Connection(asyncio.Protocol):
         self._transport.write(framed)
         if page_end:
             if self._write_paused:
-                self._drain_wanted = True
+                self.drain_wanted = True
             else:
                 self._host.owners.drained(self)
 
@@ -408,10 +389,6 @@ class Connection(asyncio.Protocol):
         """A notification was written: its acknowledgement is free."""
         if self._ack_credit < ACK_CREDIT_MAX:
             self._ack_credit += 1
-
-    def new_attachment(self) -> None:
-        """Forget what belonged to the attachment before."""
-        self._drain_wanted = False
 
     def _write(self, data: bytes) -> None:
         if self._transport is not None:
@@ -449,7 +426,6 @@ class Connection(asyncio.Protocol):
             return
         self._host.count_close(code)
         self._over()
-        self._closing()
         self._flush(ws)
         # The peer's close frame must be seen, whatever reading was paused for.
         self._buffer = None
@@ -468,7 +444,7 @@ class Connection(asyncio.Protocol):
             ws = self._ws
             if ws is not None and ws.close_rcvd is not None:
                 self.clean = ws.close_rcvd.code == 1000 and ws.close_rcvd_then_sent is True
-            self.phase = Phase.CLOSING
+            self._closing()
             self._host.ended(self)
             self.held = None
 

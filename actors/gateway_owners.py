@@ -120,7 +120,7 @@ class Owners:
         conn.shard = member.name
         conn.term = member.term
         conn.attached_at = now
-        conn.new_attachment()
+        conn.drain_wanted = False  # that page belonged to the attachment before
         conn.reschedule()
         if conn.welcomed:
             self._hand_over(conn)

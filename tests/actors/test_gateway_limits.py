@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import random
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -172,6 +174,38 @@ async def test_frames_in_the_packet_of_the_request(start: Start) -> None:
     assert json.loads((await raw.frame())[1])["type"] == "WELCOME"
     assert (await kit.shard.got(ClientAck)).seq == 5
     await raw.end()
+
+
+async def test_noise_harms_nobody(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    """Random bytes, random frames and cut-off frames end their own connection at most, and log no error."""
+    kit = await start(frames_per_s=10_000, max_errors_per_minute=1000)
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    dice = random.Random(seed)
+    bystander = await kit.client("bystander")
+    await frame_of(bystander)
+    for _ in range(150):
+        raw = await RawClient.upgraded(kit)
+        noise = b""
+        for _ in range(dice.randrange(1, 12)):
+            payload = dice.randbytes(dice.choice((0, 1, 5, 125, 126, 3000)))
+            if dice.random() < 0.5:
+                payload = json.dumps(dice.choice(({"type": "PING"}, [], {"type": "ACK", "seq": 1}))).encode()
+            frame = client_frame(
+                payload, dice.randrange(16), fin=dice.random() < 0.8, mask=dice.random() < 0.97
+            )
+            noise += frame[: dice.randrange(len(frame) + 1)] if dice.random() < 0.1 else frame
+        raw.writer.write(dice.randbytes(200) if dice.random() < 0.2 else noise)
+        if dice.random() < 0.5:
+            await raw.writer.drain()
+            await asyncio.sleep(0)
+        raw.writer.close()
+    await eventually(lambda: len(kit.gateway._sockets) == 1)
+    await eventually(lambda: len(kit.shard.received(Detach)) == 150)
+    await bystander.send('{"type":"PING"}')
+    assert (await frame_of(bystander))["type"] == "PONG"
+    assert (await kit.gateway.status())["connections"] == 1
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 # -- rates ------------------------------------------------------------------------------------------------
