@@ -1,7 +1,7 @@
-"""Three Ray nodes on one machine, real actors, a load, a node that joins and a node that is killed.
+"""Three Ray nodes on one machine, real actors, a load, a node that joins and a node that is lost.
 
-Run in a process of its own (`python -m tests.cluster.three_nodes DSN FOLDER`): the test session may be
-connected to another Ray. Prints one JSON line with what was measured and what was acknowledged.
+Run in a process of its own (`python -m tests.cluster.three_nodes DSN FOLDER kill|stop`): the test session may
+be connected to another Ray. Prints one JSON line with what was measured and what was acknowledged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from actors.link import Link, dial
-from actors.names import COORDINATOR
+from actors.names import COORDINATOR, gateway_name, router_name, shard_name
 from actors.ray_shell import deploy, find_actor, undeploy
 from carillon.clock import SystemClock, rfc3339
 from carillon.errors import CarillonError
@@ -177,7 +177,13 @@ def raylet_family(node: Any) -> list[int]:
     return family
 
 
-async def run(cluster: Cluster, settings: Settings) -> dict[str, Any]:
+def send_signal(pids: list[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+async def run(cluster: Cluster, settings: Settings, fault: str) -> dict[str, Any]:
     """The story."""
     report: dict[str, Any] = {}
     per_node = settings.cluster.shards_per_node
@@ -202,14 +208,12 @@ async def run(cluster: Cluster, settings: Settings) -> dict[str, Any]:
     before_loss = len(load.acknowledged)
     await asyncio.sleep(2)
 
-    # A node is killed.
+    # A node is lost: killed, or stopped as a whole (no link is closed, and Ray notices much later).
     lost = second.node_id
     family = raylet_family(second)
     killed_at = time.monotonic()
-    for pid in family:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    report["killed"] = len(family)
+    send_signal(family, signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
+    report["processes"] = len(family)
 
     def is_noticed(status: dict[str, Any]) -> bool:
         return lost not in {info["node"] for info in status["nodes"]} or slots_of(status, lost) == 0
@@ -224,6 +228,18 @@ async def run(cluster: Cluster, settings: Settings) -> dict[str, Any]:
     acknowledged = len(load.acknowledged)
     while len(load.acknowledged) < acknowledged + 200:
         await asyncio.sleep(0.05)
+    if fault == "kill":
+        # Once Ray knows too, the lost node's actors are ended for good: they would wait for it for ever.
+        await watch.until(lambda s: lost not in {info["node"] for info in s["nodes"]}, "Ray notices")
+        report["ray_noticed_s"] = time.monotonic() - killed_at
+        namespace = settings.cluster.namespace
+        names = [shard_name(lost, 0), router_name(lost), gateway_name(lost)]
+        await watch.until(lambda _: not any(find_actor(n, namespace) for n in names), "its actors are ended")
+    else:
+        # It wakes up: its shards find their terms over, join again and get a share.
+        send_signal(family, signal.SIGCONT)
+        report["back_s"] = await watch.until(lambda s: is_balanced(s, 3 * per_node), "the node is back")
+        await asyncio.sleep(2)
     await load.stop()
     await watch.refresh()
     report["third_slots"] = slots_of(watch.status, third.node_id)
@@ -232,13 +248,14 @@ async def run(cluster: Cluster, settings: Settings) -> dict[str, Any]:
     report["unanswered"] = load.unanswered
     report["retries"] = dict(load.retries)
     report["slowest_s"] = load.slowest_s
-    cluster.remove_node(second, allow_graceful=False)  # what is left of its bookkeeping
+    if fault == "kill":
+        cluster.remove_node(second, allow_graceful=False)  # what is left of its bookkeeping
     return report
 
 
 def main() -> None:
     """Bring up, run, take down."""
-    dsn, folder = sys.argv[1:3]
+    dsn, folder, fault = sys.argv[1:4]
     settings = Settings().with_values(
         postgres={"dsn": dsn},
         cluster={"runtime_dir": folder, "namespace": "three-nodes"},
@@ -252,10 +269,15 @@ def main() -> None:
     )
     try:
         ray.init(address=cluster.address, namespace="three-nodes", log_to_driver=False)
-        report = asyncio.run(run(cluster, settings))
+        report = asyncio.run(run(cluster, settings, fault))
         began = time.monotonic()
-        undeploy("three-nodes", timeout_s=20)
-        report["undeploy_s"] = time.monotonic() - began
+        steps: list[str] = []
+        undeploy(
+            "three-nodes",
+            timeout_s=20,
+            progress=lambda step: steps.append(f"{time.monotonic() - began:.1f} {step}"),
+        )
+        report["undeploy"] = [*steps, f"{time.monotonic() - began:.1f} done"]
     finally:
         ray.shutdown()
         cluster.shutdown()
