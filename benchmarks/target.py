@@ -8,9 +8,7 @@ import contextlib
 import hashlib
 import hmac
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -43,39 +41,49 @@ class Target:
     """Processes whose descendants are the system; empty means: recognise them by name."""
 
     @classmethod
-    def from_json(cls, document: dict[str, Any]) -> Target:
+    def from_json(cls, document: dict[str, Any], pid: int | None = None) -> Target:
         """Read the document that `python -m cluster up` writes.
+
+        Args:
+            document: dev.json.
+            pid: the process of `up`; None: not known.
 
         Raises:
             TargetError: a member is missing.
         """
-        try:
-            pid = document.get("pid")
-            return cls(
-                tenant=document["tenant"],
-                api_key=document["apiKey"],
-                client_secret=document["clientSecret"],
-                direct_url=document["directUrl"],
-                serve_url=document.get("httpUrl") or document["directUrl"],
-                ws_url=document["wsUrl"],
-                postgres_dsn=document.get("postgresDsn") or None,
-                fcm_received_url=document.get("fcmReceivedUrl") or None,
-                pids=(int(pid),) if pid else (),
+        needed = ("tenant", "apiKey", "clientSecret", "directUrl", "httpUrl", "wsUrl")
+        missing = [name for name in needed if not document.get(name)]
+        if missing:
+            raise TargetError(
+                f"dev.json lacks {', '.join(missing)}: the benchmarks need the demo tenant (no --no-demo)"
             )
-        except KeyError as exc:
-            raise TargetError(f"dev.json has no member {exc}; start the system anew with `make up`") from exc
+        return cls(
+            tenant=document["tenant"],
+            api_key=document["apiKey"],
+            client_secret=document["clientSecret"],
+            direct_url=document["directUrl"],
+            serve_url=document["httpUrl"],
+            ws_url=document["wsUrl"],
+            postgres_dsn=document.get("postgresDsn") or None,
+            fcm_received_url=document.get("fcmReceivedUrl") or None,
+            pids=(pid,) if pid else (),
+        )
 
     @classmethod
     def load(cls, path: Path) -> Target:
-        """Read a dev.json file. Raises TargetError."""
+        """Read a dev.json file, and the pid from the run.json beside it. Raises TargetError."""
         try:
-            return cls.from_json(json.loads(path.read_text()))
+            document = json.loads(path.read_text())
         except FileNotFoundError as exc:
             raise TargetError(
                 f"{path} does not exist: run `make up`, or let --start bring a system up"
             ) from exc
         except (OSError, ValueError) as exc:
             raise TargetError(f"cannot read {path}: {exc}") from exc
+        pid = None
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            pid = int(json.loads(path.with_name("run.json").read_text())["pid"])
+        return cls.from_json(document, pid)
 
     def http_door(self, door: str) -> Door:
         """The ingress: "direct" is the replica's own listener, "serve" Ray Serve's route."""
@@ -126,9 +134,12 @@ class OwnSystem:
         # A session of its own: a Ctrl-C in the terminal reaches the load generator, which then stops the
         # system in order, instead of both at once.
         self._process = subprocess.Popen(  # noqa: ASYNC220  a fork, once
-            [sys.executable, "-m", "cluster", "up"],
+            # A folder and ports of its own: another system may be up on this machine.
+            [
+                *(sys.executable, "-m", "cluster", "up", "--data-dir", str(self.runtime_dir)),
+                *("--http-port", "0", "--direct-port", "0", "--ws-port", "0"),
+            ],
             cwd=ROOT,
-            env={**os.environ, **self._settings()},
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -145,18 +156,6 @@ class OwnSystem:
                     return target
             await asyncio.sleep(0.25)
         raise TargetError(f"the system was not ready within {self.timeout_s:.0f} s; see {log}")
-
-    def _settings(self) -> dict[str, str]:
-        """A folder and ports of its own: another system may be up on this machine."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            serve_port = probe.getsockname()[1]
-        return {
-            "CARILLON_CLUSTER_RUNTIME_DIR": str(self.runtime_dir),
-            "CARILLON_GATEWAY_PORT": "0",
-            "CARILLON_INGRESS_DIRECT_PORT": "0",
-            "CARILLON_INGRESS_PORT": str(serve_port),  # Serve takes no 0
-        }
 
     def stop(self, timeout_s: float = 60.0) -> None:
         """Ask it to end (SIGTERM), wait, and kill what is left after `timeout_s`."""
