@@ -604,7 +604,7 @@ async def test_a_handshake_drop_by_drop_is_cut_off(start: Start) -> None:
     raw = await RawClient.open(kit.port)
     request = upgrade_request("/ws")
     sent = 0
-    while sent < len(request) and not raw.reader.at_eof():
+    while sent < len(request) and not raw.reader.at_eof() and raw.reader.exception() is None:
         raw.writer.write(request[sent : sent + 1])
         sent += 1
         await asyncio.sleep(0.02)
