@@ -75,6 +75,10 @@ class TimedCache(Generic[V]):
         """Drop one entry."""
         self._entries.pop(key, None)
 
+    def clear(self) -> None:
+        """Drop all entries."""
+        self._entries.clear()
+
 
 def bearer(header: bytes | None) -> str:
     """The credential of an Authorization header.

@@ -1,4 +1,4 @@
-"""An ingress replica with everything real but the cluster behind its link: a router that answers by script."""
+"""An ingress replica with everything real but the cluster behind its link: a router by script."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from carillon.messages import (
 )
 from carillon.metrics import Stats
 from carillon.notification import encode_content
+from serve.auth import TimedCache
 from serve.ingress import Ingress
 from stores.postgres.pool import open_pool
 from stores.postgres.tenants import TenantStore
@@ -45,13 +46,17 @@ class FakeRouter:
 
     def __init__(self, coordinator: FakeCoordinator, name: str = "router-local") -> None:
         self.membership = Membership(actor_config("router", name, coordinator), self, stats=Stats())
+        self.links: list[Link] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """As new, links aside."""
         self.outcome: Any = None
         self.answer: Any = None
         self.events: list[Any] = []
         self.received: list[Any] = []
         self.changed = 1
         self.devices = 1
-        self.links: list[Link] = []
         self._seq = 0
 
     def link_opened(self, link: Link) -> None:
@@ -122,6 +127,16 @@ class World:
         self.http = httpx.AsyncClient(base_url=self.ingress.url, trust_env=False, timeout=15.0)
         return self
 
+    async def reset(self) -> None:
+        """As after `start`: empty tables but for tenants and keys, a router that forgot."""
+        await self.pool.execute(
+            "truncate streams, notifications, deliveries, delivery_attempts, devices, preferences"
+        )
+        self.router.forget()
+        for cache in vars(self.ingress.app.services.auth).values():
+            if isinstance(cache, TimedCache):
+                cache.clear()
+
     async def stop(self) -> None:
         await self.http.aclose()
         await self.ingress.stop()
@@ -162,7 +177,8 @@ async def store_notifications(
         stream, seq = await connection.fetchrow(
             "insert into streams as s (tenant, user_id, slot, epoch, seq, rev, unread)"
             " values ($1, $2, $3, 'e1', $4::int, $4::int, $4::int) on conflict (tenant, user_id) do update"
-            " set seq = s.seq + $4::int, rev = s.rev + $4::int, unread = s.unread + $4::int returning stream_id, seq",
+            " set seq = s.seq + $4::int, rev = s.rev + $4::int, unread = s.unread + $4::int"
+            " returning stream_id, seq",
             tenant,
             user,
             slot_of(tenant, user),

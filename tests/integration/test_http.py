@@ -8,11 +8,14 @@ import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
+import asyncpg
 import pytest
+import pytest_asyncio
 
 from carillon.errors import ClusterError
 from carillon.ids import slot_of, uuid_text
 from carillon.messages import Change, DevicePut, Failure, Outcome, Outcomes, Publish, SessionsRevoke
+from cluster.embedded import EmbeddedPostgres
 from serve.ingress import Ingress, bind_door
 from tests.actors.fakes import actor_config
 from tests.integration.ingress_world import FakeRouter, World, store_notifications
@@ -21,8 +24,31 @@ from tests.support import eventually
 EVENT = {"userId": "ada", "type": "t", "title": "Hello"}
 
 
-@pytest.fixture
-async def world(postgres_dsn: str) -> AsyncIterator[World]:
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_world(postgres_server: EmbeddedPostgres) -> AsyncIterator[World]:
+    """One replica and database for the tests that leave both usable: starting them takes most of the time."""
+    admin = await asyncpg.connect(postgres_server.dsn)
+    await admin.execute("create database test_http template template strategy wal_log")
+    made = await World(postgres_server.dsn_of("test_http")).start()
+    yield made
+    await made.stop()
+    await admin.execute("drop database test_http with (force)")
+    await admin.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def world(shared_world: World) -> World:
+    """The shared replica, as new."""
+    await shared_world.reset()
+    return shared_world
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def own_world(postgres_dsn: str) -> AsyncIterator[World]:
+    """A replica for a test that breaks something."""
     made = await World(postgres_dsn).start()
     yield made
     await made.stop()
@@ -126,7 +152,7 @@ async def test_refused_bodies(world: World) -> None:
 
 
 async def test_idempotency_keys(world: World) -> None:
-    """A key scopes to `events:<key>`, `#index` in a batch, `#userId` in a fan-out; the body hash is canonical."""
+    """A key scopes to `events:<key>`, `#index` in a batch, `#userId` in a fan-out; the hash is canonical."""
     await world.event(EVENT, headers={"Idempotency-Key": "k1"})
     await world.event(
         {"title": "Hello", "type": "t", "userId": "ada", "body": None}, headers={"Idempotency-Key": "k1"}
@@ -167,7 +193,7 @@ async def test_outcomes_become_answers(world: World) -> None:
 
 
 async def test_retry_after_ambiguous_failure(world: World) -> None:
-    """The link breaks with the event in flight: tried again with the same id and the retry mark, one answer."""
+    """The link breaks with the event in flight: tried again, same id, with the retry mark."""
     seen: list[Any] = []
 
     def break_once(link: Any, message: Any, request: int) -> bool:
@@ -212,8 +238,9 @@ async def test_only_open_events_are_tried_again(world: World) -> None:
     assert [item["status"] for item in results] == ["stored"] * 3
 
 
-async def test_other_router_takes_over(world: World) -> None:
+async def test_other_router_takes_over(own_world: World) -> None:
     """The node's router goes away: another one serves, and nobody notices."""
+    world = own_world
     second = FakeRouter(world.coordinator, "router-second")
     await second.membership.start()
     try:
@@ -634,8 +661,9 @@ async def test_back_pressure(postgres_dsn: str) -> None:
 # -- operations ---------------------------------------------------------------------------------------------
 
 
-async def test_ready(world: World) -> None:
+async def test_ready(own_world: World) -> None:
     """Ready while the whole path works: a lost gateway, slot or database each ends it, by name."""
+    world = own_world
     assert (await world.http.get("/readyz")).status_code == 200
     world.coordinator.set_owner(5, None)
     await eventually(lambda: -1 in world.ingress.backend.membership.map.owners)
@@ -659,8 +687,9 @@ async def test_not_ready_without_answering_shard(postgres_dsn: str) -> None:
         await world.stop()
 
 
-async def test_metrics(world: World) -> None:
+async def test_metrics(own_world: World) -> None:
     """Metrics cover the cluster, the ingress' own request times among them."""
+    world = own_world
     await world.event(EVENT)
 
     async def there() -> bool:
@@ -681,14 +710,10 @@ async def test_docs_work_offline(world: World) -> None:
     assert document["openapi"].startswith("3.1")
 
 
-async def test_demo_is_off(postgres_dsn: str) -> None:
+async def test_demo_is_off(world: World) -> None:
     """Demo routes are 404 unless demo mode is on."""
-    world = await World(postgres_dsn).start()
-    try:
-        for method, path in (("GET", "/demo/config.json"), ("POST", "/demo/send"), ("GET", "/demo/received")):
-            problem(await world.http.request(method, path), 404, "not_found")
-    finally:
-        await world.stop()
+    for method, path in (("GET", "/demo/config.json"), ("POST", "/demo/send"), ("GET", "/demo/received")):
+        problem(await world.http.request(method, path), 404, "not_found")
 
 
 async def test_demo_mode(postgres_dsn: str) -> None:
