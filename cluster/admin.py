@@ -27,7 +27,8 @@ def database(options: argparse.Namespace, settings: Settings) -> Settings:
             dsn = json.loads(RunFolder(settings.cluster.runtime_dir).dev_file.read_text())["postgresDsn"]
         except (OSError, ValueError, KeyError):
             raise ClusterError(
-                f"no database: give --dsn, set CARILLON_POSTGRES_DSN, or run `up` with {settings.cluster.runtime_dir}"
+                "no database: give --dsn, set CARILLON_POSTGRES_DSN, or run `up` in "
+                f"{settings.cluster.runtime_dir}"
             ) from None
     return settings.with_values(postgres={"dsn": dsn})
 

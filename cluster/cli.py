@@ -88,7 +88,7 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="leave out the local FCM and APNs, the tenant `demo` and its users",
     )
     up.add_argument(
-        "--timeout", type=float, default=120.0, metavar="S", help="longest start, in seconds (default 120)"
+        "--timeout", type=float, default=180.0, metavar="S", help="longest start, in seconds (default 180)"
     )
     up.add_argument("--quiet", action="store_true", help="no progress lines, only the table at the end")
 
@@ -165,7 +165,8 @@ def _add_admin_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     for parser in (migrate, partitions, create, listing, make, key_list, revoke):
         parser.add_argument(
             "--dsn",
-            help="the database (default: CARILLON_POSTGRES_DSN, else that of the system running in the data folder)",
+            help="the database (default: CARILLON_POSTGRES_DSN, else that of the system that runs in the "
+            "data folder)",
         )
         _data_dir(parser)
 

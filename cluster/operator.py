@@ -12,11 +12,14 @@ import json
 import logging
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
+from carillon.clock import SystemClock
 from carillon.errors import CarillonError, ClusterError
 from carillon.settings import Settings
 
@@ -27,16 +30,8 @@ def connect(address: str, namespace: str) -> None:
     """Join the Ray cluster at `address` as a driver. Raises ClusterError if nothing answers there."""
     import ray
 
-    host = address.rsplit(":", 1)[0]
-    loopback = {"_node_ip_address": "127.0.0.1"} if host in ("127.0.0.1", "localhost") else {}
     try:
-        ray.init(
-            address=address,
-            namespace=namespace,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **loopback,
-        )
+        ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as exc:  # ConnectionError, RuntimeError, ValueError, by the way it fails
         first = str(exc).strip().split("\n", 1)[0]
         raise ClusterError(f"cannot connect to Ray at {address}: {first}") from exc
@@ -56,21 +51,38 @@ def deploy_all(settings: Settings, secret: bytes, timeout_s: float, say: Say) ->
     from actors.ray_shell import deploy
     from serve.deployment import deploy_ingress
 
+    def ingress() -> None:
+        # Serve gives a proxy three chances to answer, then kills it; on a machine that is busy starting
+        # everything else that can be too few. Deploying again is idempotent.
+        while True:
+            try:
+                deploy_ingress(settings, secret, nodes=nodes)
+                return
+            except Exception as exc:
+                first = (str(exc).strip() or type(exc).__name__).splitlines()[0]
+                if clock.monotonic() > deadline:
+                    raise ClusterError(f"the ingress does not start: {first}") from exc
+                say(f"the ingress failed, trying again: {first}")
+                time.sleep(1.0)
+
+    clock = SystemClock()
+    deadline = clock.monotonic() + timeout_s
     nodes = sum(1 for node in ray.nodes() if node["Alive"])
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        ingress = pool.submit(deploy_ingress, settings, secret, nodes=nodes)
-        actors = pool.submit(deploy, settings, secret, timeout_s=timeout_s, progress=say)
-        try:
-            actors.result()
-            ingress.result(timeout_s)
-        except CarillonError:
-            raise
-        except TimeoutError:
-            raise ClusterError(f"the ingress was not ready within {timeout_s:.0f} s") from None
-        except Exception as exc:
-            raise ClusterError(f"the ingress does not start: {str(exc).strip().splitlines()[0]}") from exc
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    # Not in a `with`: leaving it would wait for a thread that may hang in Serve; the process ends instead.
+    pool = concurrent.futures.ThreadPoolExecutor(2)
+    serving: concurrent.futures.Future[Any] = pool.submit(ingress)
+    deploying: concurrent.futures.Future[Any] = pool.submit(
+        deploy, settings, secret, timeout_s=timeout_s, progress=say
+    )
+    done, _ = concurrent.futures.wait(
+        (serving, deploying), timeout_s + 20.0, return_when=concurrent.futures.FIRST_EXCEPTION
+    )
+    for part in done:
+        part.result()
+    if serving not in done:
+        raise ClusterError(f"the ingress was not ready within {timeout_s:.0f} s")
+    if deploying not in done:
+        raise ClusterError(f"the actors were not ready within {timeout_s:.0f} s")
     say("the ingress serves")
     return coordinator_status(settings.cluster.namespace)
 
@@ -80,31 +92,24 @@ def undeploy_all(namespace: str, timeout_s: float, say: Say) -> int:
     from actors.ray_shell import undeploy
     from serve.deployment import remove_ingress
 
+    def remove() -> None:
+        try:
+            remove_ingress()
+        except Exception as exc:  # on the way down one part's failure must not keep the others up
+            logging.getLogger(__name__).warning("the ingress: %s", exc)
+
     say("draining the ingress")
-    with _ignored("the ingress"):
-        remove_ingress()
+    # A daemon: Serve waits without a limit of its own for replicas that do not end.
+    draining = threading.Thread(target=remove, daemon=True)
+    draining.start()
+    draining.join(timeout_s / 2)
     return undeploy(namespace, timeout_s=timeout_s, progress=say)
-
-
-class _ignored:
-    """On the way down a failure of one part must not keep the others up."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if isinstance(error, Exception):
-            logging.getLogger(__name__).warning("%s: %s", self._what, error)
-            return True
-        return False
 
 
 def coordinator_status(namespace: str, timeout_s: float = 10.0) -> dict[str, Any]:
     """What the coordinator tells. Raises ClusterError if there is none."""
     import ray
+    from ray import exceptions
 
     from actors.names import COORDINATOR
     from actors.ray_shell import find_actor
@@ -114,13 +119,14 @@ def coordinator_status(namespace: str, timeout_s: float = 10.0) -> dict[str, Any
         raise ClusterError(f"Carillon is not deployed in the namespace {namespace!r}")
     try:
         return ray.get(handle.status.remote(), timeout=timeout_s)
-    except ray.exceptions.RayError as exc:
+    except exceptions.RayError as exc:
         raise ClusterError(f"the coordinator does not answer: {type(exc).__name__}") from exc
 
 
 def actor_statuses(namespace: str, names: list[str], timeout_s: float = 5.0) -> dict[str, dict[str, Any]]:
     """Status of actors by name; those that do not answer in time have {"error": ...}."""
     import ray
+    from ray import exceptions
 
     from actors.ray_shell import find_actor
 
@@ -137,7 +143,7 @@ def actor_statuses(namespace: str, names: list[str], timeout_s: float = 5.0) -> 
     for name, call in calls.items():
         try:
             answers[name] = ray.get(call, timeout=0.1)
-        except ray.exceptions.RayError as exc:
+        except exceptions.RayError as exc:
             answers[name] = {"error": type(exc).__name__}
     return answers
 

@@ -152,13 +152,14 @@ def spawn(
     Raises:
         ClusterError: the program cannot be started.
     """
-    become: dict[str, Any] = {} if user is None else {"user": user, "group": group, "extra_groups": []}
+    options: dict[str, Any] = {} if user is None else {"user": user, "group": group, "extra_groups": []}
     out: int | IO[bytes] = subprocess.DEVNULL
     with contextlib.ExitStack() as stack:
         if log is not None:
             out = stack.enter_context(log.open("ab"))
         try:
-            return subprocess.Popen(
+            start: type[subprocess.Popen[bytes]] = subprocess.Popen
+            return start(
                 list(command),
                 stdin=subprocess.DEVNULL if stdin is None else stdin,
                 stdout=out if stdout is None else stdout,
@@ -167,8 +168,8 @@ def spawn(
                 cwd=cwd,
                 start_new_session=True,
                 # Runs after the change of user, which would clear the death signal.
-                preexec_fn=_die_with_parent(os.getpid(), death_signal),  # noqa: PLW1509
-                **become,
+                preexec_fn=_die_with_parent(os.getpid(), death_signal),
+                **options,
             )
         except (OSError, subprocess.SubprocessError) as exc:
             raise ClusterError(f"cannot start {command[0]}: {exc}") from exc

@@ -17,6 +17,8 @@ SERVE_SWITCHES: Final = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    # Three misses of 5 s and Serve kills the proxy that is still starting on a busy machine.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
 }
 """Must be the same on every node (ray_cluster.yaml sets them, too)."""
 
@@ -32,6 +34,8 @@ QUIET: Final = {
     "RAY_prestart_worker_first_driver": "0",
     # Serve's controller looks ten times a second by default, which is most of an idle system's CPU time.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    # A replica that HAProxy has stopped sending to would wait 30 s before it may end.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "PYTHONWARNINGS": "ignore::FutureWarning",

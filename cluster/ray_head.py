@@ -43,8 +43,10 @@ def main(argv: list[str] | None = None) -> int:
             # No dashboard: `ray.init` asks for its URL and takes None.
             self._webui_url = None
 
+    # Typed as Any: its annotations say str where it takes a bool.
+    params: Any = RayParams
     node = Head(
-        RayParams(
+        params(
             gcs_server_port=options.port,
             node_ip_address=options.host,
             temp_dir=options.temp_dir,

@@ -172,8 +172,9 @@ class RunFolder:
             folder.mkdir(mode=0o700)
         # The name can be guessed and /tmp is everybody's.
         facts = folder.lstat()
-        if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o077:
-            raise ClusterError(f"expected {folder} to be a private folder of ours: remove it")
+        if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
+            raise ClusterError(f"expected {folder} to be a folder of ours: remove it")
+        folder.chmod(0o700)
         return folder
 
     def fresh_short_folder(self) -> Path:
