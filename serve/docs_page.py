@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 DOCS_HTML: Final = b"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
 <title>Carillon HTTP API</title>
 <style>
 :root{color-scheme:light dark;--line:#8884;--soft:#8881}
@@ -19,9 +20,10 @@ summary span{opacity:.75}
 .in{padding:0 .9rem .9rem}
 pre{background:var(--soft);padding:.7rem;border-radius:6px;overflow:auto;font-size:.85rem}
 table{border-collapse:collapse;width:100%}
-td,th{border-bottom:1px solid var(--line);padding:.25rem .5rem;text-align:left;vertical-align:top;font-size:.9rem}
+td,th{border-bottom:1px solid var(--line);padding:.25rem .5rem;text-align:left;vertical-align:top}
 </style></head><body>
-<h1>Carillon HTTP API</h1><p id="about">Loading <a href="openapi.json">openapi.json</a> ...</p><main id="main"></main>
+<h1>Carillon HTTP API</h1><p id="about">Loading <a href="openapi.json">openapi.json</a> ...</p>
+<main id="main"></main>
 <script>
 "use strict";
 function el(tag, text, cls) {

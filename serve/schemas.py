@@ -37,6 +37,14 @@ def obj(members: dict[str, Schema], required: list[str] | None = None, *, strict
     return schema
 
 
+def nullable(members: dict[str, Schema], but: tuple[str, ...] = ()) -> dict[str, Schema]:
+    """Members that may be null, which means absent; those in `but` may not."""
+    return {
+        name: schema if name in but else {"anyOf": [schema, {"type": "null"}]}
+        for name, schema in members.items()
+    }
+
+
 def ref(name: str) -> Schema:
     """A reference to a schema of `COMPONENTS`."""
     return {"$ref": f"#/components/schemas/{name}"}
@@ -89,8 +97,10 @@ _EVENT_MEMBERS: Final[dict[str, Schema]] = {
     "aggregate": {"const": False, "description": "true is not supported yet."},
     "fallback": {"type": "array", "maxItems": 0, "description": "Not supported yet."},
 }
-_ONE: Final = {name: schema for name, schema in _EVENT_MEMBERS.items() if name != "userIds"}
-_MANY: Final = {name: schema for name, schema in _EVENT_MEMBERS.items() if name != "userId"}
+_FOR_ONE: Final = ("userId", "type", "title")
+_FOR_MANY: Final = ("userIds", "type", "title")
+_ONE: Final = nullable({k: v for k, v in _EVENT_MEMBERS.items() if k != "userIds"}, _FOR_ONE)
+_MANY: Final = nullable({k: v for k, v in _EVENT_MEMBERS.items() if k != "userId"}, _FOR_MANY)
 
 _NOTIFICATION_ALWAYS: Final[dict[str, Schema]] = {
     "id": UUID,
@@ -116,11 +126,11 @@ _NOTIFICATION_ALWAYS: Final[dict[str, Schema]] = {
 COMPONENTS: Final[dict[str, Schema]] = {
     "Event": {
         "description": "One event for one user.",
-        **obj(_ONE, ["userId", "type", "title"]),
+        **obj(_ONE, list(_FOR_ONE)),
     },
     "EventToMany": {
         "description": "One event for several users.",
-        **obj(_MANY, ["userIds", "type", "title"]),
+        **obj(_MANY, list(_FOR_MANY)),
     },
     "EventResult": obj(
         {
@@ -209,9 +219,13 @@ COMPONENTS: Final[dict[str, Schema]] = {
                 "provider": {"enum": ["fcm", "apns"]},
                 "token": text(1, 4096),
                 "fid": text(1, 4096),
-                "appId": text(0, 255),
-                "environment": {"enum": ["production", "sandbox"]},
-                "locale": {"anyOf": [{"type": "null"}, text(1, 35)]},
+                **nullable(
+                    {
+                        "appId": text(0, 255),
+                        "environment": {"enum": ["production", "sandbox"]},
+                        "locale": text(1, 35),
+                    }
+                ),
             },
             ["platform", "provider"],
         ),

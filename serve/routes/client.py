@@ -15,7 +15,7 @@ from serve.http import Request, Response, json_response, whole_number
 from serve.routes import users
 from serve.routes.bodies import notification_ids, path_notification
 from serve.routing import CLIENT, Query, Route
-from serve.schemas import IDS_BODY, SUCCESS, WHOLE, obj, ref, text
+from serve.schemas import IDS_BODY, SUCCESS, WHOLE, nullable, obj, ref, text
 from serve.services import Services
 
 SYNC_LIMIT: Final = 200
@@ -193,7 +193,7 @@ ROUTES: Final = (
     ),
     Route(
         "POST", "/api/notifications/read-all", post_read_all, CLIENT, "Mark all as read",
-        body=obj({"upToSeq": {"type": "integer", "minimum": 0, "maximum": MAX_INT}}, strict=False),
+        body=obj(nullable({"upToSeq": {"type": "integer", "minimum": 0, "maximum": MAX_INT}}), strict=False),
         body_required=False, body_example={"upToSeq": 17}, answer=obj({"count": WHOLE}, ["count"]),
         answer_example={"count": 3}, problems=(400, 413, 422), tag=_TAG,
     ),
@@ -203,7 +203,7 @@ ROUTES: Final = (
         answer=SUCCESS, answer_example={"success": True}, problems=(400, 413, 422), tag=_TAG,
     ),
     _state_route("archive", post_archive, "Archive", _EMPTY),
-    _state_route("click", post_click, "Note a click", obj({"actionId": text(1, 64)}, strict=False)),
+    _state_route("click", post_click, "Note a click", obj(nullable({"actionId": text(1, 64)}), strict=False)),
     _state_route("dismiss", post_dismiss, "Dismiss", _EMPTY),
     Route(
         "GET", "/api/notifications/preferences", get_preferences, CLIENT, "My preferences",
@@ -233,7 +233,7 @@ ROUTES: Final = (
         query=(
             Query("epoch", {"type": "string"}, "The epoch the position belongs to; absent: not compared."),
             Query("since", {"type": "integer", "minimum": 0, "maximum": MAX_INT}, "Last seq the client has."),
-            Query("rev", {"type": "integer", "minimum": 0, "maximum": MAX_INT}, "Last rev; absent: no changes."),
+            Query("rev", {"type": "integer", "minimum": 0, "maximum": MAX_INT}, "Absent: no changes."),
             Query("limit", {"type": "integer", "minimum": 1, "maximum": SYNC_LIMIT_MAX}, "Page size."),
             Query("waitS", {"enum": ["0"]}, "Waiting is not supported yet."),
         ),

@@ -13,7 +13,7 @@ from carillon.errors import NotFoundError, UnavailableError
 from serve.http import Request, Response, json_response
 from serve.routes.events import publish
 from serve.routing import OPEN, Route
-from serve.schemas import USER_ID, obj, ref, text
+from serve.schemas import USER_ID, nullable, obj, ref, text
 from serve.services import Services
 
 PAGE: Final = Path(__file__).parent.parent / "static" / "demo.html"
@@ -111,8 +111,13 @@ ROUTES: Final = (
     Route(
         "POST", "/demo/send", send, OPEN, "Demo mode: an event to a demo user",
         body=obj(
-            {"userId": USER_ID, "title": text(1, 255, control=True), "body": {"type": "string"},
-             "priority": {"enum": ["low", "normal", "high", "urgent"]}},
+            {
+                "userId": USER_ID, "title": text(1, 255, control=True),
+                **nullable(
+                    {"body": {"type": "string", "maxLength": 1024},
+                     "priority": {"enum": ["low", "normal", "high", "urgent", "critical"]}}
+                ),
+            },
             ["userId", "title"],
         ),
         body_example={"userId": "ada", "title": "Hello", "body": "from the demo", "priority": "normal"},

@@ -126,7 +126,7 @@ ROUTES: Final = (
         "Send an event",
         scope="events:write",
         doc=(
-            "An object is one event (with `userIds`: for up to 1,000 users), an array a batch of up to 1,000. "
+            "An object is one event (with `userIds`: for up to 1,000 users), an array a batch of so many. "
             "Answered after the commit. One bad item of a batch does not fail the others: it is "
             '`{"error": problem}`.'
         ),

@@ -78,14 +78,19 @@ _STATUS: Final = {"type": "string"}
 ROUTES: Final = (
     Route(
         "GET", "/healthz", healthz, OPEN, "Does this process answer?",
-        answer=obj({"status": _STATUS, "cluster": _STATUS}, ["status"]), answer_example={"status": "ok"}, tag=_TAG,
+        answer=obj({"status": _STATUS, "cluster": _STATUS}, ["status"]), answer_example={"status": "ok"},
+        tag=_TAG,
     ),
     Route(
         "GET", "/readyz", readyz, OPEN, "Does the whole path work?",
         doc="Postgres answers, a router is linked, every slot has an owner that answers, a gateway is there.",
-        answer=obj({"status": _STATUS}, ["status"]), answer_example={"status": "ready"}, problems=(503,), tag=_TAG,
+        answer=obj({"status": _STATUS}, ["status"]), answer_example={"status": "ready"}, problems=(503,),
+        tag=_TAG,
     ),
-    Route("GET", "/metrics", metrics, OPEN, "Metrics of the cluster (Prometheus)", answer_type="text/plain", tag=_TAG),
+    Route(
+        "GET", "/metrics", metrics, OPEN, "Metrics of the cluster (Prometheus)", answer_type="text/plain",
+        tag=_TAG,
+    ),
     Route(
         "GET", "/openapi.json", openapi, OPEN, "This description", answer=obj({}, strict=False), tag=_TAG,
     ),

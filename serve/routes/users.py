@@ -26,7 +26,7 @@ from carillon.problems import FieldError, problem, shown
 from serve.http import Request, Response, json_response, whole_number
 from serve.routes.bodies import device_put, id_list, path_id, path_notification, valid_id
 from serve.routing import SERVICE, Query, Route
-from serve.schemas import INSTANT, SUCCESS, USER_ID, obj, ref
+from serve.schemas import INSTANT, SUCCESS, USER_ID, nullable, obj, ref
 from serve.services import Services
 from stores.postgres.feed import STATUSES, FeedFilter
 
@@ -338,7 +338,10 @@ _TAG = "Users"
 ROUTES: Final = (
     Route(
         "POST", "/v1/tokens", post_token, SERVICE, "Mint a client token", scope="tokens:write",
-        body=obj({"userId": USER_ID, "ttlS": {"type": "number", "minimum": 1, "maximum": 86400}}, ["userId"]),
+        body=obj(
+            {"userId": USER_ID, **nullable({"ttlS": {"type": "number", "minimum": 1, "maximum": 86400}})},
+            ["userId"],
+        ),
         body_example={"userId": "ada", "ttlS": 3600},
         status=201, answer=obj({"token": {"type": "string"}, "expiresAt": INSTANT}, ["token", "expiresAt"]),
         answer_example={"token": "eyJhbGciOi...", "expiresAt": "2026-01-02T03:04:05.000Z"},
@@ -356,16 +359,16 @@ ROUTES: Final = (
         scope=_READ, answer=ref("RegisteredDevice"), problems=(404, 422), tag=_TAG,
     ),
     Route(
-        "DELETE", "/v1/users/{userId}/devices/{deviceId}", delete_user_device, SERVICE, "Forget a push target",
-        scope=_WRITE, answer=SUCCESS, answer_example={"success": True}, problems=(404, 422), tag=_TAG,
+        "DELETE", "/v1/users/{userId}/devices/{deviceId}", delete_user_device, SERVICE,
+        "Forget a push target", scope=_WRITE, answer=SUCCESS, answer_example={"success": True}, problems=(404, 422), tag=_TAG,
     ),
     Route(
         "GET", "/v1/users/{userId}/notifications", get_user_feed, SERVICE, "Read a user's feed", scope=_READ,
         query=FEED_QUERY, answer=ref("Feed"), problems=(400, 422), tag=_TAG,
     ),
     Route(
-        "GET", "/v1/users/{userId}/preferences", get_user_preferences, SERVICE, "Read preferences", scope=_READ,
-        answer=ref("Preferences"), problems=(422,), tag=_TAG,
+        "GET", "/v1/users/{userId}/preferences", get_user_preferences, SERVICE, "Read preferences",
+        scope=_READ, answer=ref("Preferences"), problems=(422,), tag=_TAG,
     ),
     Route(
         "PUT", "/v1/users/{userId}/preferences", put_user_preferences, SERVICE, "Replace preferences",
@@ -397,7 +400,8 @@ ROUTES: Final = (
         answer=ref("Presence"), problems=(422,), tag="Presence",
     ),
     Route(
-        "POST", "/v1/presence/query", query_presence, SERVICE, "Presence of many users", scope="presence:read",
+        "POST", "/v1/presence/query", query_presence, SERVICE, "Presence of many users",
+        scope="presence:read",
         body=obj({"userIds": {"type": "array", "items": USER_ID, "maxItems": 1000}}, ["userIds"]),
         body_example={"userIds": ["ada", "grace"]},
         answer=obj({"users": {"type": "array", "items": ref("Presence")}}, ["users"]),
