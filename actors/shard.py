@@ -96,6 +96,7 @@ class Shard:
         self._settings = config.settings
         self._stats = Stats()
         self._term_now = 0
+        self._map_version = 0
         self._owned = bytearray(SLOTS)
         self._slots: list[int] = []
         self._store = ShardStore(self._settings.postgres, config.name)
@@ -206,6 +207,7 @@ class Shard:
         log.info("%s: term %d is over; waiting for the new map", self._config.name, self._term_now)
 
     def _take_map(self, new: ClusterMap) -> None:
+        term_before = self._term_now
         mine = next((i for i, shard in enumerate(new.shards) if shard.name == self._config.name), None)
         if mine is None or new.shards[mine].incarnation != self._membership.incarnation:
             owned: set[int] = set()  # of an earlier process of this name, or not joined yet
@@ -213,6 +215,12 @@ class Shard:
             self._term_now = new.shards[mine].term
             owned = {slot for slot, owner in enumerate(new.owners) if owner == mine}
         before = set(self._slots)
+        skipped = new.version > self._map_version + 1 and term_before not in (0, self._term_now)
+        self._map_version = new.version
+        if skipped:
+            # Our term moved on in a map we did not see: slots may have been away and come back since, and
+            # another owner may have written to their streams. Everything is read again.
+            self._sessions.forget_slots(self._users.forget_slots(before & owned))
         self._slots = sorted(owned)
         for slot in before - owned:
             self._owned[slot] = 0
@@ -391,6 +399,8 @@ class Shard:
 
     async def _document(self, message: Any) -> Done:
         user = await self._user(message)
+        if not self._owns(message.slot):
+            raise NotOwnerError(f"slot {message.slot} is not here")
         now_ms = self._clock.now_ms()
         kind = type(message)
         if kind is DevicePut:
@@ -422,6 +432,7 @@ class Shard:
             )
             return Done()
         await self._store.revoke_tokens(self._term_now, user.stream_id, now_ms)
+        user.valid_from_ms = now_ms
         self._sessions.close_user(user, 4001, "the sessions of this user were revoked")
         return Done()
 

@@ -18,7 +18,7 @@ from actors.link import Link
 from actors.shard_users import User, UserCache
 from carillon.clock import Clock
 from carillon.errors import CarillonError, FencedError, StoreUnavailableError
-from carillon.ids import UserKey
+from carillon.ids import UserKey, uuid7_ms, uuid_text
 from carillon.messages import Done, Event, Push, PushJob, PushOutcome, PushResult, PushTarget
 from carillon.metrics import Stats
 from carillon.notification import decode_content
@@ -301,9 +301,10 @@ class Outbox:
                 state, reason = ("sent", None) if row.sent_to else ("cancelled", "no push target")
                 settled.append(SettleRow(row.delivery, row.attempt, state, now_ms, reason))
                 continue
-            if row.attempt > self._settings.push.max_attempts:
-                # Claimed again and again without any outcome: nothing will become of it.
-                reason = f"no outcome after {row.attempt - 1} tries"
+            if now_ms - uuid7_ms(row.notification) > self._settings.push.give_up_after_s * 1000:
+                # Claimed again and again without a verdict (the provider is away, pools are full): while it
+                # may come back rows wait without using up tries, but not for ever.
+                reason = f"no outcome within {self._settings.push.give_up_after_s:.0f} s"
                 settled.append(SettleRow(row.delivery, row.attempt, "dead", now_ms, reason))
                 continue
             by_provider: dict[str, list[PushTarget]] = {}
@@ -423,7 +424,7 @@ def job_of(row: Claimed, members: dict[str, Any], provider: str, targets: list[P
         title=members.get("title") or "",
         body=members.get("body"),
         link=members.get("link"),
-        collapse_key=members.get("collapseKey") or row.notification.hex(),
+        collapse_key=members.get("collapseKey") or uuid_text(row.notification),
         priority=row.priority,
         badge=max(0, row.unread),
         expires_ms=row.expires_ms,

@@ -151,6 +151,9 @@ class Sessions:
         self._users.when_loaded(key, message.slot, loaded)
 
     def _attach(self, peer: Peer, message: Attach, user: User) -> None:
+        if 0 < message.token_issued_ms < (user.valid_from_ms or 0):
+            self._close(peer, [message.conn], 4001, "the sessions of this user were revoked")
+            return
         session = user.session
         if session is None:
             session = user.session = Session(user.key.user, user.head(), self._limits)

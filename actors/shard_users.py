@@ -27,7 +27,7 @@ class User:
 
     __slots__ = (
         "epoch", "expired", "has_target", "key", "last_seen_ms", "pins", "rev", "seq", "session", "slot",
-        "stream_id", "unread",
+        "stream_id", "unread", "valid_from_ms",
     )  # fmt: skip
 
     def __init__(self, record: UserRecord, slot: int) -> None:
@@ -41,6 +41,7 @@ class User:
         self.expired = record.expired
         self.has_target = bool(record.targets)
         self.last_seen_ms = record.last_seen_ms
+        self.valid_from_ms = record.valid_from_ms
         self.session: Session | None = None
         self.pins = 0  # events queued or in a batch: not to be evicted
 

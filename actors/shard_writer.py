@@ -247,6 +247,9 @@ class Writer:
 
     async def _append(self, batch: list[Entry]) -> None:
         started = self._clock.monotonic()
+        # Read in the turn of the ownership check: if slots are given away while this batch waits for
+        # Postgres, the old term is what makes it abort.
+        term = self._term()
         try:
             batch = self._owned(batch)
             if any(entry.event.retry for entry in batch):
@@ -254,7 +257,7 @@ class Writer:
             while batch:
                 keyed = [entry.event for entry in batch if entry.event.idempotency_key is not None]
                 try:
-                    await self._append_planned(batch, keyed)
+                    await self._append_planned(term, batch, keyed)
                 except KeysTakenError:
                     batch = await self._without_taken(batch)
                     continue
@@ -354,7 +357,7 @@ class Writer:
             lease_ms=round(self._settings.delivery_lease_s * 1000),
         )
 
-    async def _append_planned(self, batch: list[Entry], keyed: Sequence[Event]) -> None:
+    async def _append_planned(self, term: int, batch: list[Entry], keyed: Sequence[Event]) -> None:
         now_ms = self._clock.now_ms()
         counts: dict[int, int] = {}
         rows: list[AppendRow] = []
@@ -377,7 +380,7 @@ class Writer:
         for row in rows:
             row.back += counts[row.stream_id]
         heads = await self._store.append(
-            self._term(), counts, rows, outbox, now_ms, keyed, self._keys_since_ms() if keyed else 0
+            term, counts, rows, outbox, now_ms, keyed, self._keys_since_ms() if keyed else 0
         )
         committed_ms = self._clock.now_ms()
         seqs: dict[bytes, int] = {}
@@ -568,4 +571,9 @@ def change_frames(op: str, result: ChangeDone, now_ms: int, up_to_seq: int) -> l
     if op == "seen":
         return [server_frames.notifications_seen(result.ids, result.rev)]
     kind = {"archive": "ARCHIVED", "dismiss": "DISMISSED", "click": "CLICKED"}[op]
-    return [server_frames.notification_state(kind, raw, result.rev) for raw in result.ids]
+    # Only the last frame carries the rev: a client cut off between two asks for the rest (see Session).
+    last = len(result.ids) - 1
+    return [
+        server_frames.notification_state(kind, raw, result.rev - (index < last))
+        for index, raw in enumerate(result.ids)
+    ]

@@ -250,6 +250,9 @@ class PushSettings:
         2_419_200.0, "Lifetime at the provider when the event names none (28 days).", low=0.0, unit="s"
     )
     max_attempts: int = setting(6, "Tries of one push before it is dead.", low=1, high=100)
+    give_up_after_s: float = setting(
+        86_400.0, "A push without any verdict of a provider for so long is dead.", low=1.0, unit="s"
+    )
     backoff_s: float = setting(
         1.0, "Wait after the first failed try; doubled after each.", low=0.001, unit="s"
     )

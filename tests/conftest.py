@@ -123,6 +123,7 @@ def ray_local() -> Iterator[str]:
 
     namespace = f"test-{uuid.uuid4().hex[:8]}"
     ray.init(
+        address="local",  # never a cluster that somebody else runs on this machine
         num_cpus=8,  # logical: tests place more actors than the machine has cores
         namespace=namespace,
         include_dashboard=False,

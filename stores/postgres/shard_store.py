@@ -95,6 +95,8 @@ class UserRecord:
     expired: int
     """How many of `unread` had expired when loaded: they are not shown."""
     last_seen_ms: int | None
+    valid_from_ms: int | None
+    """Tokens issued before are revoked."""
     targets: list[PushTarget] = field(default_factory=list)
 
 
@@ -289,7 +291,7 @@ class ShardStore:
                 targets = await connection.fetch(self._sql["load_targets"], tenants, names)
         records = {
             UserKey(r[0], r[1]): UserRecord(
-                UserKey(r[0], r[1]), r[2], r[3], r[4], r[5], r[7], r[7] - r[6], r[8]
+                UserKey(r[0], r[1]), r[2], r[3], r[4], r[5], r[7], r[7] - r[6], r[8], r[9]
             )
             for r in rows
         }

@@ -25,7 +25,7 @@ from carillon.messages import (
     SessionsRevoke,
     SocketDrained,
 )
-from tests.actors.shard_kit import Kit, make_event
+from tests.actors.shard_kit import Kit, clock, make_event
 from tests.support import eventually
 
 
@@ -367,6 +367,12 @@ async def test_revocation_closes_sockets_and_a_target_moves_with_its_token(postg
         await kit.gateway.attach_ready(1)
         await kit.router.link.request(SessionsRevoke("t", "u", slot_of("t", "u")))
         await eventually(lambda: kit.gateway.closed.get(1, (0,))[0] == 4001)
+        kit.gateway.attach(2, token_issued_ms=clock.now_ms() - 60_000)
+        await eventually(lambda: kit.gateway.closed.get(2, (0,))[0] == 4001)
+        kit.gateway.attach(3, token_issued_ms=clock.now_ms() + 1)
+        await kit.gateway.seen(3, 1)
+        kit.gateway.link.send_nowait(Detach(3, True))
+        await eventually(lambda: not kit.shard._sessions.connections())
         await kit.router.link.request(device("u"))
         await kit.router.link.request(device("v"))
         owners = await kit.db.fetch("select user_id from devices")

@@ -21,7 +21,8 @@ select b.tenant, b.user_id, b.stream_id, b.epoch, b.seq, b.rev,
                    where n.stream_id = b.stream_id and n.read_at is null and n.expires_at <= now()
                      and n.archived_at is null and n.dismissed_at is null and n.retracted_at is null) as unread,
        b.unread as raw_unread,
-       (extract(epoch from b.last_seen_at) * 1000)::bigint as last_seen_ms
+       (extract(epoch from b.last_seen_at) * 1000)::bigint as last_seen_ms,
+       (extract(epoch from b.tokens_valid_from) * 1000)::bigint as valid_from_ms
 from both_of b, fence;
 
 -- name: load_targets
