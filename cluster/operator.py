@@ -90,6 +90,13 @@ def deploy_all(settings: Settings, secret: bytes, timeout_s: float, say: Say) ->
 def undeploy_all(namespace: str, timeout_s: float, say: Say) -> int:
     """Remove ingress and actors, gracefully; return how many actors there were."""
     from actors.ray_shell import undeploy
+
+    drain_ingress(timeout_s / 2, say)
+    return undeploy(namespace, timeout_s=timeout_s, progress=say)
+
+
+def drain_ingress(timeout_s: float, say: Say) -> None:
+    """Remove the ingress after the requests it is at."""
     from serve.deployment import remove_ingress
 
     def remove() -> None:
@@ -102,8 +109,7 @@ def undeploy_all(namespace: str, timeout_s: float, say: Say) -> int:
     # A daemon: Serve waits without a limit of its own for replicas that do not end.
     draining = threading.Thread(target=remove, daemon=True)
     draining.start()
-    draining.join(timeout_s / 2)
-    return undeploy(namespace, timeout_s=timeout_s, progress=say)
+    draining.join(timeout_s)
 
 
 def coordinator_status(namespace: str, timeout_s: float = 10.0) -> dict[str, Any]:
@@ -165,7 +171,7 @@ def drain_actors(namespace: str, names: list[str], timeout_s: float) -> list[str
 
 
 def main() -> int:
-    """Do what the document on stdin says: deploy or undeploy."""
+    """Do what the document on stdin says: deploy, or undeploy before Ray itself ends."""
     steps = sys.stdout
     # Whatever Ray or Serve print belongs into the log, not among our lines.
     sys.stdout = sys.stderr
@@ -194,8 +200,14 @@ def main() -> int:
             )
             put(result=status)
         else:
-            count = undeploy_all(
-                order["namespace"], order["timeoutS"], lambda sentence: put(progress=sentence)
+            # Not the ingress: draining it through Serve takes seconds, and it ends with Ray in a moment. A
+            # request it was at is one whose answer got lost, which its sender must expect anyway.
+            from actors.ray_shell import undeploy
+
+            count = undeploy(
+                order["namespace"],
+                timeout_s=order["timeoutS"],
+                progress=lambda sentence: put(progress=sentence),
             )
             put(result={"actors": count})
     except CarillonError as exc:

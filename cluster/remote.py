@@ -26,7 +26,7 @@ def _connect(options: argparse.Namespace, settings: Settings) -> str:
 
     if options.address:
         # The caller's RAY_AUTH_MODE and token are the cluster's business.
-        os.environ.update(client_environment(None, loopback=options.address.startswith("127.0.0.1:")))
+        os.environ.update(client_environment(None, loopback=False))
         operator.connect(options.address, settings.cluster.namespace)
         return settings.cluster.namespace
     folder = RunFolder(settings.cluster.runtime_dir)
@@ -60,7 +60,7 @@ def deploy_to(address: str, settings: Settings, timeout_s: float) -> int:
     console = Console()
     with console.step("migrations are applied"):
         asyncio.run(migrate(settings.postgres.dsn))
-    os.environ.update(client_environment(None, loopback=address.startswith("127.0.0.1:")))
+    os.environ.update(client_environment(None, loopback=False))
     operator.connect(address, settings.cluster.namespace)
     status = operator.deploy_all(settings, settings.cluster.secret.encode(), timeout_s, console.say)
     for member in status["members"]:

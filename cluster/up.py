@@ -448,7 +448,7 @@ async def run_up(folder: RunFolder, settings: Settings, options: UpOptions) -> i
             console.put("")
             console.say("stopping (Ctrl-C again ends everything at once)")
         else:
-            console.put(f"carillon: {failed}")
+            print(f"carillon: {failed}", file=sys.stderr, flush=True)
         await _until(system.stop(), forced)
         if forced.is_set():
             console.say("ending everything at once")

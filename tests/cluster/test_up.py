@@ -1,0 +1,317 @@
+"""`python -m cluster up`, run as a user runs it: a process, its ports, its files, its end.
+
+The tests of this module share one data folder and run in order: a system that is used, killed, started
+again, and stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from websockets.sync.client import connect
+
+from cluster.processes import free_port
+from cluster.ray_env import ROOT
+
+pytestmark = pytest.mark.timeout(420)
+
+START_S = 200.0
+"""A start takes 15 s alone on two cores; the machine may be busy with other suites."""
+
+
+def related(folder: Path) -> dict[int, str]:
+    """Every process that names `folder` in its command line, environment or working directory."""
+    found: dict[int, str] = {}
+    needle = str(folder).encode()
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) == os.getpid():
+            continue
+        process = Path("/proc") / name
+        try:
+            state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+            command = (process / "cmdline").read_bytes()
+            text = command + b"\n" + (process / "environ").read_bytes()
+            text += b"\n" + os.fsencode(os.readlink(process / "cwd"))
+        except OSError:
+            continue
+        if needle in text and state not in "ZX":
+            found[int(name)] = command.replace(b"\0", b" ").decode(errors="replace")[:100]
+    return found
+
+
+def wait_until(check: Any, timeout_s: float, what: str) -> Any:
+    """Poll `check` until it returns something true."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        answer = check()
+        if answer:
+            return answer
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}; last: {answer!r}"
+        time.sleep(0.05)
+
+
+@dataclass
+class Installation:
+    """A data folder with the ports that its runs use."""
+
+    folder: Path
+    ports: list[int] = field(default_factory=lambda: [free_port() for _ in range(3)])
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def dev_file(self) -> Path:
+        return self.folder / "dev.json"
+
+    def run(self) -> dict[str, Any]:
+        """Start `up` without a terminal and with stdin closed; return dev.json once it is there."""
+        http, direct, ws = self.ports
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "cluster", "up", "--data-dir", str(self.folder)),
+                *("--http-port", str(http), "--direct-port", str(direct), "--ws-port", str(ws)),
+            ],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=(self.folder / "out").open("ab"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+        def ready() -> bool:
+            assert self.process is not None
+            assert self.process.poll() is None, self.said()
+            return self.dev_file.exists()
+
+        wait_until(ready, START_S, "dev.json")
+        return json.loads(self.dev_file.read_text())
+
+    def said(self) -> str:
+        return (self.folder / "out").read_text()
+
+
+@pytest.fixture(scope="module")
+def installation(service_folder: Path) -> Iterator[Installation]:
+    folder = service_folder / "up"
+    folder.mkdir()
+    place = Installation(folder)
+    yield place
+    if place.process is not None and place.process.poll() is None:
+        place.process.send_signal(signal.SIGTERM)
+        try:
+            place.process.wait(60)
+        except subprocess.TimeoutExpired:
+            place.process.send_signal(signal.SIGTERM)
+            place.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def dev(installation: Installation) -> dict[str, Any]:
+    """dev.json of the first run."""
+    return installation.run()
+
+
+def post(url: str, dev: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(
+        f"{url}/v1/events",
+        data=json.dumps(body).encode(),
+        headers={"Authorization": f"Bearer {dev['apiKey']}", "Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        assert answer.status == 202
+        return json.loads(answer.read())
+
+
+def token(dev: dict[str, Any], user: str) -> str:
+    claims = {"sub": user, "tenant": dev["tenant"], "exp": int(time.time()) + 600}
+    return jwt.encode(claims, dev["clientSecret"], algorithm="HS256")
+
+
+def feed(dev: dict[str, Any], user: str) -> list[dict[str, Any]]:
+    request = urllib.request.Request(
+        f"{dev['directUrl']}/v1/users/{user}/notifications",
+        headers={"Authorization": f"Bearer {dev['apiKey']}"},
+    )
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        return json.loads(answer.read())["notifications"]
+
+
+def test_dev_json_names_everything(installation: Installation, dev: dict[str, Any]) -> None:
+    """dev.json has every promised name, in the promised form, and is for its owner only."""
+    assert set(dev) == {
+        *("httpUrl", "directUrl", "wsUrl", "apiKey", "tenant", "clientSecret", "postgresDsn", "redisUrl"),
+        *("fcmUrl", "apnsUrl", "fcmReceivedUrl", "apnsReceivedUrl", "demoUrl"),
+    }
+    assert all(dev.values())
+    http, direct, ws = installation.ports
+    assert dev["httpUrl"] == f"http://127.0.0.1:{http}"
+    assert dev["directUrl"] == f"http://127.0.0.1:{direct}"
+    assert dev["wsUrl"] == f"ws://127.0.0.1:{ws}/ws"
+    assert dev["tenant"] == "demo"
+    assert stat.S_IMODE(installation.dev_file.stat().st_mode) == 0o600
+
+
+def test_secrets_are_for_their_owner_only(installation: Installation, dev: dict[str, Any]) -> None:
+    """No file with a key, token or password can be read by others."""
+    folder = installation.folder
+    files = [folder / name for name in ("secret", "ray_token", "api_key", "run.json")]
+    files += [
+        folder / "postgres" / "password",
+        folder / "valkey" / "password",
+        folder / "valkey" / "valkey.conf",
+    ]
+    files += list((folder / "credentials").iterdir())
+    for path in files:
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+
+
+@pytest.mark.parametrize("door", ["httpUrl", "directUrl"])
+def test_event_reaches_the_websocket(dev: dict[str, Any], door: str) -> None:
+    """An event posted through either door arrives at the user's open socket."""
+    user = f"socket-{door}"
+    with connect(f"{dev['wsUrl']}?token={token(dev, user)}", open_timeout=20) as socket_:
+        assert json.loads(socket_.recv(timeout=20))["type"] == "WELCOME"
+        socket_.send('{"type":"PING"}')
+        assert json.loads(socket_.recv(timeout=20))["type"] == "PONG"
+        answer = post(dev[door], dev, {"userId": user, "type": "t", "title": "to the socket"})
+        assert answer["status"] == "delivered"
+        frame = json.loads(socket_.recv(timeout=20))
+        assert frame["type"] == "NEW_NOTIFICATION"
+        assert frame["notification"]["id"] == answer["id"]
+
+
+@pytest.mark.parametrize(("user", "received"), [("alice", "fcmReceivedUrl"), ("bob", "apnsReceivedUrl")])
+def test_offline_user_gets_a_push(dev: dict[str, Any], user: str, received: str) -> None:
+    """An event for a demo user without a socket arrives at the local provider of the user's phone."""
+    answer = post(dev["httpUrl"], dev, {"userId": user, "type": "t", "title": "to the phone"})
+    assert answer["status"] == "queued"
+
+    def pushed() -> bool:
+        with urllib.request.urlopen(dev[received], timeout=20) as reply:
+            pushes = json.loads(reply.read())["pushes"]
+        return any(push["notificationId"] == answer["id"] for push in pushes)
+
+    wait_until(pushed, 20, f"the push at {received}")
+
+
+def test_second_up_is_refused(installation: Installation, dev: dict[str, Any]) -> None:
+    """Another `up` in the same folder ends with a sentence that names the process that has it."""
+    assert installation.process is not None
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster", "up", "--data-dir", str(installation.folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert f"process {installation.process.pid}" in done.stderr
+    assert installation.dev_file.exists(), "the refused run removed the running one's dev.json"
+
+
+def test_status_lists_the_actors(installation: Installation, dev: dict[str, Any]) -> None:
+    """`status` sees the running system: every slot has an owner and nothing is missing."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster", "status", "--json", "--data-dir", str(installation.folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    shards = [m for m in facts["coordinator"]["members"] if m["kind"] == "shard"]
+    assert sum(shard["slots"] for shard in shards) == 1024
+    assert facts["coordinator"]["missing"] == []
+    assert not [name for name, actor in facts["actors"].items() if "error" in actor]
+
+
+def test_postgres_that_is_killed_comes_back(installation: Installation, dev: dict[str, Any]) -> None:
+    """SIGKILL of PostgreSQL is survived: what was accepted is there, and events are taken again."""
+    before = post(dev["directUrl"], dev, {"userId": "carol", "type": "t", "title": "before"})
+    postmaster = int((Path(data_folder(installation)) / "postmaster.pid").read_text().split("\n", 1)[0])
+    os.kill(postmaster, signal.SIGKILL)
+
+    def accepted() -> dict[str, Any] | None:
+        try:
+            return post(dev["directUrl"], dev, {"userId": "carol", "type": "t", "title": "after"})
+        except OSError:  # 503 with Retry-After while it restarts
+            return None
+
+    after = wait_until(accepted, 60, "an accepted event")
+    ids = [item["id"] for item in feed(dev, "carol")]
+    assert before["id"] in ids
+    assert after["id"] in ids
+
+
+def data_folder(installation: Installation) -> str:
+    marker = installation.folder / "postgres" / "location"
+    home = marker.read_text().strip() if marker.exists() else str(installation.folder / "postgres")
+    return f"{home}/data"
+
+
+def test_killed_run_does_not_hinder_the_next(installation: Installation, dev: dict[str, Any]) -> None:
+    """After kill -9 of `up`, the next one starts, has the same key, and everything that was accepted."""
+    assert installation.process is not None
+    installation.process.kill()
+    installation.process.wait()
+    installation.dev_file.unlink()  # the killed one could not: wait for that of the next
+    again = installation.run()
+    assert again["apiKey"] == dev["apiKey"]
+    assert again["clientSecret"] == dev["clientSecret"]
+    assert {item["title"] for item in feed(again, "carol")} == {"before", "after"}
+    assert post(again["httpUrl"], again, {"userId": "carol", "type": "t", "title": "third"})["seq"] >= 3
+
+
+def test_ctrl_c_leaves_nothing_behind(installation: Installation) -> None:
+    """SIGINT ends everything: status 0, no process, no dev.json, ports free."""
+    assert installation.process is not None
+    assert len(related(installation.folder)) > 10, "the search finds the running system"
+    installation.process.send_signal(signal.SIGINT)
+    assert installation.process.wait(90) == 0, installation.said()
+    assert related(installation.folder) == {}
+    assert not installation.dev_file.exists()
+    for port in installation.ports:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+
+
+def test_taken_port_is_named(service_folder: Path) -> None:
+    """A port in use ends `up` at once with a sentence that names the port, its holder and the way out."""
+    folder = service_folder / "taken"
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "cluster", "up", "--data-dir", str(folder)),
+                *("--http-port", "0", "--direct-port", "0", "--ws-port", str(port)),
+            ],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert f"port {port} for WebSockets is taken by process {os.getpid()}" in done.stdout + done.stderr
+    assert "--ws-port" in done.stdout + done.stderr
+    assert related(folder) == {}
