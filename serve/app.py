@@ -67,17 +67,10 @@ class IngressApp:
             return
         services = self.services
         started = self._clock.monotonic()
-        headers: list[Header] = scope["headers"]
-        request_id = authorization = key = origin = None
-        for name, value in headers:
-            if name == b"authorization":
-                authorization = value
-            elif name == b"x-request-id":
-                request_id = clean_request_id(value)
-            elif name == b"idempotency-key":
-                key = value
-            elif name == b"origin":
-                origin = value
+        headers: dict[bytes, bytes] = dict(scope["headers"])  # at C speed; of a header sent twice the last
+        authorization = headers.get(b"authorization")
+        request_id = clean_request_id(headers.get(b"x-request-id"))
+        origin = headers.get(b"origin")
         if request_id is None:
             self._next_id += 1
             request_id = b"%s-%x" % (self._id_prefix.encode(), self._next_id)
@@ -96,11 +89,12 @@ class IngressApp:
             ):
                 services.auth.used(known)
                 body = await read_body(receive, headers, self._limit)
+                key = headers.get(b"idempotency-key")
                 response = await publish(
                     services, body, key, known.tenant, started + self._timeout_s, request_id
                 )
             else:
-                response = await self._dispatch(scope, receive, request_id, authorization, started)
+                response = await self._dispatch(scope, headers, receive, request_id, started)
         except ProblemError as exc:
             response = problem_response(exc.problem, request_id)
         except ClientGoneError:
@@ -123,7 +117,7 @@ class IngressApp:
         await send({"type": "http.response.body", "body": response.body})
 
     async def _dispatch(
-        self, scope: Scope, receive: Any, request_id: bytes, authorization: bytes | None, started: float
+        self, scope: Scope, headers: dict[bytes, bytes], receive: Any, request_id: bytes, started: float
     ) -> Response:
         method: str = scope["method"]
         found = self._router.find(method, path_segments(scope))
@@ -132,7 +126,8 @@ class IngressApp:
                 return Response(b"", 204)  # a preflight: what is allowed is in the CORS headers
             return problem_response(found, request_id)
         route, params = found
-        request = Request(scope, receive, params, request_id, started + self._timeout_s, self._limit)
+        request = Request(scope, headers, receive, params, request_id, started + self._timeout_s, self._limit)
+        authorization = headers.get(b"authorization")
         services = self.services
         if route.door == SERVICE:
             request.tenant = (await services.auth.service(authorization, route.scope)).tenant

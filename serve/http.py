@@ -72,18 +72,16 @@ def clean_request_id(raw: bytes | None) -> bytes | None:
     return raw if raw is not None and _REQUEST_ID.fullmatch(raw) else None
 
 
-async def read_body(receive: Any, headers: Sequence[Header], limit: int) -> bytes:
+async def read_body(receive: Any, headers: Mapping[bytes, bytes], limit: int) -> bytes:
     """The whole body.
 
     Raises:
         ProblemError: `too_large` (413), as soon as the length is known or passed.
         ClientGoneError: the caller hung up.
     """
-    for name, value in headers:
-        if name == b"content-length":
-            if value.isdigit() and int(value[:18]) > limit:
-                raise _too_large(limit)
-            break
+    length = headers.get(b"content-length")
+    if length is not None and length.isdigit() and int(length[:18]) > limit:
+        raise _too_large(limit)
     message = await receive()
     if message["type"] != "http.request":
         raise ClientGoneError("the caller hung up")
@@ -136,6 +134,7 @@ class Request:
     def __init__(
         self,
         scope: Scope,
+        headers: Mapping[bytes, bytes],
         receive: Any,
         params: dict[str, str],
         request_id: bytes,
@@ -143,7 +142,7 @@ class Request:
         limit: int,
     ) -> None:
         self.scope = scope
-        self.headers: Sequence[Header] = scope["headers"]
+        self.headers = headers
         self.params = params
         self.request_id = request_id
         self.deadline = deadline
@@ -154,11 +153,8 @@ class Request:
         self._query: dict[str, str] | None = None
 
     def header(self, name: bytes) -> bytes | None:
-        """The first header of that lower-case name."""
-        for key, value in self.headers:
-            if key == name:
-                return value
-        return None
+        """The header of that lower-case name."""
+        return self.headers.get(name)
 
     async def body(self) -> bytes:
         """The body, read once. Raises ProblemError (413)."""

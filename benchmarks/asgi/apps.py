@@ -121,3 +121,36 @@ def litestar_app() -> Any:
 
     events.__annotations__ = {"request": Request, "return": Response}
     return Litestar(route_handlers=[post("/v1/events")(events)], openapi_config=None)
+
+
+def ingress_app() -> Any:
+    """The real app (serve/app.py) with a stand-in for keys and cluster."""
+    from carillon.metrics import Stats
+    from carillon.settings import Settings
+    from serve.app import IngressApp
+    from serve.services import Services
+    from stores.postgres.tenants import ApiKeyRecord
+
+    record = ApiKeyRecord("0123456789ab", "bench", frozenset({"events:write"}), False)
+
+    class Keys:
+        def known_key(self, header: bytes | None) -> ApiKeyRecord | None:
+            return record if header == KEY else None
+
+        def used(self, key: ApiKeyRecord) -> None:
+            pass
+
+    class Cluster:
+        async def publish(self, events: list[Event], deadline: float) -> list[Outcome]:
+            return [await _publish(event) for event in events]
+
+    services: Any = Services(
+        Settings(),
+        _clock,
+        Stats(),
+        _parser,
+        Keys(),  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+        Cluster(),  # type: ignore[arg-type]
+    )
+    return IngressApp(services)

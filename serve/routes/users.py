@@ -360,7 +360,8 @@ ROUTES: Final = (
     ),
     Route(
         "DELETE", "/v1/users/{userId}/devices/{deviceId}", delete_user_device, SERVICE,
-        "Forget a push target", scope=_WRITE, answer=SUCCESS, answer_example={"success": True}, problems=(404, 422), tag=_TAG,
+        "Forget a push target", scope=_WRITE, answer=SUCCESS, answer_example={"success": True},
+        problems=(404, 422), tag=_TAG,
     ),
     Route(
         "GET", "/v1/users/{userId}/notifications", get_user_feed, SERVICE, "Read a user's feed", scope=_READ,
