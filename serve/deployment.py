@@ -16,6 +16,7 @@ from ray.serve.schema import LoggingConfig
 
 from actors.config import ActorConfig
 from actors.names import ingress_name
+from actors.ray_shell import configure_logging
 from carillon.settings import Settings
 from serve.ingress import Ingress
 
@@ -36,6 +37,7 @@ class IngressReplica:
     async def __init__(self, settings: Settings, secret: bytes) -> None:
         node = ray.get_runtime_context().get_node_id()
         config = ActorConfig("ingress", ingress_name(node, os.urandom(8).hex()), node, settings, secret)
+        configure_logging(config.name)  # Serve sets up its own logger only: an error of ours would go nowhere
         self._ingress = Ingress(config)
         await self._ingress.start()
 

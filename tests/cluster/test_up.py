@@ -79,17 +79,18 @@ class Installation:
     def run(self) -> dict[str, Any]:
         """Start `up` without a terminal and with stdin closed; return dev.json once it is there."""
         http, direct, ws = self.ports
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "cluster", "up", "--data-dir", str(self.folder)),
-                *("--http-port", str(http), "--direct-port", str(direct), "--ws-port", str(ws)),
-            ],
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=(self.folder / "out").open("ab"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with (self.folder / "out").open("ab") as out:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "cluster", "up", "--data-dir", str(self.folder)),
+                    *("--http-port", str(http), "--direct-port", str(direct), "--ws-port", str(ws)),
+                ],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
         def ready() -> bool:
             assert self.process is not None
