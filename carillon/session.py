@@ -15,14 +15,21 @@ Whoever becomes live goes through `_advance`, which compares the attachment's cu
 stream: what lies between comes from the log (the bounded recent window) if it reaches back far enough,
 else from the store, page by page, until the cursor is the head. So there is no moment at which a frame
 could fall between replay and live delivery (guarantees G3, G5).
+
+Positions: `(seq, rev)` says that the client has every notification up to `seq`, and of those every change
+up to `rev`. Within one rev only the last frame carries it, earlier ones carry the rev before, so that a
+connection that is cut anywhere resumes without a gap. The store may be ahead of the session (a commit whose
+writer has not told us yet): a notification beyond the head waits for its `deliver`; a state that is newer
+than the head is shown as it is, for states only grow and the frame that follows repeats it.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from carillon import server_frames
@@ -83,13 +90,14 @@ class Attachment:
         cursor_seq, cursor_rev: everything up to here was written to this connection.
         acked_seq: cumulative acknowledgement of this connection; starts at its first cursor.
         replay: while rows come from the store, where that replay began; else None.
+        loading: the request to the store that is on its way; else None. Any other answer is stale.
         wait_deadline: monotonic time at which a waiting attachment goes live; 0 once it left that phase.
     """
 
     __slots__ = (
         "acked_seq", "attention", "attention_since_ms", "conn", "cursor_rev", "cursor_seq", "device",
-        "first_frame_seen", "legacy", "peer", "phase", "replay", "session", "session_id", "viewing",
-        "wait_deadline",
+        "first_frame_seen", "legacy", "loading", "peer", "phase", "replay", "session", "session_id",
+        "viewing", "wait_deadline",
     )  # fmt: skip
 
     def __init__(
@@ -105,6 +113,7 @@ class Attachment:
         self.cursor_rev = 0
         self.acked_seq = 0
         self.replay: ReplayStart | None = None
+        self.loading: LoadNotifications | LoadChanges | None = None
         self.first_frame_seen = False
         self.legacy = False
         # A device that never tells counts as visible: unknown attention never silences (fail open).
@@ -263,7 +272,10 @@ class Session:
             else:
                 # The stream is another one than this socket was fed from: only a new WELCOME can say so.
                 effects.append(self._welcome(attachment, False, now_ms))
-                self._advance(attachment, effects)
+                if ready:
+                    self._advance(attachment, effects)
+                else:
+                    attachment.wait_deadline = now + self._limits.resume_wait_s
         elif position is not None:
             effects += self._resume(attachment, *position, now_ms)
         else:
@@ -290,8 +302,7 @@ class Session:
         """The first client frame came and was not RESUME: live frames flow, no backlog."""
         effects: list[Effect] = []
         attachment.first_frame_seen = True
-        if attachment.phase is Phase.WAITING:
-            attachment.wait_deadline = 0.0
+        if attachment.phase is Phase.WAITING and attachment in self.attachments:
             self._advance(attachment, effects)
         return effects
 
@@ -305,6 +316,8 @@ class Session:
         now_ms: int,
     ) -> list[Effect]:
         """RESUME came. Only as the first frame: later it is too late (4213), the client reconnects."""
+        if attachment not in self.attachments:
+            return []
         if attachment.phase is not Phase.WAITING or attachment.first_frame_seen:
             refused = server_frames.error(
                 "resume_too_late", "expected RESUME as the first frame, within the resume wait", True
@@ -340,10 +353,13 @@ class Session:
         """A notification was committed: write it to every live attachment, keep it for the others.
 
         Raises:
-            ValueError: `seq` does not follow the head (a gap: the shell reloads the session).
+            ValueError: the position does not follow the head (a gap in `seq`, or in `rev`: a change that this
+                session was not told of). The shell calls `heal`.
         """
-        if seq != self.seq + 1:
-            raise ValueError(f"expected seq {self.seq + 1} after {self.seq}, got {seq}")
+        if seq != self.seq + 1 or rev != self.rev + 1:
+            raise ValueError(
+                f"expected seq {self.seq + 1} and rev {self.rev + 1}, got seq {seq} and rev {rev}"
+            )
         frame = server_frames.new_notification(fresh_json(notification_id, seq, rev, self.user_json, content))
         self.seq, self.unread = seq, unread
         self._remember(seq, notification_id)
@@ -352,7 +368,16 @@ class Session:
     def state_changed(
         self, rev: int, unread: int, frames: Sequence[bytes], *, update: bool = False
     ) -> list[Effect]:
-        """A durable change was committed: write its frames (all with this rev) to every live attachment."""
+        """A durable change was committed: write its frames to every live attachment.
+
+        Args:
+            frames: the last one carries `rev`, those before it the rev before.
+
+        A rev that does not follow the head (a change whose commit this session was not told of) heals: the
+        attachments read on from the store.
+        """
+        if rev != self.rev + 1:
+            return self.heal(Head(self.epoch, self.seq, rev, unread))
         self.unread = unread
         effects: list[Effect] = []
         if not frames:  # nothing to show, but every cursor at the head stays at the head
@@ -360,8 +385,9 @@ class Session:
             for attachment in self.attachments:
                 if attachment.phase is Phase.LIVE:
                     attachment.cursor_rev = rev
-        for frame in frames:
-            effects += self._emit(LogEntry(rev, 0, frame, update))
+        for index, frame in enumerate(frames):
+            told = rev if index == len(frames) - 1 else rev - 1
+            effects += self._emit(LogEntry(rev, 0, frame, update), told)
         return effects
 
     def heal(self, head: Head) -> list[Effect]:
@@ -408,7 +434,9 @@ class Session:
     def drained(self, attachment: Attachment) -> list[Effect]:
         """The socket took the last page: go on."""
         effects: list[Effect] = []
-        if attachment.replay is not None and attachment in self.attachments:
+        if attachment.replay is None or attachment.loading is not None:
+            return effects
+        if attachment in self.attachments:
             self._load(attachment, effects)
         return effects
 
@@ -419,21 +447,24 @@ class Session:
         request: LoadNotifications,
         now_ms: int,
     ) -> list[Effect]:
-        """Answer to LoadNotifications. Retracted and expired rows move the cursor without a frame."""
+        """Answer to LoadNotifications. Expired rows move the cursor without a frame; of retracted ones only
+        that is told, for the client may have read them from the feed."""
         effects: list[Effect] = []
         replay = attachment.replay
-        if replay is None or attachment not in self.attachments:
+        if replay is None or attachment.loading is not request or attachment not in self.attachments:
             return effects
-        shown = [
-            row
-            for row in rows
-            if row.retracted_ms is None and (row.expires_ms is None or row.expires_ms > now_ms)
-        ]
-        full = len(rows) >= request.limit
+        attachment.loading = None
+        full = len(rows) >= request.limit and rows[-1].seq <= self.seq
+        # Beyond the head: committed, but `deliver` has yet to tell. Shown now it would be written twice.
+        rows = [row for row in rows if row.seq <= self.seq]
+        shown = [row for row in rows if row.expires_ms is None or row.expires_ms > now_ms]
         for row in shown:
-            if row.delivered_ms is None:
-                self._remember(row.seq, row.id)
-            frame = server_frames.new_notification(notification_json(row, self.user_json))
+            if row.retracted_ms is not None:
+                frame = server_frames.notification_state("RETRACTED", row.id, attachment.cursor_rev)
+            else:
+                frame = server_frames.new_notification(notification_json(row, self.user_json))
+                if row.delivered_ms is None:
+                    self._remember(row.seq, row.id)
             # While notifications are replayed the position's rev stands still: a change with a lower rev
             # than a notification already written is still to come, after all notifications.
             page_end = full and row is shown[-1]
@@ -454,13 +485,20 @@ class Session:
     ) -> list[Effect]:
         """Answer to LoadChanges."""
         effects: list[Effect] = []
-        if attachment.replay is None or attachment not in self.attachments:
+        replay = attachment.replay
+        if replay is None or attachment.loading is not request or attachment not in self.attachments:
             return effects
+        attachment.loading = None
         full = len(rows) >= request.limit
         if full and rows[0].rev == rows[-1].rev:
             # One change of more rows than a page (read-all): read all of it at once.
-            return [request._replace(limit=request.limit * 8)]
-        frames = change_frames(rows, self.user_json, request.after_rev, more=full)
+            attachment.loading = request._replace(limit=request.limit * 8)
+            return [attachment.loading]
+        # Rows beyond the cursor were appended since this replay read notifications: they are still to come,
+        # with their state, and telling a change of what the client does not have would lose it.
+        known = [row for row in rows if row.seq <= attachment.cursor_seq]
+        more = full and bool(known) and known[-1].rev == rows[-1].rev
+        frames = change_frames(known, self.user_json, request.after_rev, more=more)
         for index, (rev, frame, update) in enumerate(frames):
             page_end = full and index == len(frames) - 1
             effects.append(Send((attachment,), frame, 0, rev, True, page_end, update))
@@ -530,7 +568,8 @@ class Session:
         self._advance(attachment, effects)
         return effects
 
-    def _emit(self, entry: LogEntry) -> list[Effect]:
+    def _emit(self, entry: LogEntry, told: int | None = None) -> list[Effect]:
+        """Log and write one frame; `told` is the rev a connection has with it, if not the entry's."""
         self.rev = entry.rev
         self._log.append(entry)
         if len(self._log) > self._limits.recent_window:
@@ -544,7 +583,8 @@ class Session:
                 to.append(attachment)
         if not to:
             return []
-        return [Send(tuple(to), entry.frame, entry.seq, entry.rev, False, False, entry.update)]
+        rev = entry.rev if told is None else told
+        return [Send(tuple(to), entry.frame, entry.seq, rev, False, False, entry.update)]
 
     def _remember(self, seq: int, notification_id: bytes) -> None:
         unacked = self._unacked
@@ -555,6 +595,7 @@ class Session:
     def _advance(self, attachment: Attachment, effects: list[Effect]) -> None:
         """Bring an attachment from its cursor towards the head, and to LIVE once it is there."""
         attachment.wait_deadline = 0.0
+        attachment.loading = None
         reaches = attachment.cursor_rev >= self._log_from and attachment.cursor_seq >= self._oldest_log_seq()
         if not reaches:
             attachment.phase = Phase.REPLAYING
@@ -562,7 +603,10 @@ class Session:
             self._load(attachment, effects)
             return
         missed = [e for e in self._log if e.seq > attachment.cursor_seq]
-        missed += [e for e in self._log if not e.seq and e.rev > attachment.cursor_rev]
+        # The frames of missed notifications are as they were when new, so that every later change of them
+        # follows, also those the client's rev (of another stream position, or none) would leave out.
+        told = min(attachment.cursor_rev, missed[0].rev) if missed else attachment.cursor_rev
+        missed += [e for e in self._log if not e.seq and e.rev > told]
         for index, entry in enumerate(missed):
             # As in a replay from the store: the position's rev moves only with the last frame.
             rev = self.rev if index == len(missed) - 1 else 0
@@ -574,12 +618,13 @@ class Session:
         """Ask for the next page of a replay from the store."""
         replay, limit = attachment.replay, self._limits.replay_page
         assert replay is not None
-        if not replay.in_changes:
-            effects.append(LoadNotifications(attachment, attachment.cursor_seq, limit, self.seq))
-            return
-        effects.append(
-            LoadChanges(attachment, attachment.cursor_rev, replay.seq, replay.head_rev, limit, self.rev)
-        )
+        if replay.in_changes:
+            attachment.loading = LoadChanges(
+                attachment, attachment.cursor_rev, replay.seq, replay.head_rev, limit, self.rev
+            )
+        else:
+            attachment.loading = LoadNotifications(attachment, attachment.cursor_seq, limit, self.seq)
+        effects.append(attachment.loading)
 
     def _oldest_log_seq(self) -> int:
         """Least cursor_seq from which the log holds every later notification."""
@@ -596,49 +641,59 @@ def change_frames(
 
     Args:
         rows: changed rows by ascending rev.
-        more: the last rev may have more rows than these; its frames then carry the rev before it, so that
-            a client that stops here asks for that rev again instead of missing its rest.
+        more: the last rev may have more rows than these.
 
     Returns:
-        (rev, frame, is_update) by ascending rev. States only grow, so repeating one is harmless.
+        (rev, frame, is_update) by ascending rev. Of the frames of one rev only the last carries it, and with
+        `more` not even that: whoever stops in between asks for that rev again instead of missing its rest.
+        States only grow, so repeating one is harmless.
     """
     frames: list[tuple[int, bytes, bool]] = []
     at = 0
     while at < len(rows):
-        end = at
-        while end < len(rows) and rows[end].rev == rows[at].rev:
+        end, rev = at, rows[at].rev
+        while end < len(rows) and rows[end].rev == rev:
             end += 1
-        group, rev = rows[at:end], rows[at].rev
-        told = max(after_rev, rev - 1) if more and end == len(rows) else rev
-        frames += [(told, frame, update) for frame, update in _group_frames(group, user_json, told)]
+        makers = _group_frames(rows[at:end], user_json)
+        for index, (make, update) in enumerate(makers):
+            unfinished = index < len(makers) - 1 or (more and end == len(rows))
+            told = max(after_rev, rev - 1) if unfinished else rev
+            frames.append((told, make(told), update))
         at = end
     return frames
 
 
-def _group_frames(group: Sequence[NotificationRow], user_json: str, rev: int) -> list[tuple[bytes, bool]]:
-    frames: list[tuple[bytes, bool]] = []
-    gone = [r for r in group if r.retracted_ms is not None]
+def _group_frames(
+    group: Sequence[NotificationRow], user_json: str
+) -> list[tuple[Callable[[int], bytes], bool]]:
+    """What to tell of rows that changed with one rev: (frame of the rev it carries, is_update)."""
+    frames: list[tuple[Callable[[int], bytes], bool]] = []
     kept = [r for r in group if r.retracted_ms is None]
-    frames += [
-        (server_frames.notification_updated(notification_json(r, user_json)), True)
-        for r in kept
-        if r.updated_ms is not None
-    ]
     read: dict[int, list[bytes]] = {}
     for r in kept:
+        if r.updated_ms is not None:
+            updated = server_frames.notification_updated(notification_json(r, user_json))
+            frames.append((partial(_as_it_is, updated), True))
         if r.read_ms is not None:
             read.setdefault(r.read_ms, []).append(r.id)
-    frames += [(server_frames.notifications_read(ids, rfc3339(ms), rev), False) for ms, ids in read.items()]
+    frames += [
+        (partial(server_frames.notifications_read, ids, rfc3339(ms)), False) for ms, ids in read.items()
+    ]
     seen = [r.id for r in kept if r.seen_ms is not None and r.read_ms is None]
     if seen:
-        frames.append((server_frames.notifications_seen(seen, rev), False))
-    for r in kept:
-        for kind, at in (
-            ("CLICKED", r.clicked_ms),
-            ("DISMISSED", r.dismissed_ms),
-            ("ARCHIVED", r.archived_ms),
-        ):
-            if at is not None:
-                frames.append((server_frames.notification_state(kind, r.id, rev), False))
-    frames += [(server_frames.notification_state("RETRACTED", r.id, rev), False) for r in gone]
+        frames.append((partial(server_frames.notifications_seen, seen), False))
+    for r in group:
+        states = {
+            "CLICKED": r.clicked_ms, "DISMISSED": r.dismissed_ms, "ARCHIVED": r.archived_ms,
+        } if r.retracted_ms is None else {"RETRACTED": r.retracted_ms}  # fmt: skip
+        frames += [
+            (partial(server_frames.notification_state, kind, r.id), False)
+            for kind, at in states.items()
+            if at is not None
+        ]
     return frames
+
+
+def _as_it_is(frame: bytes, rev: int) -> bytes:
+    """A whole notification carries its own rev, which no client takes for its position."""
+    return frame
