@@ -1,0 +1,406 @@
+"""A session among faults: whatever happens in whatever order, no client misses anything (T2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from carillon.session import (
+    Acknowledged,
+    Attachment,
+    Close,
+    Effect,
+    LoadChanges,
+    LoadNotifications,
+    PresenceChanged,
+    Send,
+    Session,
+    SessionLimits,
+)
+from tests.unit.session_model import NOW_MS, Changed, Client, New, Store, Wire, id_of
+
+OPS = ("read", "seen", "click", "dismiss", "archive", "retract", "edit", "read_all")
+pick = st.integers(0, 1000)
+
+
+class Load:
+    """A query on its way: read at some moment, answered at a later one."""
+
+    def __init__(self, request: LoadNotifications | LoadChanges) -> None:
+        self.request = request
+        self.rows: Any = None
+
+
+class SessionMachine(RuleBasedStateMachine):
+    """Sessions of one user over shard restarts, with several devices, slow links and a slow store."""
+
+    @initialize(
+        window=st.sampled_from((0, 2, 5)),
+        page=st.sampled_from((1, 2, 3)),
+        connections=st.sampled_from((2, 20)),
+        earlier=st.integers(0, 6),
+    )
+    def start(self, window: int, page: int, connections: int, earlier: int) -> None:
+        self.limits = SessionLimits(recent_window=window, replay_page=page, max_connections=connections)
+        self.store = Store()
+        for _ in range(earlier):
+            self.store.append()
+        self.now = 1000.0
+        self.session = Session("u", self.store.head(), self.limits)
+        self.status = "offline"
+        self.untold: list[New | Changed] = []
+        self.loads: list[Load] = []
+        self.wires: list[Wire] = []
+        self.clients: list[Client] = []
+        self.numbers = 0
+        self.by_attachment: dict[Attachment, Wire] = {}
+
+    # -- the shell ------------------------------------------------------------------------------------
+
+    def run(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Send):
+                assert effect.to
+                for attachment in effect.to:
+                    wire = self.by_attachment.get(attachment)
+                    assert wire is not None, "a frame to a detached attachment"
+                    if not wire.welcomed and not wire.in_flight:
+                        assert b'"type":"WELCOME"' in effect.frame, "the first frame is WELCOME"
+                    wire.in_flight.append(effect)
+            elif isinstance(effect, Close):
+                wire = self.by_attachment.pop(effect.to)
+                wire.attachment = None
+                # What was written before the close arrives before it.
+                while wire.in_flight:
+                    wire.gateway_takes()
+                while wire.written:
+                    wire.client_takes()
+                self.wires.remove(wire)
+            elif isinstance(effect, LoadNotifications | LoadChanges):
+                self.loads.append(Load(effect))
+            elif isinstance(effect, PresenceChanged):
+                assert effect.status != self.status, "told only when it changes"
+                self.status = effect.status
+            else:
+                assert isinstance(effect, Acknowledged)
+                assert effect.ids
+
+    def attach(self, wire: Wire, position: tuple[str, int, int | None] | None, **more: Any) -> None:
+        self.numbers += 1
+        # The shell learns the attachment with the effects, as actors/shard_sessions.py does.
+        attachment, effects = self.session.attach(
+            "peer", self.numbers, f"d{wire.number}", f"s{wire.number}", self.now, NOW_MS,
+            position=position, **more,
+        )  # fmt: skip
+        wire.attachment = attachment
+        self.by_attachment[attachment] = wire
+        self.run(effects)
+
+    def reattach(self, wire: Wire) -> None:
+        """What actors/gateway_owners.py does when the owner was lost."""
+        if wire.welcomed:
+            assert wire.epoch is not None
+            self.attach(
+                wire,
+                (wire.epoch, wire.seq, wire.rev),
+                reattach=True,
+                ready=wire.ready and wire.resume is None,
+            )
+            if wire.resume is not None and wire.attachment is not None:
+                self.run(self.session.resume(wire.attachment, *wire.resume, self.now, NOW_MS))
+        else:
+            self.attach(wire, wire.resume)
+
+    def lose_attachment(self, wire: Wire) -> None:
+        attachment, wire.attachment = wire.attachment, None
+        wire.in_flight.clear()
+        wire.drain_due = False
+        if attachment is not None:
+            self.by_attachment.pop(attachment, None)
+            self.run(self.session.detach(attachment, False, self.now, NOW_MS))
+
+    def tell(self) -> None:
+        commit = self.untold.pop(0)
+        if isinstance(commit, Changed):
+            self.run(
+                self.session.state_changed(commit.rev, commit.unread, commit.frames, update=commit.update)
+            )
+            return
+        try:
+            effects = self.session.deliver(commit.id, commit.seq, commit.rev, commit.unread, commit.content)
+        except ValueError:
+            head = self.store.head()._replace(seq=commit.seq, rev=commit.rev, unread=commit.unread)
+            effects = self.session.heal(head)
+        self.run(effects)
+
+    # -- what happens to the stream -------------------------------------------------------------------
+
+    @rule(tell=st.booleans(), expired=st.sampled_from((False, False, False, True)))
+    def publish(self, tell: bool, expired: bool) -> None:
+        self.untold.append(self.store.append(expired))
+        while tell and self.untold:
+            self.tell()
+
+    @rule(op=st.sampled_from(OPS), which=st.lists(pick, min_size=1, max_size=4), tell=st.booleans())
+    def change(self, op: str, which: list[int], tell: bool) -> None:
+        if not self.store.seq:
+            return
+        seqs = [n % self.store.seq + 1 for n in which]
+        commit = self.store.change(op, seqs, upto=seqs[0])
+        if commit is not None:
+            self.untold.append(commit)
+        while tell and self.untold:
+            self.tell()
+
+    @rule(op=st.sampled_from(("new", *OPS)), which=pick)
+    def another_writer(self, op: str, which: int) -> None:
+        """A commit that nobody tells this session of."""
+        if op == "new":
+            self.store.append()
+        elif self.store.seq:
+            seq = which % self.store.seq + 1
+            self.store.change(op, [seq], upto=seq)
+
+    @precondition(lambda self: self.untold)
+    @rule()
+    def tell_next(self) -> None:
+        self.tell()
+
+    # -- connections ----------------------------------------------------------------------------------
+
+    @rule(which=pick, how=st.sampled_from(("fresh", "url", "url without rev", "known")))
+    def connect(self, which: int, how: str) -> None:
+        idle = [c for c in self.clients if all(w.client is not c for w in self.wires)]
+        if how != "fresh" and idle and idle[which % len(idle)].epoch is not None:
+            client = idle[which % len(idle)]
+        elif len(self.clients) < 4:
+            client, how = Client(self.store), "fresh"
+            self.clients.append(client)
+        else:
+            return
+        wire = Wire(self.numbers, client)
+        self.wires.append(wire)
+        position = client.position("without" not in how) if how.startswith("url") else None
+        client.connected(with_position=how != "fresh")
+        wire.resume = position  # kept from the URL until WELCOME
+        wire.ready = position is not None
+        self.attach(wire, position)
+        if how == "fresh":
+            assert client.welcomes == []
+
+    def attached(self) -> list[Wire]:
+        return [w for w in self.wires if w.attachment is not None]
+
+    @precondition(lambda self: self.attached())
+    @rule(which=pick, without_rev=st.sampled_from((False, False, True)))
+    def first_frame(self, which: int, without_rev: bool) -> None:
+        """The first client frame: RESUME by a client that has a position, else another."""
+        wires = [w for w in self.attached() if w.welcomed and w.resume is None]
+        if not wires:
+            return
+        wire = wires[which % len(wires)]
+        assert wire.attachment is not None
+        while wire.written and not wire.client.welcomes:
+            wire.client_takes()
+        if wire.client.asked:
+            wire.resume = wire.client.position(not without_rev)
+            wire.ready = True
+            self.run(self.session.resume(wire.attachment, *wire.resume, self.now, NOW_MS))
+        else:
+            wire.ready = True
+            self.run(self.session.ready(wire.attachment))
+
+    @precondition(lambda self: self.wires)
+    @rule(which=pick, clean=st.booleans(), frames=st.integers(0, 9))
+    def socket_lost(self, which: int, clean: bool, frames: int) -> None:
+        """The client got some of what was written to it."""
+        wire = self.wires.pop(which % len(self.wires))
+        for _ in range(min(frames, len(wire.written))):
+            wire.client_takes()
+        attachment, wire.attachment = wire.attachment, None
+        if attachment is not None:
+            del self.by_attachment[attachment]
+            self.run(self.session.detach(attachment, clean, self.now, NOW_MS))
+            assert self.session.detach(attachment, clean, self.now, NOW_MS) == []
+
+    @precondition(lambda self: self.attached())
+    @rule(which=pick)
+    def link_lost(self, which: int) -> None:
+        """What was on its way to the gateway is gone; it attaches again where it is."""
+        wires = self.attached()
+        wire = wires[which % len(wires)]
+        self.lose_attachment(wire)
+        self.reattach(wire)
+
+    @rule()
+    def shard_restarts(self) -> None:
+        """A new session from the store, every socket attached again."""
+        self.by_attachment.clear()
+        self.loads.clear()
+        self.untold.clear()
+        self.session = Session("u", self.store.head(), self.limits)
+        self.status = "offline"
+        for wire in list(self.wires):
+            wire.attachment = None
+            wire.in_flight.clear()
+            wire.drain_due = False
+        for wire in list(self.wires):
+            self.reattach(wire)
+
+    # -- wires and the store --------------------------------------------------------------------------
+
+    @precondition(lambda self: self.attached())
+    @rule(which=pick, frames=st.integers(1, 5))
+    def gateway_writes(self, which: int, frames: int) -> None:
+        wires = self.attached()
+        wire = wires[which % len(wires)]
+        for _ in range(min(frames, len(wire.in_flight))):
+            wire.gateway_takes()
+
+    @precondition(lambda self: self.wires)
+    @rule(which=pick, frames=st.integers(1, 5))
+    def client_reads(self, which: int, frames: int) -> None:
+        wire = self.wires[which % len(self.wires)]
+        for _ in range(min(frames, len(wire.written))):
+            wire.client_takes()
+
+    @precondition(lambda self: self.attached())
+    @rule(which=pick, spurious=st.sampled_from((False, False, False, True)))
+    def drained(self, which: int, spurious: bool) -> None:
+        wires = [w for w in self.attached() if w.drain_due or spurious]
+        if wires:
+            wire = wires[which % len(wires)]
+            wire.drain_due = False
+            assert wire.attachment is not None
+            self.run(self.session.drained(wire.attachment))
+
+    @precondition(lambda self: self.loads)
+    @rule(which=pick)
+    def store_reads(self, which: int) -> None:
+        load = self.loads[which % len(self.loads)]
+        if load.rows is None:
+            load.rows = self.store.answer(load.request)
+
+    @precondition(lambda self: self.loads)
+    @rule(which=pick)
+    def store_answers(self, which: int) -> None:
+        load = self.loads.pop(which % len(self.loads))
+        rows = self.store.answer(load.request) if load.rows is None else load.rows
+        request = load.request
+        if isinstance(request, LoadNotifications):
+            effects = self.session.notifications_loaded(request.to, rows, request, NOW_MS)
+        else:
+            effects = self.session.changes_loaded(request.to, rows, request)
+        self.run(effects)
+
+    # -- clients and time -----------------------------------------------------------------------------
+
+    @precondition(lambda self: self.attached())
+    @rule(which=pick, ahead=st.integers(-2, 2), single=st.booleans())
+    def acknowledge(self, which: int, ahead: int, single: bool) -> None:
+        wires = self.attached()
+        wire = wires[which % len(wires)]
+        attachment = wire.attachment
+        assert attachment is not None
+        seq = wire.seq + ahead
+        effects = self.session.acknowledge(attachment, None if single else seq, [id_of(1)] if single else [])
+        self.run(effects)
+        for effect in effects:
+            assert isinstance(effect, Acknowledged)
+            if not single:
+                seqs = [int.from_bytes(raw, "big") for raw in effect.ids]
+                assert all(s <= min(seq, attachment.cursor_seq) for s in seqs), "only what it was sent"
+
+    @precondition(lambda self: self.attached())
+    @rule(which=pick, state=st.sampled_from(("focused", "visible", "idle", "hidden")))
+    def visibility(self, which: int, state: str) -> None:
+        wires = self.attached()
+        attachment = wires[which % len(wires)].attachment
+        assert attachment is not None
+        self.run(self.session.visibility(attachment, state, None, NOW_MS))
+
+    @rule(seconds=st.sampled_from((0.0, 0.6, 6.0)))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.run(self.session.tick(self.now, NOW_MS))
+        deadline = self.session.next_deadline()
+        assert deadline is None or deadline > self.now
+        if not self.session.attachments and self.now >= self.session.grace_deadline:
+            assert self.session.ended(self.now)
+            assert self.session.status() == "offline"
+
+    # -- what always holds ----------------------------------------------------------------------------
+
+    @invariant()
+    def presence_is_what_the_connections_say(self) -> None:
+        if not hasattr(self, "session"):
+            return
+        assert self.session.status() == self.status
+        attachments = [w.attachment for w in self.wires if w.attachment is not None]
+        assert set(attachments) == set(self.session.attachments)
+        assert self.session.live == bool(attachments)
+        if attachments:
+            seen = any(a.attention in ("focused", "visible") for a in attachments)
+            assert self.status == ("active" if seen else "idle")
+
+    @invariant()
+    def memory_is_bounded(self) -> None:
+        if hasattr(self, "session"):
+            assert len(self.session._log) <= self.limits.recent_window
+            assert len(self.session.attachments) <= self.limits.max_connections
+            loading = [load.request.to for load in self.loads if load.request.to in self.by_attachment]
+            assert len(loading) == len(set(loading)), "one query of an attachment at a time"
+
+    def teardown(self) -> None:
+        """Let everything arrive: then every client shows what the store holds."""
+        if not hasattr(self, "session"):
+            return
+        while self.untold:
+            self.tell()
+        self.untold.append(self.store.append())  # a gap is noticed at the next commit
+        self.tell()
+        for wire in self.attached():
+            if wire.attachment is not None and wire.welcomed and not wire.client.asked:
+                self.run(self.session.ready(wire.attachment))
+        self.settle()
+        self.time_passes(1.0)
+        self.settle()
+        for wire in self.wires:
+            assert wire.attachment is not None
+            assert wire.attachment.phase.name == "LIVE"
+            assert wire.client.shown_seq == self.store.seq
+            wire.client.check()
+
+    def settle(self) -> None:
+        """Let the store answer, gateways write, clients read, until nothing moves."""
+        for _ in range(10_000):
+            if self.loads:
+                self.store_answers(0)
+                continue
+            moved = False
+            for wire in list(self.wires):
+                while wire.in_flight:
+                    wire.gateway_takes()
+                    moved = True
+                while wire.written:
+                    wire.client_takes()
+                    moved = True
+                if wire.drain_due and wire.attachment is not None:
+                    wire.drain_due = False
+                    self.run(self.session.drained(wire.attachment))
+                    moved = True
+                elif wire.attachment is not None and wire.client.asked and wire.resume is None:
+                    wire.resume = wire.client.position()
+                    self.run(self.session.resume(wire.attachment, *wire.resume, self.now, NOW_MS))
+                    moved = True
+            if not moved and not self.loads:
+                break
+        else:
+            raise AssertionError("the session never comes to rest")
+
+
+TestSession = SessionMachine.TestCase
+TestSession.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
