@@ -9,6 +9,7 @@ The environment wins. docs/reference/settings.md is checked against this module 
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -365,7 +366,12 @@ def _parse(name: str, kind: type, text: Any) -> Any:
             if word not in {"1", "0", "true", "false", "yes", "no"}:
                 raise ValueError
             return word in {"1", "true", "yes"}
-        return kind(text)
+        if kind is not str and (isinstance(text, bool) or (kind is int and isinstance(text, float))):
+            raise ValueError  # int() would round 80.5 and take true for 1
+        value = kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError  # nan passes every bound
+        return value
     except (TypeError, ValueError):
         wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
         raise SettingsError(f"expected {name} to be {wanted}, got {text!r}") from None
@@ -395,6 +401,8 @@ def load_settings(environ: Mapping[str, str], config_path: Path | None = None) -
     for name in document:
         if name not in sections:
             raise SettingsError(f"unknown section [{name}] in {config_path}; known: {', '.join(sections)}")
+        if not isinstance(document[name], dict):
+            raise SettingsError(f"expected [{name}] in {config_path} to be a table, got {document[name]!r}")
     built: dict[str, Any] = {}
     known_variables: set[str] = {"CARILLON_CONFIG"}
     for name, make in sections.items():
