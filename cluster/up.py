@@ -40,6 +40,8 @@ from cluster.ray_env import ROOT, client_environment, head_environment
 from cluster.run_folder import RunFolder, this_process
 
 _CLOCK = SystemClock()
+_HEAD_TRIES = 3
+"""Ray gives a node 30 s to start, not to be changed: too few where disk and cores are cold and busy."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -191,10 +193,20 @@ class System:
                 command += ["--host", self.settings.cluster.advertise_host or outward_address()]
             environment = head_environment(token, self._loopback, short, (free_port(), free_port()))
             (short / "h").mkdir(exist_ok=True)
-            self.head = LineChild(
-                "Ray", command, self.folder.log_folder / "ray_head.log", os.environ | environment
-            )
-            ready = await self.head.line(self.options.timeout_s)
+            for attempt in range(1, _HEAD_TRIES + 1):
+                self.head = LineChild(
+                    "Ray", command, self.folder.log_folder / "ray_head.log", os.environ | environment
+                )
+                try:
+                    ready = await self.head.line(self.options.timeout_s)
+                    break
+                except ClusterError as exc:
+                    await asyncio.to_thread(self.head.stop)
+                    if attempt == _HEAD_TRIES:
+                        raise
+                    self.console.say(f"{exc}; trying again")
+            else:
+                raise AssertionError("unreachable: the last attempt breaks or raises")
             self.address = ready["address"]
             link = self.folder.path / "ray-logs"
             link.unlink(missing_ok=True)

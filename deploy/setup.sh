@@ -52,5 +52,6 @@ else
     [ -x "$uv" ] || "$venv/bin/python" -m pip install -q --disable-pip-version-check --target "$venv/.uv" "$uv_version"
 fi
 echo "setup: installing what requirements.lock names"
-"$uv" pip sync -q -p "$venv/bin/python" requirements.lock
+# Compiled here once, on all cores: else the first start compiles in twenty processes at the same time.
+"$uv" pip sync -q --compile-bytecode -p "$venv/bin/python" requirements.lock
 echo "setup: done in $(($(date +%s) - began)) s"
