@@ -245,19 +245,36 @@ def test_status_lists_the_actors(installation: Installation, dev: dict[str, Any]
 def test_postgres_that_is_killed_comes_back(installation: Installation, dev: dict[str, Any]) -> None:
     """SIGKILL of PostgreSQL is survived: what was accepted is there, and events are taken again."""
     before = post(dev["directUrl"], dev, {"userId": "carol", "type": "t", "title": "before"})
-    postmaster = int((Path(data_folder(installation)) / "postmaster.pid").read_text().split("\n", 1)[0])
-    os.kill(postmaster, signal.SIGKILL)
+    killed = postmaster(installation)
+    assert killed is not None
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: postmaster(installation) not in (None, killed), 60, "another PostgreSQL")
 
     def accepted() -> dict[str, Any] | None:
         try:
             return post(dev["directUrl"], dev, {"userId": "carol", "type": "t", "title": "after"})
-        except OSError:  # 503 with Retry-After while it restarts
+        except OSError:  # 503 with Retry-After until the pools have connected again
             return None
 
+    def stored() -> list[str]:
+        try:
+            return [item["id"] for item in feed(dev, "carol")]
+        except OSError:
+            return []
+
     after = wait_until(accepted, 60, "an accepted event")
-    ids = [item["id"] for item in feed(dev, "carol")]
+    ids = wait_until(stored, 60, "the feed")
     assert before["id"] in ids
     assert after["id"] in ids
+
+
+def postmaster(installation: Installation) -> int | None:
+    """Process id of the PostgreSQL that is ready, if one is."""
+    try:
+        lines = (Path(data_folder(installation)) / "postmaster.pid").read_text().splitlines()
+    except FileNotFoundError:
+        return None
+    return int(lines[0]) if len(lines) >= 8 and lines[7].strip() == "ready" else None
 
 
 def data_folder(installation: Installation) -> str:
