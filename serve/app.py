@@ -38,6 +38,23 @@ _CORS_METHODS: Final = b"GET, POST, PUT, DELETE"
 _CORS_EXPOSED: Final = b"X-Request-Id, Retry-After, Idempotent-Replayed"
 
 
+BEHIND_SERVE: Final = "carillon.behind_serve"
+"""Key of the scope of requests that came by Serve's route: Serve's own middleware adds X-Request-Id to the
+answer (and one to the request if there is none); a second one would make "a, a" of it."""
+
+
+class ServeDoor:
+    """The app as Serve's route calls it."""
+
+    def __init__(self, app: IngressApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        """ASGI."""
+        scope[BEHIND_SERVE] = True
+        await self._app(scope, receive, send)
+
+
 class IngressApp:
     """The app.
 
@@ -109,7 +126,8 @@ class IngressApp:
         out = response.headers
         out.append((b"content-type", response.content_type))
         out.append((b"content-length", b"%d" % len(response.body)))
-        out.append((b"x-request-id", request_id))
+        if BEHIND_SERVE not in scope:
+            out.append((b"x-request-id", request_id))
         if origin is not None and scope["path"].startswith("/api/"):
             self._cors(out, origin)
         services.stats.observe_ms("ingress_request_ms", (self._clock.monotonic() - started) * 1000)

@@ -6,6 +6,7 @@ same app object on the same loop. What Serve needs to be told against its defaul
 
 from __future__ import annotations
 
+import hashlib
 import os
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from actors.config import ActorConfig
 from actors.names import ingress_name
 from actors.ray_shell import configure_logging
 from carillon.settings import Settings
+from serve.app import ServeDoor
 from serve.ingress import Ingress
 
 APPLICATION: Final = "carillon"
@@ -44,7 +46,7 @@ class IngressReplica:
     def __serve_build_asgi_app__(self) -> Any:
         """Serve: the app, built by the constructor."""
         assert self._ingress.app is not None
-        return self._ingress.app
+        return ServeDoor(self._ingress.app)
 
     async def check_health(self) -> None:
         """Serve: raises if this replica must be replaced."""
@@ -97,6 +99,11 @@ def deploy_ingress(
         # Serve formats a record for every request unless the deployment itself says WARNING.
         logging_config=quiet,
     )
+    # Serve takes a deployment without version for new code each time and replaces every replica; with one, a
+    # cluster that grows only adds replicas. The public argument is gone in 2.60 (Serve's own configuration
+    # files still set it); to be removed when Serve compares deployments by what they hold.
+    fingerprint = hashlib.sha256(repr(settings).encode() + b"\0" + secret).hexdigest()
+    deployment = deployment.options(version=fingerprint, _internal=True)
     target = ray_serve.RunTarget(
         deployment.bind(settings, secret), name=APPLICATION, route_prefix=route_prefix, logging_config=quiet
     )

@@ -102,8 +102,18 @@ class World:
         sections["ingress"] = {"direct_port": 0, "auth_cache_s": 0.2, **sections.get("ingress", {})}
         self.settings = fast_settings(**sections)
         self.clock = SystemClock()
+        self.ingress: Any = None
 
     async def start(self) -> World:
+        """Everything, the replica included."""
+        await self.start_cluster()
+        self.ingress = Ingress(actor_config("ingress", "ingress-a", self.coordinator, settings=self.settings))
+        await self.ingress.start()
+        self.http = httpx.AsyncClient(base_url=self.ingress.url, trust_env=False, timeout=15.0)
+        return self
+
+    async def start_cluster(self) -> None:
+        """Everything but the replica."""
         self.coordinator = await FakeCoordinator.start(self.settings)
         self.router = FakeRouter(self.coordinator)
         await self.router.membership.start()
@@ -122,10 +132,6 @@ class World:
         self.other = await self.tenants.create_tenant("other")
         self.key = await self.tenants.create_key("acme", "all", ["admin"])
         self.other_key = await self.tenants.create_key("other", "all", ["admin"])
-        self.ingress = Ingress(actor_config("ingress", "ingress-a", self.coordinator, settings=self.settings))
-        await self.ingress.start()
-        self.http = httpx.AsyncClient(base_url=self.ingress.url, trust_env=False, timeout=15.0)
-        return self
 
     async def reset(self) -> None:
         """As after `start`: empty tables but for tenants and keys, a router that forgot."""
@@ -138,8 +144,9 @@ class World:
                 cache.clear()
 
     async def stop(self) -> None:
-        await self.http.aclose()
-        await self.ingress.stop()
+        if self.ingress is not None:
+            await self.http.aclose()
+            await self.ingress.stop()
         await self.pool.close()
         await self.gateway.close()
         await self.shard.stop()
