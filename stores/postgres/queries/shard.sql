@@ -208,7 +208,8 @@ where s.stream_id = t.stream_id;
 
 -- name: claim_due
 -- What is due in the slots of this shard, claimed under a lease; a lapsed lease ("sending" past due) is due
--- again. $3 slots, $4 now, $5 limit, $6 end of the lease.
+-- again. $3 slots, $4 now, $5 limit, $6 end of the lease. The ids come as an array: joined, the planner reads
+-- the whole table for a hash join.
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
 due as materialized (
     select d.id from deliveries d
@@ -220,8 +221,8 @@ due as materialized (
 )
 update deliveries d
 set state = 'sending', due_at = to_timestamp($6), attempts = d.attempts + 1, updated_at = to_timestamp($4)
-from due, fence
-where d.id = due.id
+from fence
+where d.id = any (array(select id from due))
 returning d.id;
 
 -- name: claimed
