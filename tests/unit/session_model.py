@@ -304,7 +304,8 @@ class Wire:
         self.rev: int | None = None
         self.welcomed = False
         self.ready = False
-        self.resume: tuple[str, int, int | None] | None = None
+        self.url: tuple[str, int, int | None] | None = None  # position in the URL, until WELCOME
+        self.resume: tuple[str, int, int | None] | None = None  # passed on and not answered
         self.drain_due = False
 
     def gateway_takes(self) -> None:

@@ -112,7 +112,7 @@ class SessionMachine(RuleBasedStateMachine):
             if wire.resume is not None and wire.attachment is not None:
                 self.run(self.session.resume(wire.attachment, *wire.resume, self.now, NOW_MS))
         else:
-            self.attach(wire, wire.resume)
+            self.attach(wire, wire.url)
 
     def lose_attachment(self, wire: Wire) -> None:
         attachment, wire.attachment = wire.attachment, None
@@ -185,8 +185,7 @@ class SessionMachine(RuleBasedStateMachine):
         self.wires.append(wire)
         position = client.position("without" not in how) if how.startswith("url") else None
         client.connected(with_position=how != "fresh")
-        wire.resume = position  # kept from the URL until WELCOME
-        wire.ready = position is not None
+        wire.url = position
         self.attach(wire, position)
         if how == "fresh":
             assert client.welcomes == []
@@ -392,7 +391,7 @@ class SessionMachine(RuleBasedStateMachine):
                     wire.drain_due = False
                     self.run(self.session.drained(wire.attachment))
                     moved = True
-                elif wire.attachment is not None and wire.client.asked and wire.resume is None:
+                elif wire.attachment is not None and wire.client.asked and not (wire.url or wire.resume):
                     wire.resume = wire.client.position()
                     self.run(self.session.resume(wire.attachment, *wire.resume, self.now, NOW_MS))
                     moved = True
