@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from datetime import datetime
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple, TypeGuard
 
 import msgspec
 from msgspec import Meta
@@ -75,6 +75,16 @@ ACTION_TEXTS: Final[dict[str, Text]] = {
 }
 
 
+def is_object(value: Any) -> TypeGuard[dict[str, Any]]:
+    """True for a JSON object."""
+    return isinstance(value, dict)
+
+
+def is_array(value: Any) -> TypeGuard[list[Any]]:
+    """True for a JSON array."""
+    return isinstance(value, list)
+
+
 def has_control(text: str) -> bool:
     """True if a C0, DEL or C1 control character is in `text`."""
     return not text.isprintable() and _CONTROL.search(text) is not None
@@ -105,7 +115,7 @@ def tree_errors(value: Any, path: str = "", depth: int = 1) -> list[FieldError]:
 def _walk(value: Any, path: str, depth: int, found: list[FieldError]) -> None:
     if len(found) >= 10:  # enough to act on; a hostile document does not get a long answer
         return
-    kind = type(value)
+    kind: Any = type(value)
     if kind is str:
         if "\0" in value:
             found.append(FieldError(path, "no NUL character", shown(value)))
@@ -141,7 +151,7 @@ def later_field(name: str, value: Any) -> FieldError | None:
         return FieldError(name, "absent: not supported yet", shown(value))
     if name == "aggregate" and value is True:
         return FieldError(name, "false: aggregation is not supported yet", "true")
-    if name == "fallback" and isinstance(value, list) and value:
+    if name == "fallback" and is_array(value) and value:
         return FieldError(name, "empty: fallback is not supported yet", "an array")
     return None
 
@@ -163,7 +173,7 @@ def _check_priority(value: Any) -> FieldError | None:
 
 
 def _check_data(value: Any) -> FieldError | None:
-    return None if isinstance(value, dict) else FieldError("data", "an object", shown(value))
+    return None if is_object(value) else FieldError("data", "an object", shown(value))
 
 
 def _check_expires(value: Any) -> FieldError | None:
@@ -182,7 +192,7 @@ def _check_flag(value: Any) -> FieldError | None:
 
 
 def _check_fallback(value: Any) -> FieldError | None:
-    return None if isinstance(value, list) else FieldError("fallback", "an array", shown(value))
+    return None if is_array(value) else FieldError("fallback", "an array", shown(value))
 
 
 _OTHERS: Final[dict[str, Callable[[Any], FieldError | None]]] = {
@@ -219,7 +229,7 @@ def explain_event(item: Any, *, recipients: bool) -> Refusal | None:
         item: what stands for the event in the request, of any type.
         recipients: False inside of a batch, where `userIds` is not supported.
     """
-    if not isinstance(item, dict):
+    if not is_object(item):
         return Refusal("invalid", [FieldError("", "an event (an object)", shown(item))])
     wrong: list[FieldError] = []
     later: list[FieldError] = []
@@ -248,7 +258,7 @@ def explain_event(item: Any, *, recipients: bool) -> Refusal | None:
                 later.append(
                     FieldError("userIds", "userId: userIds inside of a batch is not supported", "userIds")
                 )
-            elif not isinstance(value, list):
+            elif not is_array(value):
                 wrong.append(FieldError("userIds", "an array of user ids", shown(value)))
         else:
             wrong.append(FieldError(shown(name), "a field of the protocol", "an unknown field"))
@@ -274,7 +284,7 @@ def _explain_required(item: dict[str, Any], wrong: list[FieldError], later: list
 
 
 def _explain_channels(value: Any, wrong: list[FieldError], later: list[FieldError]) -> None:
-    if not isinstance(value, list) or not value:
+    if not is_array(value) or not value:
         wrong.append(FieldError("channels", f"some of {', '.join(SUPPORTED_CHANNELS)}", shown(value)))
         return
     for index, channel in enumerate(value[:20]):
@@ -291,13 +301,13 @@ def _explain_channels(value: Any, wrong: list[FieldError], later: list[FieldErro
 
 
 def _explain_actions(value: Any, wrong: list[FieldError]) -> None:
-    if not isinstance(value, list) or len(value) > MAX_ACTIONS:
-        got = f"{len(value)} actions" if isinstance(value, list) else shown(value)
+    if not is_array(value) or len(value) > MAX_ACTIONS:
+        got = f"{len(value)} actions" if is_array(value) else shown(value)
         wrong.append(FieldError("actions", f"an array of at most {MAX_ACTIONS} actions", got))
         return
     for index, action in enumerate(value):
         path = f"actions/{index}"
-        if not isinstance(action, dict):
+        if not is_object(action):
             wrong.append(FieldError(path, "an object", shown(action)))
             continue
         for name, part in action.items():
@@ -312,5 +322,5 @@ def _explain_actions(value: Any, wrong: list[FieldError]) -> None:
                     wrong.append(error)
             elif name == "method" and part not in METHODS:
                 wrong.append(FieldError(below, "|".join(METHODS), shown(part)))
-            elif name == "payload" and not isinstance(part, dict):
+            elif name == "payload" and not is_object(part):
                 wrong.append(FieldError(below, "an object", shown(part)))

@@ -35,6 +35,7 @@ from carillon.event_rules import (
     expiry_ms,
     explain_event,
     has_control,
+    is_array,
     text_error,
     tree_errors,
 )
@@ -345,7 +346,7 @@ class EventParser:
 
     def _explained(self, document: Any, tenant: str, now_ms: int, key: str | None) -> Request:
         """The slow path: the same verdicts, item by item, with reasons."""
-        if not isinstance(document, list):
+        if not is_array(document):
             one = _accepted(document, recipients=True)
             if isinstance(one, Problem):
                 raise ProblemError(one)

@@ -13,8 +13,8 @@ from typing import Any, Final
 import msgspec
 
 from carillon.errors import InvalidInputError
-from carillon.event_rules import FieldError, Instant, Text, text_error, tree_errors
-from carillon.problems import shown
+from carillon.event_rules import Instant, Text, is_array, is_object, text_error, tree_errors
+from carillon.problems import FieldError, shown
 
 CHANNELS: Final = ("in_app", "push", "email", "sms", "webhook", "chat")
 DAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
@@ -51,7 +51,7 @@ def validate(document: Any) -> str:
     Raises:
         PreferencesError: it breaks a rule; `errors` names each.
     """
-    if not isinstance(document, dict):
+    if not is_object(document):
         raise PreferencesError([FieldError("", "an object", shown(document))])
     errors = tree_errors(document)
     if not errors:
@@ -91,7 +91,7 @@ def _flag(path: str, value: Any) -> list[FieldError]:
 
 
 def _channels(path: str, value: Any) -> list[FieldError]:
-    if not isinstance(value, dict):
+    if not is_object(value):
         return [FieldError(path, "an object of channels", shown(value))]
     errors: list[FieldError] = []
     for channel, wanted in value.items():
@@ -105,7 +105,7 @@ def _channels(path: str, value: Any) -> list[FieldError]:
 
 def _rules(path: str, value: Any) -> list[FieldError]:
     """categories and types: a name to true, false, or channels each."""
-    if not isinstance(value, dict):
+    if not is_object(value):
         return [FieldError(path, "an object", shown(value))]
     if len(value) > MAX_ENTRIES:
         return [FieldError(path, f"at most {MAX_ENTRIES} entries", f"{len(value)} entries")]
@@ -115,7 +115,7 @@ def _rules(path: str, value: Any) -> list[FieldError]:
         wrong = text_error(below, name, _NAME)
         if wrong is not None:
             errors.append(wrong)
-        elif isinstance(wanted, dict):
+        elif is_object(wanted):
             errors.extend(_channels(below, wanted))
         elif not isinstance(wanted, bool):
             errors.append(FieldError(below, "true, false or an object of channels", shown(wanted)))
@@ -125,7 +125,7 @@ def _rules(path: str, value: Any) -> list[FieldError]:
 def _quiet_hours(path: str, value: Any) -> list[FieldError]:
     if value is None:
         return []
-    if not isinstance(value, dict):
+    if not is_object(value):
         return [FieldError(path, "null or {start, end, timezone, days}", shown(value))]
     errors: list[FieldError] = []
     for name in ("start", "end"):
@@ -136,7 +136,7 @@ def _quiet_hours(path: str, value: Any) -> list[FieldError]:
     if not isinstance(zone, str) or not _known_zone(zone):
         errors.append(FieldError(f"{path}/timezone", "a time zone name such as Europe/Vienna", shown(zone)))
     days = value.get("days", list(DAYS))
-    if not isinstance(days, list) or len(days) > 7 or any(day not in DAYS for day in days):
+    if not is_array(days) or len(days) > 7 or any(day not in DAYS for day in days):
         errors.append(FieldError(f"{path}/days", f"an array of {', '.join(DAYS)}", shown(days)))
     for name in value:
         if name not in ("start", "end", "timezone", "days"):

@@ -82,7 +82,9 @@ def deploy_ingress(
         http_options=HTTPOptions(host=settings.cluster.bind_host, port=ingress.port),
         logging_config=quiet,
     )
-    deployment = ray_serve.deployment(
+    # Serve's own annotations take neither its decorators' results nor the None its documentation names.
+    make: Any = ray_serve.deployment
+    deployment = make(
         IngressReplica,
         name=DEPLOYMENT,
         num_replicas=ingress.replicas * nodes,

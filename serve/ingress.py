@@ -67,7 +67,7 @@ class Ingress:
         self.app: IngressApp | None = None
         self.backend: RouterBackend | None = None
         self._clock = clock or SystemClock()
-        self._pool: asyncpg.Pool[Any] | None = None
+        self._pool: asyncpg.Pool | None = None
         self._socket: socket.socket | None = None
         self._server: _Server | None = None
         self._tasks: list[asyncio.Task[None]] = []

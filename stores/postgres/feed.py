@@ -129,7 +129,7 @@ class FeedReader:
     outside: what PostgreSQL cannot hold (NUL) is simply not found.
     """
 
-    def __init__(self, pool: asyncpg.Pool[Any], acquire_timeout_s: float = 5.0) -> None:
+    def __init__(self, pool: asyncpg.Pool, acquire_timeout_s: float = 5.0) -> None:
         self._pool = pool
         self._timeout_s = acquire_timeout_s
         self._sql = {

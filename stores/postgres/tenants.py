@@ -57,7 +57,7 @@ class TenantStore:
     All methods raise StoreUnavailableError while Postgres does not answer.
     """
 
-    def __init__(self, pool: asyncpg.Pool[Any], acquire_timeout_s: float = 5.0) -> None:
+    def __init__(self, pool: asyncpg.Pool, acquire_timeout_s: float = 5.0) -> None:
         self._pool = pool
         self._timeout_s = acquire_timeout_s
         self._sql = load_queries("tenants")
