@@ -246,7 +246,14 @@ class ShardStore:
 
     async def _write_connection(self) -> asyncpg.Connection:
         """The writer's own connection, kept out of the pool: appends never wait for reads."""
-        if self._writer is None or self._writer.is_closed():
+        if self._writer is not None:
+            try:
+                lost = self._writer.is_closed()
+            except asyncpg.InterfaceError:
+                lost = True  # the pool took it back when the server ended it while nobody used it
+            if lost:
+                self._writer = None
+        if self._writer is None:
             self._writer = await self._open_pool().acquire(timeout=self._settings.connect_timeout_s)  # type: ignore[assignment]
         assert self._writer is not None
         return self._writer
