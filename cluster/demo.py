@@ -17,6 +17,9 @@ from stores.postgres.tenants import TenantStore
 
 DEMO_TENANT: Final = "demo"
 
+DEMO_USERS: Final = ("alice", "bob", "carol")
+"""Users of the demo page."""
+
 DEMO_DEVICES: Final = {
     "alice": {
         "alice-phone": {"platform": "android", "provider": "fcm", "token": "demo-fcm-alice"},

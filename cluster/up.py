@@ -26,7 +26,7 @@ from carillon.clock import SystemClock
 from carillon.errors import ClusterError
 from carillon.settings import Settings
 from cluster.children import LineChild
-from cluster.demo import DEMO_TENANT, DemoTenant, ensure_demo_tenant, register_demo_devices
+from cluster.demo import DEMO_TENANT, DEMO_USERS, DemoTenant, ensure_demo_tenant, register_demo_devices
 from cluster.embedded import EmbeddedPostgres, EmbeddedValkey
 from cluster.processes import (
     become_subreaper,
@@ -136,7 +136,17 @@ class System:
             values = write_demo_credentials(
                 self.folder.path / "credentials", self.ready_lines["fcm"], self.ready_lines["apns"]
             )
-            self.settings = self.settings.with_values(push=values)
+            self.settings = self.settings.with_values(
+                push=values,
+                ingress={
+                    # These routes hand out tokens without a login: beyond loopback only on request.
+                    "demo": self.settings.ingress.demo or self._loopback,
+                    "demo_tenant": DEMO_TENANT,
+                    "demo_users": ",".join(DEMO_USERS),
+                    "demo_fcm_received_url": self.ready_lines["fcm"]["receivedUrl"],
+                    "demo_apns_received_url": self.ready_lines["apns"]["receivedUrl"],
+                },
+            )
         self._record()
         await self._deploy()
         with self.console.step("both HTTP doors answer"):
