@@ -10,7 +10,7 @@ from benchmarks.target import Target
 from benchmarks.wire import get_json
 from tests.browser.chromium import Chromium, Tab
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)  # the first test waits for the system to start
 
 STATE = "document.getElementById('state').dataset.state"
 BADGE = "Number(document.getElementById('badge').dataset.count)"

@@ -145,3 +145,14 @@ def test_one_wrong_repeat_makes_the_scenario_wrong() -> None:
     assert not combined["ok"]
     assert combined["metrics"]["post_ms"]["p50"] == 1.0
     assert "1 lost" in combined["verdict"]
+
+
+def test_memory_is_that_of_the_first_repeat() -> None:
+    """A second storm reuses the first one's memory, so a median would flatter the system."""
+    from benchmarks.ledger import Verdict
+
+    storms = [
+        Measurement("S6", "t", {"memory_per_connection_kb": {"gateway": {"pss": kb}}}, Verdict(accepted=1))
+        for kb in (8.0, 1.0, 1.0)
+    ]
+    assert report.combine(storms)["metrics"]["memory_per_connection_kb"] == {"gateway": {"pss": 8.0}}
