@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from datetime import datetime
-from typing import Annotated, Any, Final, NamedTuple, TypeGuard
+from typing import Annotated, Any, Final, NamedTuple, TypeGuard, cast
 
 import msgspec
 from msgspec import Meta
@@ -115,7 +115,7 @@ def tree_errors(value: Any, path: str = "", depth: int = 1) -> list[FieldError]:
 def _walk(value: Any, path: str, depth: int, found: list[FieldError]) -> None:
     if len(found) >= 10:  # enough to act on; a hostile document does not get a long answer
         return
-    kind: Any = type(value)
+    kind: Any = cast("Any", type(value))
     if kind is str:
         if "\0" in value:
             found.append(FieldError(path, "no NUL character", shown(value)))
