@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -401,5 +402,6 @@ class SessionMachine(RuleBasedStateMachine):
             raise AssertionError("the session never comes to rest")
 
 
-TestSession = SessionMachine.TestCase
+# A failure is shrunk for up to five minutes before it is shown.
+TestSession = pytest.mark.timeout(400)(SessionMachine.TestCase)
 TestSession.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
