@@ -34,6 +34,7 @@ class FakeDemo:
         self.epoch = "e1"
         self.token = "t1"
         self.refusing = False
+        self.tells_presence = True
 
     async def __aenter__(self) -> FakeDemo:
         app = Starlette(
@@ -200,6 +201,9 @@ class FakeDemo:
             await self.change(
                 user, {"type": "NOTIFICATION_ARCHIVED", "notificationId": frame["notificationId"]}
             )
+        elif kind == "WATCH_PRESENCE" and not self.tells_presence:
+            refusal = {"type": "ERROR", "code": "not_supported", "message": "no", "temporary": False}
+            await socket_.send_text(json.dumps(refusal | {"id": frame["id"]}))
         elif kind == "WATCH_PRESENCE":
             for other in frame["userIds"]:
                 status = "active" if self.sockets[other] else "offline"

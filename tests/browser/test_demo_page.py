@@ -129,6 +129,17 @@ async def test_text_of_others_is_never_markup(fake: FakeDemo, browser: Chromium)
     assert await tab.run("document.querySelectorAll('#feed img, #feed b').length") == 0
 
 
+async def test_own_presence_is_shown_even_if_the_server_tells_none(fake: FakeDemo, browser: Chromium) -> None:
+    """A refused WATCH_PRESENCE is no error to the person; one's own dot follows the connection."""
+    fake.tells_presence = False
+    tab = await browser.open(f"{fake.url}?user=ana")
+    await tab.wait("document.querySelector('[data-user=ana]').dataset.presence === 'active'")
+    await tab.wait("document.getElementById('wire').textContent.includes('not_supported')")
+    assert await tab.run("document.getElementById('send-hint').textContent") == ""
+    await tab.click("#link-button")  # "Go offline"
+    await tab.wait("document.querySelector('[data-user=ana]').dataset.presence === 'offline'")
+
+
 async def test_a_closed_tab_means_push(fake: FakeDemo, browser: Chromium) -> None:
     """With the user's tab gone, another user's tab shows the push."""
     ana = await browser.open(f"{fake.url}?user=ana")
