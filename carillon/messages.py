@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import Struct
 
 # ---------------------------------------------------------------------------------------------------
 # Values shared by several messages
@@ -46,7 +46,7 @@ class Member(Struct, array_like=True, frozen=True):
     address: Address
     public: str = ""
     """What clients dial: a gateway's ws:// URL, an ingress replica's http:// URL; else empty."""
-    labels: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, str] = {}
     """A pool's {"provider": "fcm"}."""
     term: int = 0
     """A shard's fencing number, set by the coordinator; 0 for the others."""
@@ -87,7 +87,7 @@ class Outcome(Struct, array_like=True):
     seq: int = 0
     status: str = "stored"
     """delivered|queued|stored|deferred|merged|duplicate|suppressed|failed|moved. The last is internal."""
-    channels: list[str] = field(default_factory=list)
+    channels: list[str] = []
     """Channels planned, e.g. ["in_app", "push"]."""
     replayed: bool = False
     """True if an earlier request with the same idempotency key made it."""
@@ -126,7 +126,7 @@ class Change(Struct, array_like=True, tag=3):
     slot: int
     op: str
     """read | read_all | seen | archive | dismiss | click."""
-    ids: list[bytes] = field(default_factory=list)
+    ids: list[bytes] = []
     up_to_seq: int | None = None
     action_id: str | None = None
     strict: bool = False
@@ -205,7 +205,7 @@ class UserPresence(Struct, array_like=True):
     user: str
     status: str
     """active | idle | offline."""
-    devices: list[DevicePresence] = field(default_factory=list)
+    devices: list[DevicePresence] = []
     last_seen_ms: int | None = None
 
 
@@ -282,7 +282,7 @@ class ClientAck(Struct, array_like=True, tag=24):
 
     conn: int
     seq: int | None = None
-    ids: list[bytes] = field(default_factory=list)
+    ids: list[bytes] = []
     ref: str | int | None = None
 
 
@@ -292,7 +292,7 @@ class ClientChange(Struct, array_like=True, tag=25):
     conn: int
     op: str
     """As in `Change.op`."""
-    ids: list[bytes] = field(default_factory=list)
+    ids: list[bytes] = []
     up_to_seq: int | None = None
     action_id: str | None = None
     ref: str | int | None = None
@@ -472,10 +472,10 @@ class Renew(Struct, array_like=True, tag=51):
 
     name: str
     incarnation: str
-    counters: dict[str, float] = field(default_factory=dict)
+    counters: dict[str, float] = {}
     """Growing since the process started, e.g. "events_accepted"."""
-    gauges: dict[str, float] = field(default_factory=dict)
-    histograms: dict[str, list[float]] = field(default_factory=dict)
+    gauges: dict[str, float] = {}
+    histograms: dict[str, list[float]] = {}
     """Per name: counts per bucket of carillon.metrics.BUCKETS_MS, then the sum in ms."""
 
 

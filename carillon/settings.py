@@ -229,7 +229,9 @@ class IngressSettings:
     ready_timeout_s: float = setting(2.0, "Longest check of GET /readyz.", low=0.05, unit="s")
     key_touch_s: float = setting(15.0, "How often the last use of API keys is written.", low=0.05, unit="s")
     drain_s: float = setting(10.0, "A stopping replica finishes its requests for so long.", low=0.0, unit="s")
-    demo: bool = setting(False, "Serve /demo/config.json, /demo/send and /demo/received: no login, demo only.")
+    demo: bool = setting(
+        False, "Serve /demo/config.json, /demo/send and /demo/received: no login, demo only."
+    )
     demo_tenant: str = setting("demo", "Tenant of the demo page.")
     demo_users: str = setting("ada,grace", "Comma-separated users of the demo page.")
     demo_fcm_received_url: str = setting("", "What the local FCM server received (its receivedUrl).")
@@ -269,7 +271,10 @@ class PushSettings:
     apns_ca_file: str = setting("", "CA bundle for apns_url.")
     apns_connections: int = setting(2, "HTTP/2 connections of one sender.", low=1, high=20)
     apns_token_refresh_s: float = setting(
-        3000.0, "Age at which a new provider token is made; Apple takes none older than 1 h.", low=1.0, unit="s"
+        3000.0,
+        "Age of the provider token at which a new one is made (Apple: at most 1 h).",
+        low=1.0,
+        unit="s",
     )
     apns_token_min_age_s: float = setting(
         1200.0, "Apple refuses a new provider token before the last one is so old.", low=0.0, unit="s"
@@ -359,7 +364,7 @@ def _check_bounds(section: str, values: Any) -> None:
             raise SettingsError(f"expected {section}.{f.name} to be at most {high}{unit}, got {value}")
 
 
-def _parse(name: str, kind: type, text: Any) -> Any:
+def _parse(name: str, kind: Any, text: Any) -> Any:
     try:
         if kind is bool:
             word = str(text).lower()
@@ -368,12 +373,13 @@ def _parse(name: str, kind: type, text: Any) -> Any:
             return word in {"1", "true", "yes"}
         if kind is not str and (isinstance(text, bool) or (kind is int and isinstance(text, float))):
             raise ValueError  # int() would round 80.5 and take true for 1
-        value = kind(text)
+        value: Any = kind(text)
         if kind is float and not math.isfinite(value):
             raise ValueError  # nan passes every bound
         return value
     except (TypeError, ValueError):
-        wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
+        names: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false"}
+        wanted = names.get(kind, "text")
         raise SettingsError(f"expected {name} to be {wanted}, got {text!r}") from None
 
 

@@ -8,7 +8,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 
-async def eventually(check: Callable[[], Any] | Callable[[], Awaitable[Any]], timeout_s: float = 10.0, what: str = "") -> Any:
+async def eventually(
+    check: Callable[[], Any] | Callable[[], Awaitable[Any]], timeout_s: float = 10.0, what: str = ""
+) -> Any:
     """Poll `check` until it returns something true; fail with the last answer after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     last: Any = None

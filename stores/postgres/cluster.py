@@ -59,16 +59,14 @@ class ClusterStore:
             never acknowledged.
     """
 
-    def __init__(
-        self, pool: asyncpg.Pool[Any], settings: PostgresSettings, fence_wait_s: float = 1.0
-    ) -> None:
+    def __init__(self, pool: asyncpg.Pool, settings: PostgresSettings, fence_wait_s: float = 1.0) -> None:
         self._pool = pool
         self._timeout_s = settings.connect_timeout_s
         self._fence_wait_s = fence_wait_s
         self._sql = load_queries("cluster")
 
     @property
-    def pool(self) -> asyncpg.Pool[Any]:
+    def pool(self) -> asyncpg.Pool:
         """The pool given."""
         return self._pool
 
@@ -87,7 +85,8 @@ class ClusterStore:
             StoreUnavailableError: Postgres does not answer.
         """
         async with acquired(self._pool, self._timeout_s) as connection:
-            return int(await connection.fetchval(self._sql["take_epoch"]))
+            epoch: Any = await connection.fetchval(self._sql["take_epoch"])
+            return int(epoch)
 
     async def load(self) -> StoredMap:
         """Read the whole map. Raises StoreUnavailableError."""
@@ -125,7 +124,8 @@ class ClusterStore:
             StoreUnavailableError: Postgres does not answer; nothing is changed, or the term is one higher.
         """
         async with self._transaction(epoch) as connection:
-            return int(await connection.fetchval(self._sql["register_shard"], shard, node, incarnation))
+            term: Any = await connection.fetchval(self._sql["register_shard"], shard, node, incarnation)
+            return int(term)
 
     async def move_slots(self, epoch: int, moves: Mapping[int, str | None]) -> dict[str, int]:
         """Give slots to new owners and begin a new term for every shard that loses one.
@@ -167,16 +167,16 @@ class ClusterStore:
             await connection.execute(self._sql["forget_old_shards"], list(keep))
 
     @contextlib.asynccontextmanager
-    async def _transaction(self, epoch: int) -> AsyncIterator[asyncpg.Connection[Any]]:
+    async def _transaction(self, epoch: int) -> AsyncIterator[asyncpg.Connection]:
         async with acquired(self._pool, self._timeout_s) as connection, connection.transaction():
             present = await connection.fetchval(self._sql["check_epoch"])
             if present != epoch:
                 raise FencedError(f"coordinator epoch {epoch} is over: the present one is {present}")
             yield connection
 
-    async def _bump(self, connection: asyncpg.Connection[Any], losers: list[str]) -> list[Any]:
+    async def _bump(self, connection: asyncpg.Connection, losers: list[str]) -> list[Any]:
         """Bump the losers' terms, ending sessions that hold their rows for too long."""
-        backend = await connection.fetchval(self._sql["backend"])
+        backend: Any = await connection.fetchval(self._sql["backend"])
         watch = asyncio.get_running_loop().create_task(self._end_blockers(backend))
         try:
             return await connection.fetch(self._sql["bump_terms"], losers)

@@ -37,7 +37,7 @@ async def connect(dsn: str, settings: PostgresSettings | None = None) -> asyncpg
     """One connection outside any pool. Raises StoreUnavailableError."""
     settings = settings or PostgresSettings()
     with translated():
-        return await asyncpg.connect(dsn, timeout=settings.connect_timeout_s)
+        return await asyncpg.connect(dsn, timeout=settings.connect_timeout_s)  # type: ignore[arg-type]
 
 
 async def open_pool(settings: PostgresSettings, size: int | None = None) -> asyncpg.Pool:
