@@ -50,7 +50,7 @@ test: $(STAMP) ## everything: check and all test suites, with a summary
 
 .PHONY: bench
 bench: $(STAMP) ## measure a running system (ARGS="--help" explains the options)
-	@$(BIN)/python -m benchmarks.bench $(ARGS)
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 .PHONY: lock
 lock: $(STAMP) ## resolve pyproject.toml anew into requirements.lock

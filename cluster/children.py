@@ -7,7 +7,7 @@ import contextlib
 import json
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class LineChild:
             command, env=env, log=log, stdout=subprocess.PIPE, stdin=subprocess.PIPE if talks else None
         )
         self._reader: asyncio.StreamReader | None = None
+        self._close_reader: Callable[[], None] | None = None
 
     @property
     def pid(self) -> int:
@@ -82,19 +83,29 @@ class LineChild:
 
     def stop(self, wait_s: float = 10.0) -> int:
         """End it: SIGTERM, then by force. Returns its exit status."""
-        for stream in (self.child.stdin, self.child.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
+        if self.child.stdin is not None:
+            with contextlib.suppress(OSError):
+                self.child.stdin.close()
+        if self._close_reader is not None:
+            self._close_reader()
+        elif self.child.stdout is not None:
+            self.child.stdout.close()
         return stop_child(self.child, ((signal.SIGTERM, wait_s),))
 
     async def _open(self) -> asyncio.StreamReader:
         if self._reader is None:
             reader = asyncio.StreamReader(limit=1 << 20)
-            await asyncio.get_running_loop().connect_read_pipe(
+            loop = asyncio.get_running_loop()
+            transport, _ = await loop.connect_read_pipe(
                 lambda: asyncio.StreamReaderProtocol(reader), self.child.stdout
             )
-            self._reader = reader
+
+            def close() -> None:
+                with contextlib.suppress(RuntimeError):  # the loop is closed, and the pipe with it
+                    loop.call_soon_threadsafe(transport.close)
+
+            # The pipe is the loop's now: closed under it, it would poll a descriptor that is not there.
+            self._reader, self._close_reader = reader, close
         return self._reader
 
     def _wait_briefly(self) -> None:

@@ -310,6 +310,34 @@ def test_ctrl_c_leaves_nothing_behind(installation: Installation) -> None:
             probe.bind(("127.0.0.1", port))
 
 
+def test_sigterm_while_starting(service_folder: Path) -> None:
+    """SIGTERM in the middle of a start ends what runs by then: status 0, no process, no trace of an error."""
+    installation = Installation(service_folder / "interrupted")
+    installation.folder.mkdir()
+    with (installation.folder / "out").open("ab") as out:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "cluster", "up", "--data-dir", str(installation.folder)),
+                *("--http-port", "0", "--direct-port", "0", "--ws-port", "0"),
+            ],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        wait_until(lambda: "connected to Ray" in installation.said(), START_S, "Ray")
+        process.terminate()
+        assert process.wait(90) == 0, installation.said()
+    finally:
+        process.kill()
+        process.wait()
+    assert "Traceback" not in installation.said()
+    assert related(installation.folder) == {}
+    assert not installation.dev_file.exists()
+
+
 def test_taken_port_is_named(service_folder: Path) -> None:
     """A port in use ends `up` at once with a sentence that names the port, its holder and the way out."""
     folder = service_folder / "taken"
