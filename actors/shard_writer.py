@@ -8,12 +8,13 @@ grows with load without a timer (group commit).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from actors.shard_users import User, UserCache
+from actors.shard_users import LOAD_BATCH, User, UserCache
 from carillon import server_frames
 from carillon.clock import Clock, rfc3339
 from carillon.errors import CarillonError, FencedError, NotFoundError, UnavailableError
@@ -36,6 +37,9 @@ log = logging.getLogger(__name__)
 
 IDS_BLOCK = 1000
 """Outbox ids drawn at a time."""
+
+HEAL_PAUSE_S = 0.5
+"""Pause between looks at streams whose last write may or may not have been committed."""
 
 
 class Entry:
@@ -119,6 +123,7 @@ class Writer:
         self._changes: deque[ChangeEntry] = deque()
         self._running_keys: dict[tuple[str, str], Entry] = {}
         self._delivery_ids: list[int] = []
+        self._suspects: dict[UserKey, User] = {}
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -226,6 +231,8 @@ class Writer:
         while True:
             self._wake.clear()
             while queue or changes:
+                if self._suspects:
+                    await self._heal_suspects()
                 if queue:
                     batch = [queue.popleft() for _ in range(min(len(queue), self._settings.max_batch))]
                     try:
@@ -241,7 +248,39 @@ class Writer:
                 if changes:
                     await self._change_round()
                 self._stats.gauge("append_queue", self.queued())
-            await self._wake.wait()
+            if not self._suspects:
+                await self._wake.wait()
+                continue
+            await self._heal_suspects()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), HEAL_PAUSE_S if self._suspects else None)
+
+    def _suspect(self, users: Iterable[User | None]) -> None:
+        """A write of these users failed without a word whether it was committed: look before going on."""
+        self._suspects.update({user.key: user for user in users if user is not None})
+
+    async def _heal_suspects(self) -> None:
+        """Read where the streams of suspects stand; sessions that missed a commit replay from the store."""
+        batch = [user for user in list(self._suspects.values())[:LOAD_BATCH] if self._owns(user.slot)]
+        try:
+            records = await self._store.load_users(
+                self._term(), [(user.key, user.slot, user.epoch) for user in batch]
+            )
+        except CarillonError as exc:
+            log.info("%d users wait for a look at their streams: %s", len(self._suspects), exc)
+            if isinstance(exc, FencedError):
+                self._suspects.clear()  # the slots are another shard's, or everything is read anew
+            return
+        for user in list(self._suspects.values())[:LOAD_BATCH]:
+            del self._suspects[user.key]
+        known = {user.key: user for user in batch}
+        for record in records:
+            user = known[record.key]
+            if (record.seq, record.rev) == (user.seq, user.rev):
+                continue
+            user.seq, user.rev, user.unread = record.seq, record.rev, record.unread
+            if user.session is not None:
+                self._run_effects(user, user.session.heal(user.head()))
 
     # -- events -----------------------------------------------------------------------------------------
 
@@ -269,6 +308,7 @@ class Writer:
             for entry in batch:
                 self._done(entry, Outcome(entry.event.id, status="moved"))
         except CarillonError as exc:
+            self._suspect(entry.user for entry in batch)
             for entry in batch:
                 self._fail(entry, exc)
         self._stats.observe_ms("append_ms", (self._clock.monotonic() - started) * 1000)
@@ -496,6 +536,8 @@ class Writer:
             except CarillonError as exc:
                 if isinstance(exc, FencedError):
                     self._fenced()
+                else:
+                    self._suspect(change.user for change in changes)
                 self._finish(changes, exc)
             except asyncio.CancelledError:
                 self._finish(changes, UnavailableError("the shard stops"))

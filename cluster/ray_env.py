@@ -22,6 +22,13 @@ SERVE_SWITCHES: Final = {
 }
 """Must be the same on every node (ray_cluster.yaml sets them, too)."""
 
+PRIORITY: Final = {
+    # Ray gives its workers niceness 15, meant for batch jobs beside a person's desktop: on a busy machine our
+    # actors would then wait for PostgreSQL, HAProxy and whatever else runs there.
+    "RAY_worker_niceness": "0",
+}
+"""Must be in the environment of every node (ray_cluster.yaml sets it, too)."""
+
 QUIET: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Nothing collects these here; Carillon's own figures are at /metrics.
@@ -50,7 +57,7 @@ def client_environment(token_file: Path | str | None, loopback: bool) -> dict[st
         token_file: file of the cluster's token; None leaves the caller's authentication as it is.
         loopback: the whole cluster is on 127.0.0.1.
     """
-    values = {**QUIET, **SERVE_SWITCHES, "PYTHONPATH": str(ROOT)}
+    values = {**QUIET, **SERVE_SWITCHES, **PRIORITY, "PYTHONPATH": str(ROOT)}
     if token_file is not None:
         # Whoever reaches the GCS can run code as us: loopback alone keeps no other user of the machine out.
         values |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}

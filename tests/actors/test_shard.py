@@ -7,7 +7,7 @@ import hashlib
 
 import pytest
 
-from carillon.errors import RemoteError
+from carillon.errors import RemoteError, StoreUnavailableError
 from carillon.ids import slot_of, uuid_text
 from carillon.messages import (
     Change,
@@ -406,3 +406,29 @@ async def test_a_gap_heals_from_postgres(postgres_dsn: str) -> None:
         await kit.db.execute("update streams set seq = 2, rev = 2, unread = 2")
         await kit.publish(make_event())
         await eventually(lambda: kit.gateway.seqs(1) == [1, 2, 3])
+
+
+async def test_a_commit_whose_answer_was_lost_reaches_live_sockets(
+    postgres_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection breaks between commit and answer: the retry is told so, and devices get the frame."""
+    async with Kit(postgres_dsn) as kit:
+        await kit.gateway.attach_ready(1)
+        store = kit.shard._store
+        append = store.append
+
+        async def commit_and_break(*args: object, **kwargs: object) -> object:
+            monkeypatch.setattr(store, "append", append)
+            await append(*args, **kwargs)  # type: ignore[arg-type]
+            raise StoreUnavailableError("the connection is lost")
+
+        monkeypatch.setattr(store, "append", commit_and_break)
+        event = make_event()
+        (lost,) = await kit.publish(event)
+        assert (lost.status, lost.code) == ("failed", "store_unavailable")
+        await eventually(lambda: kit.gateway.seqs(1) == [1])
+        event.retry = True
+        (again,) = await kit.publish(event)
+        assert (again.id, again.seq) == (event.id, 1)
+        await kit.publish(make_event())
+        await eventually(lambda: kit.gateway.seqs(1) == [1, 2])
