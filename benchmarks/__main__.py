@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import signal
 import sys
 import tempfile
@@ -120,7 +121,8 @@ async def measure(
     results: list[dict[str, Any]],
 ) -> None:
     """Run scenarios one after the other, into `results`; one that breaks is reported and the next goes on."""
-    for name in names:
+    # The storm first: memory that other scenarios left behind would be counted as free.
+    for name in sorted(names, key=lambda name: name != "S6"):
         runs: list[Measurement] = []
         try:
             for turn in range(repeat):
@@ -173,6 +175,7 @@ async def run(arguments: argparse.Namespace) -> int:
                     f"the system of {arguments.dev_json} does not answer ({exc}); is it up?"
                 ) from exc
         await measure(target, options, names, arguments.repeat, progress, results)
+        results.sort(key=lambda result: names.index(result["name"]))
     except asyncio.CancelledError:
         if results:
             print(report.table(results))
@@ -181,6 +184,10 @@ async def run(arguments: argparse.Namespace) -> int:
         if own is not None:
             progress.line("stopping the system", last=True)
             own.stop()
+            if results and all(result["ok"] for result in results):
+                shutil.rmtree(own.runtime_dir, ignore_errors=True)
+            else:
+                progress.line(f"its logs are kept in {own.runtime_dir}", last=True)
     whole = report.document(
         results,
         {
