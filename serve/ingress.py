@@ -116,6 +116,8 @@ class Ingress:
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                date_header=False,
+                proxy_headers=False,  # nothing here looks at the peer's address: one layer less per request
                 backlog=BACKLOG,
                 timeout_graceful_shutdown=max(1, round(settings.ingress.drain_s)),
             )
