@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 
 import asyncpg
 
@@ -45,10 +45,15 @@ async def connect(dsn: str, settings: PostgresSettings | None = None) -> asyncpg
         return await asyncpg.connect(dsn, timeout=settings.connect_timeout_s)  # type: ignore[arg-type]
 
 
-async def open_pool(settings: PostgresSettings, size: int | None = None) -> asyncpg.Pool:
+async def open_pool(
+    settings: PostgresSettings, size: int | None = None, server_settings: Mapping[str, str] | None = None
+) -> asyncpg.Pool:
     """A pool of at most `size` connections (default: `settings.pool_size`), opened lazily but for one.
 
     Statements are prepared and cached by the driver per connection: behind a pooler use session mode.
+
+    Args:
+        server_settings: parameters of PostgreSQL for these connections.
 
     Raises:
         StoreUnavailableError: the server does not answer within `connect_timeout_s`.
@@ -62,7 +67,12 @@ async def open_pool(settings: PostgresSettings, size: int | None = None) -> asyn
             command_timeout=settings.statement_timeout_s,
             max_inactive_connection_lifetime=0,
             reset=_keep,
-            server_settings={"application_name": "carillon", "jit": "off", "timezone": "UTC"},
+            server_settings={
+                "application_name": "carillon",
+                "jit": "off",
+                "timezone": "UTC",
+                **(server_settings or {}),
+            },
         )
         assert pool is not None
         return pool

@@ -37,7 +37,7 @@ order by d.tenant, d.user_id, d.device_id;
 -- name: append
 -- The group commit: positions, notifications and outbox in one statement, hence one transaction.
 -- $3,$4 stream ids and how many each gets; $5..$13 the notifications, `back` counting from the stream's last;
--- $14..$19 the outbox rows; $20 now.
+-- a batch with outbox rows has `append_planned` behind `stored`: $14..$19 the rows, $20 now.
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
 moved as (
     update streams s set seq = s.seq + u.n, rev = s.rev + u.n, unread = s.unread + u.n
@@ -54,7 +54,13 @@ stored as (
                 $12::float8[], $13::float8[])
          as e (id, stream_id, back, priority, type, category, content, created_s, expires_s)
     join moved m on m.stream_id = e.stream_id
-),
+)%(planned)s
+select stream_id, seq, rev, unread from moved
+union all
+select 0, term, 0, 0 from fence;
+
+-- name: append_planned
+-- The part of `append` that writes outbox rows.
 planned as (
     insert into deliveries
         (id, notification_id, stream_id, slot, channel, state, due_at, attempts, created_at, updated_at)
@@ -64,9 +70,6 @@ planned as (
          as d (id, notification_id, stream_id, slot, state, due_s)
     join moved m on m.stream_id = d.stream_id
 )
-select stream_id, seq, rev, unread from moved
-union all
-select 0, term, 0, 0 from fence;
 
 -- name: take_keys
 -- Idempotency keys come first, sorted, so that two batches never wait for each other in a circle; a key
