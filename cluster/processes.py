@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Final
 
 from carillon.clock import SystemClock
 from carillon.errors import ClusterError
@@ -212,11 +213,21 @@ def end_processes(targets: Sequence[ProcessId], term_s: float = 5.0, kill_s: flo
     return [process for process in left if alive(process)]
 
 
+FREE_PORTS: Final = range(20_000, 30_000)
+"""Where `free_port` looks: below the system's ephemeral range (32768-60999 on Linux), whose ports any
+outgoing connection may hold a moment later, above Ray's workers (10002-19999) and below Serve's replicas
+(30000-31000)."""
+
+
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that was free a moment ago. Another process may take it first: be ready to try again."""
-    with socket.socket() as listener:
-        listener.bind((host, 0))
-        return listener.getsockname()[1]
+    """A TCP port that was free a moment ago; another process may take it first."""
+    for _ in range(200):
+        port = secrets.choice(FREE_PORTS)
+        if port_is_free(port, host):
+            return port
+    raise ClusterError(
+        f"expected a free TCP port between {FREE_PORTS.start} and {FREE_PORTS.stop}, found none"
+    )
 
 
 def port_is_free(port: int, host: str = "127.0.0.1") -> bool:

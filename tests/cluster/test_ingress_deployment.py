@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import warnings
 from collections.abc import AsyncIterator
 from typing import Any
@@ -22,15 +21,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from ray import serve as ray_serve
 
+    from cluster.processes import free_port
     from serve.deployment import deploy_ingress, remove_ingress
 
 EVENT = {"userId": "ada", "type": "t", "title": "Hello"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @ray.remote(num_cpus=0)

@@ -198,7 +198,9 @@ marked as (
 withdrawn as (
     update deliveries d set state = 'cancelled', reason = 'acknowledged', updated_at = to_timestamp($5)
     from told t
-    where d.notification_id = t.id and d.stream_id = t.stream_id and d.state in ('planned', 'failed', 'unknown')
+    -- The array says by which index: the join alone may be planned as a scan of all that is pending.
+    where d.notification_id = any ($3::uuid[]) and d.notification_id = t.id and d.stream_id = t.stream_id
+      and d.state in ('planned', 'failed', 'unknown')
 )
 select (select count(*) from marked) as marked, (select count(*) from fence) as fenced;
 
