@@ -129,7 +129,8 @@ async def test_a_lost_shard_that_comes_back(cluster: Cluster):
     await eventually(lambda: cluster.directory.link("shard-a") is None)
     cluster.a = await FakeShard.start(cluster.coordinator, "shard-a")
     assert await waiting == Done()
-    assert len(cluster.a.received) == 1
+    # At least once: a link dialled before the map names the new process is dropped when it does.
+    assert 1 <= len(cluster.a.received) <= 2
 
 
 async def test_a_replaced_shard_that_hangs(cluster: Cluster):
@@ -142,7 +143,7 @@ async def test_a_replaced_shard_that_hangs(cluster: Cluster):
     successor = await FakeShard.start(cluster.coordinator, "shard-a")
     assert await waiting == Done()
     assert old.closed
-    assert len(successor.received) == 1
+    assert 1 <= len(successor.received) <= 2
     await successor.stop()
 
 
