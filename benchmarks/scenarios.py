@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from typing import Any, Final
 
 from benchmarks.bench import Bench, Measurement, Options, Progress, opened
@@ -211,7 +212,7 @@ async def half_offline(target: Target, options: Options, progress: Progress) -> 
             if user in online:
                 unneeded += 1
             elif entry is not None:
-                at = push["receivedAt"] / 1000 - wall_offset_s
+                at = datetime.fromisoformat(push["receivedAt"]).timestamp() - wall_offset_s
                 latencies.append(at - entry.intended_s)
                 last_at = max(last_at, at)
         measurement = await bench.finish(

@@ -17,7 +17,7 @@ import jwt
 import msgspec
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from carillon.clock import Clock
+from carillon.clock import Clock, rfc3339
 from carillon.testing.control_port import ControlPort
 from carillon.testing.http2_server import Answer, Http2Server, Request
 from carillon.testing.provider_credentials import (
@@ -146,7 +146,7 @@ class ApnsServer(LocalProvider):
                 payload=payload,
                 headers={name: value for name, value in headers.items() if name.startswith("apns-")},
                 connection=request.connection.number,
-                received_at=self.clock.now_ms(),
+                received_at=rfc3339(self.clock.now_ms()),
             )
         )
         return self.finish(Answer(200, [("apns-id", apns_id)]), behaviour)

@@ -17,7 +17,7 @@ import jwt
 import msgspec
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from carillon.clock import Clock
+from carillon.clock import Clock, rfc3339
 from carillon.testing.control_port import ControlPort
 from carillon.testing.http2_server import Answer, Http2Server, Request
 from carillon.testing.provider_credentials import DEMO_PROJECT, server_tls, write_service_account
@@ -183,7 +183,7 @@ class FcmServer(LocalProvider):
                 payload=message,
                 headers={},
                 connection=request.connection.number,
-                received_at=self.clock.now_ms(),
+                received_at=rfc3339(self.clock.now_ms()),
             )
         )
         name = f"projects/{self.project}/messages/0:{self._messages:016d}"

@@ -85,8 +85,8 @@ class ReceivedPush(Struct, rename="camel"):
     """APNs: the apns-* headers. FCM: empty."""
     connection: int
     """Number of the connection it came on, from 1."""
-    received_at: int
-    """Milliseconds since the epoch."""
+    received_at: str
+    """RFC 3339 UTC with milliseconds."""
 
 
 class LocalProvider:

@@ -17,6 +17,8 @@ from starlette.responses import FileResponse, JSONResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from carillon.clock import rfc3339
+
 PAGE = Path(__file__).resolve().parents[2] / "serve/static/demo.html"
 USERS = ("ana", "ben", "chloe")
 
@@ -99,7 +101,7 @@ class FakeDemo:
                 {
                     "target": f"demo-{user}-phone",
                     "notificationId": note["id"],
-                    "receivedAt": int(time.time() * 1000),
+                    "receivedAt": rfc3339(time.time_ns() // 1_000_000),
                     "payload": {"notification": {"title": title, "body": more.get("body") or ""}},
                 }
             )

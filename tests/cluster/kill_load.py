@@ -9,6 +9,7 @@ import json
 import random
 import time
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import islice
 from typing import Any
 
@@ -128,8 +129,8 @@ class Accepted:
     seq: int
     began: float
     """Monotonic seconds of the first try."""
-    began_wall: float
-    """The same since the epoch."""
+    answered: float
+    """Seconds since the epoch of the answer."""
 
 
 class Load:
@@ -183,7 +184,7 @@ class Load:
         body = json.dumps({"userId": user, "type": "t", "title": str(number)}).encode()
         request = http_request(self._door, "POST", "/v1/events", body, self._dev["apiKey"])
         request = request.replace(b"\r\n", b"\r\nIdempotency-Key: kill-%d\r\n" % number, 1)
-        began, wall = time.monotonic(), time.time()
+        began = time.monotonic()
         wait_s = 0.05
         while True:
             try:
@@ -195,7 +196,7 @@ class Load:
                     answer = response.json()
                     if answer["id"] in self.accepted:
                         self.broken.append(f"the id {answer['id']} was answered to two events")
-                    self.accepted[answer["id"]] = Accepted(user, number, answer["seq"], began, wall)
+                    self.accepted[answer["id"]] = Accepted(user, number, answer["seq"], began, time.time())
                     return
                 self.retries[str(response.status)] += 1
                 if response.status not in RETRIED:
@@ -224,7 +225,10 @@ class Phone:
         """Ask once."""
         with contextlib.suppress(OSError):
             pushes = (await get_json(self._door, f"?target={PHONE_TOKEN}"))["pushes"]
-            self.receipts = [(push["receivedAt"] / 1000, push["notificationId"]) for push in pushes]
+            self.receipts = [
+                (datetime.fromisoformat(push["receivedAt"]).timestamp(), push["notificationId"])
+                for push in pushes
+            ]
 
     def ids(self) -> set[str]:
         """Notifications that were pushed."""

@@ -155,19 +155,21 @@ def table(kills: list[Kill], devices: list[DeviceClient], phone: Phone, load: Lo
             f"{kill.actor:<20}{kill.flowing_s:>13.1f} s{gaps[0]:>11.2f} s{gaps[1]:>12.2f} s"
             f"{gaps[2]:>7.2f} s{kill.over_s:>6.1f} s"
         )
-    began = {key: entry.began_wall for key, entry in load.accepted.items()}
-    delays = sorted((at - began[key], began[key]) for at, key in phone.receipts if key in began)
-    slow = ", ".join(
-        f"{delay:.1f} s ({wall - kills[0].wall:+.1f} s)"
-        for delay, wall in delays
-        if delay > SLOW_PUSH_S and kills
-    )
+    told = {key: entry.answered for key, entry in load.accepted.items()}
+    slow = {key: at - told[key] for at, key in phone.receipts if key in told and at - told[key] > SLOW_PUSH_S}
+    lines.append(f"{len(slow)} pushes took longer than {SLOW_PUSH_S:g} s")
+    if slow and kills:
+        times = sorted(told[key] for key in slow)
+        lines[-1] += f", at most {max(slow.values()):.1f} s; their events were accepted " + ", ".join(
+            f"{times[0] - kill.wall:+.1f} to {times[-1] - kill.wall:+.1f} s around the kill of {kill.actor}"
+            for kill in kills
+            if kill.kind in ("router", "pool")
+        )
     return "\n".join(
         [
             *lines,
             f"{load.offered} offered, {len(load.accepted)} accepted; failed tries: {dict(load.retries)}",
             f"{sum(len(each.connections) - 1 for each in devices)} reconnects, {len(phone.receipts)} pushes",
-            f"pushes after more than {SLOW_PUSH_S:g} s (event's time after the first kill): {slow or 'none'}",
         ]
     )
 

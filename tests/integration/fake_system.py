@@ -19,6 +19,7 @@ import websockets.asyncio.server as ws_server
 from websockets.exceptions import ConnectionClosed
 
 from benchmarks.target import Target
+from carillon.clock import rfc3339
 
 SECRET = "a secret of at least thirty-two bytes"
 
@@ -124,7 +125,7 @@ class FakeSystem:
             {
                 "target": self.push_devices[user],
                 "notificationId": notification,
-                "receivedAt": int(time.time() * 1000),
+                "receivedAt": rfc3339(time.time_ns() // 1_000_000),
             }
         )
 
