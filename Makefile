@@ -1,7 +1,7 @@
 # `make` lists the targets. Everything runs on a fresh Debian with python3, gcc and make: the first target that
 # needs it builds .venv from requirements.lock, and again only when the lock has changed.
 
-PYTHON ?= python3
+PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.synced

@@ -57,17 +57,28 @@ def assign_slots(
     base, odd = divmod(len(owners), len(ranked))
     target = {name: base + (1 if rank < odd else 0) for rank, name in enumerate(ranked)}
 
+    order = sorted(range(len(owners)), key=_scattered)
     kept: Counter[str] = Counter()
-    result: list[str | None] = []
-    for owner in owners:
+    result: list[str | None] = [None] * len(owners)
+    for slot in order:
+        owner = owners[slot]
         if owner is not None and owner in target and kept[owner] < target[owner]:
             kept[owner] += 1
-            result.append(owner)
-        else:
-            result.append(None)
-    wanting = [name for name in sorted(ranked) for _ in range(target[name] - kept[name])]
-    free = iter(wanting)
-    return [next(free) if owner is None else owner for owner in result]
+            result[slot] = owner
+    free = iter([name for name in sorted(ranked) for _ in range(target[name] - kept[name])])
+    for slot in order:
+        if result[slot] is None:
+            result[slot] = next(free)
+    return result
+
+
+def _scattered(slot: int) -> int:
+    """Rank of a slot in an order that jumps about: the bits of its number reversed.
+
+    CRC-32 puts ids that differ in their last digits into neighbouring slots; with contiguous halves all of
+    user-0 to user-9 would be on one of two shards.
+    """
+    return int(f"{slot:032b}"[::-1], 2)
 
 
 def moved_slots(before: Sequence[str | None], after: Sequence[str | None]) -> dict[int, str | None]:

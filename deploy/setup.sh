@@ -14,12 +14,23 @@ usable() {
     "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
 
+# Distributions build their interpreter with profile-guided optimization; one compiled by hand or by a version
+# manager often is not, and runs the same code about 30 % slower. So the system's comes first, if it can make
+# environments as it is.
+ready() {
+    usable "$1" && "$1" -c 'import ensurepip, venv' 2>/dev/null
+}
+
 make_environment() {
     python=
-    for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11; do
-        if usable "$candidate"; then
+    if [ -n "${PYTHON:-}" ]; then
+        if usable "$PYTHON"; then python=$PYTHON; fi
+    elif ready /usr/bin/python3; then
+        python=/usr/bin/python3
+    fi
+    for candidate in python3 python3.13 python3.12 python3.11; do
+        if [ -z "$python" ] && usable "$candidate"; then
             python=$candidate
-            break
         fi
     done
     [ -n "$python" ] || fail "expected Python 3.11, 3.12 or 3.13, got $("${PYTHON:-python3}" --version 2>&1); set PYTHON"
