@@ -70,7 +70,7 @@ create index notifications_expiring on notifications (stream_id, expires_at)   -
     where read_at is null and expires_at is not null;
 
 -- Rows whose month has no partition yet (a clock far ahead) are still accepted.
-create table notifications_default partition of notifications default;
+create table notifications_default partition of notifications default with (fillfactor = 75);
 
 -- The outbox: one row per planned external channel, born in the transaction of its notification.
 create table deliveries (
