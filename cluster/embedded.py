@@ -335,7 +335,6 @@ class EmbeddedPostgres(_Server):
             "full_page_writes": "off" if self.fast else "on",
             "max_wal_size": "2GB",  # a checkpoint makes every page be logged whole again: have few
             "checkpoint_timeout": "15min",
-            "wal_compression": "lz4",
             "max_parallel_workers_per_gather": "0",  # needs /dev/shm, which containers keep small
             "autovacuum_naptime": "30s",
             "log_min_messages": "warning",

@@ -79,7 +79,9 @@ async def ensure_partitions(
             continue
         async with connection.transaction():
             # Attaching a month whose rows already sit in the default partition would fail: move them.
-            await connection.execute(f"create table {name} (like notifications including all) with (fillfactor = {FILLFACTOR})")
+            await connection.execute(
+                f"create table {name} (like notifications including all) with (fillfactor = {FILLFACTOR})"
+            )
             await connection.execute(
                 f"with moved as (delete from notifications_default where id >= $1::uuid and id < $2::uuid"  # noqa: S608
                 f" returning *) insert into {name} select * from moved",
