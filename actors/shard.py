@@ -368,8 +368,8 @@ class Shard:
             failed(NotOwnerError(f"slot {message.slot} is not here"))
             return
         key = UserKey(message.tenant, message.user)
-        user = self._users.get(key)
-        if user is not None and not self._users.loading(key):
+        user = self._users.ready(key)
+        if user is not None:
             then(user)
             return
 

@@ -124,8 +124,8 @@ class Sessions:
             self._refuse(peer, [message.conn])
             return
         key = UserKey(message.tenant, message.user)
-        user = self._users.get(key)
-        if user is not None and not self._users.loading(key):
+        user = self._users.ready(key)
+        if user is not None:
             self._attach(peer, message, user)
             return
         peer.early[message.conn] = []

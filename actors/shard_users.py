@@ -90,9 +90,9 @@ class UserCache:
         """All users in memory."""
         return list(self._users.values())
 
-    def loading(self, key: UserKey) -> bool:
-        """True while `when_loaded` callbacks wait for this user."""
-        return key in self._waiting
+    def ready(self, key: UserKey) -> User | None:
+        """The user if in memory with nobody waiting before the caller, whose turn else is `when_loaded`."""
+        return None if key in self._waiting else self.get(key)
 
     def when_loaded(self, key: UserKey, slot: int, callback: Loaded) -> None:
         """Load the user (many at a time) and call back, in the order asked per user."""

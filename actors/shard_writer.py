@@ -171,8 +171,8 @@ class Writer:
         if event.idempotency_key is not None and not self._claim_key(entry):
             return
         key = UserKey(event.tenant, event.user)
-        user = self._users.get(key)
-        if user is not None and not self._users.loading(key):
+        user = self._users.ready(key)
+        if user is not None:
             entry.user = user
             user.pins += 1
             self._queue.append(entry)
