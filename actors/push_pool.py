@@ -18,6 +18,7 @@ from actors.config import ActorConfig
 from actors.directory import ShardDirectory
 from actors.link import Link
 from actors.member import Membership
+from actors.names import sender_name
 from actors.push_sender import LocalSender, RemoteSender, Sender, SenderConfig, Spawn, spawn_with_ray
 from carillon.breaker import Breaker
 from carillon.clock import Clock, SystemClock
@@ -83,7 +84,7 @@ class PushPool:
         channel = self._make(self.provider, self._settings, self._clock)
         await channel.open()
         self._senders.append(
-            LocalSender(f"{self.config.name}-sender-0", channel, self._settings, self._clock)
+            LocalSender(sender_name(self.config.name, 0), channel, self._settings, self._clock)
         )
         self._membership = Membership(self.config, self, stats=self.stats, clock=self._clock)
         self._directory = ShardDirectory(self._membership)
@@ -325,7 +326,7 @@ class PushPool:
 
     async def _grow(self) -> None:
         self._spawned += 1
-        name = f"{self.config.name}-sender-{self._spawned}"
+        name = sender_name(self.config.name, self._spawned)
         sender = RemoteSender(name, self._clock)
         try:
             config = SenderConfig(name, self.provider, self.config.settings, self.config.secret)
