@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any, Final
 
 from actors.link import Link, LinkClient
@@ -15,6 +16,9 @@ from carillon.messages import Address, ClusterMap, Member, Push, PushAccepted, P
 from carillon.metrics import Stats
 
 log = logging.getLogger(__name__)
+
+Left = Callable[[str, list[PushJob], str], None]
+"""Called with the provider, jobs that no pool will try, and why."""
 
 _HALF_LIFE_S: Final = 1.0
 """What a pool said it holds counts half after so long: it works on, and tells only when it is given more."""
@@ -42,8 +46,8 @@ class _Pool:
 class PoolDirectory:
     """Hands push jobs to the least loaded pool of their provider.
 
-    Delivery: none promised. A job that no pool takes, or whose pool dies, comes again from the outbox when
-    its lease ends; nothing waits here, so a slow pool holds up nobody.
+    Delivery: none promised. A job that no pool takes is handed back at once; one whose pool dies comes again
+    from the outbox when its lease ends. Nothing waits here, so a slow pool holds up nobody.
 
     Args:
         membership: gives the map; pools are its members of kind "pool", by label "provider".
@@ -62,15 +66,20 @@ class PoolDirectory:
         self._closed = False
         membership.on_map(self._take_map)
 
-    def offer(self, jobs: list[PushJob]) -> None:
-        """Send jobs to pools. Never blocks, never raises; what cannot be sent now is left to the outbox."""
+    def offer(self, jobs: list[PushJob], left: Left) -> None:
+        """Send jobs to pools. Never blocks, never raises.
+
+        Args:
+            left: told, now or later, of the jobs that certainly nobody took. Those whose fate is unknown (the
+                link broke) are left to their lease.
+        """
         groups: dict[str, list[PushJob]] = {}
         for job in jobs:
             groups.setdefault(job.provider, []).append(job)
         for provider, group in groups.items():
-            self._offer_to(provider, group)
+            self._offer_to(provider, group, left)
 
-    def _offer_to(self, provider: str, jobs: list[PushJob]) -> None:
+    def _offer_to(self, provider: str, jobs: list[PushJob], left: Left) -> None:
         now = self._clock.monotonic()
         best: _Pool | None = None
         best_load = float("inf")
@@ -83,31 +92,38 @@ class PoolDirectory:
                 best, best_load = pool, load
         room = self._limit - best.offered if best is not None else 0
         if best is None or room <= 0:
-            self._stats.count(f'pushes_left{{provider="{provider}"}}', len(jobs))
+            self._leave(provider, jobs, "no pool" if best is None else "full", left)
             return
         taken = jobs if len(jobs) <= room else jobs[:room]
         try:
             future = best.client.open_link().request_nowait(Push(taken))
         except CarillonError as exc:
             log.info("push pool %s: %s", best.member.name, exc)
-            self._stats.count(f'pushes_left{{provider="{provider}"}}', len(jobs))
+            self._leave(provider, jobs, "no pool", left)
             return
         best.offered += len(taken)
         self._stats.count(f'pushes_offered{{provider="{provider}"}}', len(taken))
         if len(taken) < len(jobs):
-            self._stats.count(f'pushes_left{{provider="{provider}"}}', len(jobs) - len(taken))
-        future.add_done_callback(functools.partial(self._answered, best, provider, len(taken)))
+            self._leave(provider, jobs[len(taken) :], "full", left)
+        future.add_done_callback(functools.partial(self._answered, best, provider, taken, left))
 
-    def _answered(self, pool: _Pool, provider: str, sent: int, future: asyncio.Future[Any]) -> None:
-        pool.offered -= sent
+    def _leave(self, provider: str, jobs: list[PushJob], reason: str, left: Left) -> None:
+        self._stats.count(f'pushes_left{{provider="{provider}"}}', len(jobs))
+        left(provider, jobs, reason)
+
+    def _answered(
+        self, pool: _Pool, provider: str, sent: list[PushJob], left: Left, future: asyncio.Future[Any]
+    ) -> None:
+        pool.offered -= len(sent)
         if future.cancelled() or future.exception() is not None:
-            self._stats.count(f'pushes_left{{provider="{provider}"}}', sent)
+            # Taken or not, nobody knows: the lease decides.
+            self._stats.count(f'pushes_left{{provider="{provider}"}}', len(sent))
             return
         answer = future.result()
         if type(answer) is PushAccepted:
             pool.queued, pool.queued_at = float(answer.queued), self._clock.monotonic()
-            if answer.accepted < sent:
-                self._stats.count(f'pushes_left{{provider="{provider}"}}', sent - answer.accepted)
+            if answer.accepted < len(sent):
+                self._leave(provider, sent[answer.accepted :], answer.reason or "full", left)
 
     def status(self) -> dict[str, Any]:
         """Per pool: provider, whether its link is open, jobs offered and queued."""

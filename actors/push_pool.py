@@ -1,7 +1,8 @@
 """The pool of one push provider: takes jobs from routers, spreads them over senders, reports to shards.
 
 Memory: `push.max_queue` bounds the jobs held here in any state (waiting, being sent, being reported). A full
-pool takes fewer jobs than offered and the rest stays in the outbox; it never pushes back on the ingress.
+pool takes fewer jobs than offered and the rest goes back to the outbox, as does what waits here when the
+breaker opens or the pool drains; it never pushes back on the ingress.
 Delivery: at least once. A job whose outcome no shard takes is dropped with a log line; its lease in the
 outbox runs out and it is tried again with the same ids. Order: none across jobs.
 """
@@ -23,7 +24,7 @@ from actors.push_sender import LocalSender, RemoteSender, Sender, SenderConfig, 
 from carillon.breaker import Breaker
 from carillon.clock import Clock, SystemClock
 from carillon.errors import BusyError, CarillonError, LinkError, NotFoundError, RemoteError, UnavailableError
-from carillon.messages import Push, PushAccepted, PushJob, PushOutcome, PushResult
+from carillon.messages import Push, PushAccepted, PushJob, PushLeft, PushOutcome, PushResult
 from carillon.metrics import Stats
 from carillon.settings import PushSettings
 from channels.ports import AUTH_ERRORS, PushChannel, make_channel
@@ -111,8 +112,10 @@ class PushPool:
         }
 
     async def drain(self) -> None:
-        """Take no more jobs and wait until those held are reported, at most twice the provider timeout."""
+        """Take no more jobs, hand back what waits, finish what is in flight (twice the timeout at most)."""
         self._draining = True
+        self._dispatch()
+        self._hand_back_queue("draining")
         loop = asyncio.get_running_loop()
         deadline = loop.time() + 2 * self._settings.timeout_s + 1.0
         while self.held and loop.time() < deadline:
@@ -151,12 +154,19 @@ class PushPool:
         """Take jobs."""
         if type(message) is Push:
             accepted = self._accept(message.jobs)
-            link.reply_nowait(request, PushAccepted(accepted, self.held))
+            reason = "" if accepted == len(message.jobs) else self._why_not()
+            link.reply_nowait(request, PushAccepted(accepted, self.held, reason))
         else:
             link.fail_nowait(request, NotFoundError(f"a push pool does not take {type(message).__name__}"))
 
     def read_finished(self, link: Link) -> None:
         """Dispatching is scheduled by the jobs themselves."""
+
+    def _why_not(self) -> str:
+        """Why jobs are not taken now."""
+        if self._draining or self._stopped:
+            return "draining"
+        return "breaker open" if self._breaker.state == "open" else "full"
 
     def _accept(self, jobs: list[PushJob]) -> int:
         """Queue jobs, from the first; returns how many were taken."""
@@ -188,7 +198,7 @@ class PushPool:
         now = self._clock.monotonic()
         lease_s = self.config.settings.shard.delivery_lease_s
         stale_s = max(lease_s / 2, lease_s - self._settings.timeout_s)
-        stale = 0
+        stale: list[PushJob] = []
         while self._queue and self._breaker.allows() and not self._stopped:
             sender = min(self._senders, key=lambda sender: sender.outstanding, default=None)
             if sender is None or sender.outstanding >= self._settings.sender_concurrency:
@@ -196,7 +206,7 @@ class PushPool:
             delivery = next(iter(self._queue))
             job, arrived = self._queue.pop(delivery)
             if now - arrived > stale_s:
-                stale += 1  # its lease is about to end: sending it now would send it twice
+                stale.append(job)  # its lease is about to end: sending it now would send it twice
                 continue
             key = (job.delivery, job.attempt)
             self._sending.add(key)
@@ -213,8 +223,35 @@ class PushPool:
                     self._sweep_lost()
                 break
         if stale:
-            log.info("%s: %d jobs waited too long and are left to the outbox", self.config.name, stale)
+            self._hand_back(stale, "waited too long")
+        if self._breaker.state == "open":
+            self._hand_back_queue("breaker open")
         self._gauge()
+
+    def _hand_back_queue(self, reason: str) -> None:
+        """What waits here would wait in vain: other pools, or the outbox, have more use for it."""
+        queue, self._queue = self._queue, {}
+        if queue:
+            self._hand_back([job for job, _ in queue.values()], reason)
+
+    def _hand_back(self, jobs: list[PushJob], reason: str) -> None:
+        """Tell the owners that these jobs are not tried. Whoever cannot be told has the lease."""
+        log.info("%s: %d jobs are handed back: %s", self.config.name, len(jobs), reason)
+        directory = self._directory
+        assert directory is not None
+        by_owner: dict[str, list[PushJob]] = {}
+        for job in jobs:
+            owner = directory.owner(job.slot)
+            by_owner.setdefault(owner.name if owner is not None else "", []).append(job)
+        for name, some in by_owner.items():
+            link = directory.link(name)
+            if link is None:
+                continue
+            left = PushLeft(self.provider, reason, [j.delivery for j in some], [j.attempt for j in some])
+            try:
+                link.send_nowait(left)
+            except CarillonError as exc:
+                log.info("%s: %d jobs wait for their lease to end: %s", self.config.name, len(some), exc)
 
     def _finished(self, outcome: PushOutcome) -> None:
         """A sender reported (called on the event loop)."""

@@ -39,6 +39,8 @@ from carillon.messages import (
     PresenceQuery,
     Publish,
     Push,
+    PushJob,
+    PushLeft,
 )
 from carillon.metrics import Stats
 
@@ -205,7 +207,7 @@ class Router:
             self._publish(link, message.events, request)
         elif kind is Push:
             if self._pools is not None:
-                self._pools.offer(message.jobs)
+                self._pools.offer(message.jobs, functools.partial(_hand_back, link))
         elif request <= 0:
             log.warning("unexpected one-way %s from %s", kind.__name__, link.peer)
         elif kind is PresenceQuery:
@@ -543,6 +545,15 @@ class Router:
     async def _find_presence(self, query: PresenceQuery) -> Message:
         assert self._directory is not None
         return await find_presence(self._directory, query, self._deadline_s, self.config.settings.link)
+
+
+def _hand_back(link: Link, provider: str, jobs: list[PushJob], reason: str) -> None:
+    """Tell the shard that sent these jobs that no pool takes them; if that fails, their leases do it."""
+    left = PushLeft(provider, reason, [job.delivery for job in jobs], [job.attempt for job in jobs])
+    try:
+        link.send_nowait(left)
+    except CarillonError as exc:
+        log.info("%d pushes wait for their lease to end: %s", len(jobs), exc)
 
 
 def _arrival(entry: tuple[Event, _Place]) -> tuple[int, int]:

@@ -48,6 +48,7 @@ from carillon.messages import (
     PresenceReply,
     Publish,
     Push,
+    PushLeft,
     PushOutcome,
     PushTarget,
     SessionsRevoke,
@@ -292,6 +293,8 @@ class Shard:
                 self._outbox.outcome(link, request, message)
             else:
                 link.fail_nowait(request, NotOwnerError(f"slot {message.slot} is not here"))
+        elif kind is PushLeft:
+            self._outbox.left(message)
         elif kind is Change:
             self._change(link, message, request)
         elif kind is PresenceQuery:

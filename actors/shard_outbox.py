@@ -15,16 +15,17 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from actors.link import Link
+from actors.shard_returns import Returns
 from actors.shard_users import User, UserCache
 from carillon.clock import Clock
 from carillon.errors import CarillonError, FencedError, StoreUnavailableError
 from carillon.ids import UserKey, uuid7_ms, uuid_text
-from carillon.messages import Done, Event, Push, PushJob, PushOutcome, PushResult, PushTarget
+from carillon.messages import Done, Event, Push, PushJob, PushLeft, PushOutcome, PushResult, PushTarget
 from carillon.metrics import Stats
 from carillon.notification import decode_content
-from carillon.outbox import settle
+from carillon.outbox import RETRYABLE, settle
 from carillon.settings import Settings
-from stores.postgres.shard_store import AttemptRow, Claimed, OutboxRow, SettleRow, ShardStore
+from stores.postgres.shard_store import AttemptRow, Claimed, OutboxRow, ReleaseRow, SettleRow, ShardStore
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ MAX_UNWRITTEN_ACKS = 200_000
 class _Flight:
     """A claimed row whose jobs are at the pools."""
 
-    __slots__ = ("attempt", "expires_ms", "open", "results", "until_ms")
+    __slots__ = ("attempt", "expires_ms", "left", "open", "results", "until_ms")
 
     def __init__(self, attempt: int, expires_ms: int | None, providers: set[str], until_ms: int) -> None:
         self.attempt = attempt
@@ -46,6 +47,7 @@ class _Flight:
         self.open = providers
         self.results: list[PushResult] = []
         self.until_ms = until_ms
+        self.left: tuple[int, str] | None = None  # some targets were not tried: next due, reason
 
 
 class Outbox:
@@ -53,7 +55,7 @@ class Outbox:
 
     Args:
         slots: gives the slots owned now.
-        send_jobs: hands jobs to a router; False if there is none (the lease brings them back).
+        send_jobs: hands jobs to a router; False if there is none.
         fenced: called when the term turns out to be over.
     """
 
@@ -86,12 +88,16 @@ class Outbox:
         self._fresh: list[tuple[User, Event, int, OutboxRow]] = []
         self._flights: dict[int, _Flight] = {}
         self._outcomes: list[tuple[Link, int, PushOutcome]] = []
+        self._half_tried: list[tuple[int, _Flight]] = []  # sent at one provider, left by another
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._ack_wake = asyncio.Event()
         self._outcome_wake = asyncio.Event()
         self._fresh_wake = asyncio.Event()
         self._ack_lock = asyncio.Lock()
+        self._returns = Returns(
+            store, clock, settings.push, term=term, released=self._released, fenced=fenced
+        )  # fmt: skip
 
     def start(self) -> None:
         """Begin sweeping and writing."""
@@ -111,6 +117,7 @@ class Outbox:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._returns.close()
         try:
             await self._write_acks()
         except CarillonError as exc:
@@ -154,6 +161,33 @@ class Outbox:
         """A pool tells what became of a job; answered after the commit."""
         self._outcomes.append((link, request, message))
         self._outcome_wake.set()
+
+    def left(self, message: PushLeft) -> None:
+        """Nobody tries these jobs. Rows of which nothing was tried go back and the try does not count."""
+        dues = self._returns.due_ms(message.provider, len(message.deliveries))
+        reason = f"waits: {message.provider} {message.reason}"
+        back: list[ReleaseRow] = []
+        for delivery, attempt, due_ms in zip(message.deliveries, message.attempts, dues, strict=False):
+            flight = self._flights.get(delivery)
+            if flight is None or flight.attempt != attempt or message.provider not in flight.open:
+                continue  # an earlier process sent it, perhaps to other providers too: its lease decides
+            flight.open.discard(message.provider)
+            flight.left = (max(due_ms, flight.left[0] if flight.left else 0), reason)
+            if flight.open:
+                continue
+            if flight.results:
+                self._half_tried.append((delivery, flight))
+                self._outcome_wake.set()
+            else:
+                del self._flights[delivery]
+                back.append(ReleaseRow(delivery, attempt, flight.left[0], reason))
+        if back:
+            self._returns.add(back)
+
+    def _released(self, rows: list[ReleaseRow]) -> None:
+        heapq.heappush(self._timers, min(row.due_ms for row in rows))
+        self._stats.count("pushes_handed_back", len(rows))
+        self._wake.set()
 
     def slots_gained(self) -> None:
         """Slots came to this shard: what is due in them is claimed at once."""
@@ -318,7 +352,9 @@ class Outbox:
             await self._store.record_outcomes(self._term(), [], settled, [], [], now_ms)
         for at in range(0, len(jobs), 200):
             if not self._send_jobs(Push(jobs[at : at + 200])):
-                log.warning("no router link: %d pushes wait for their lease to end", len(jobs) - at)
+                log.warning("no router link: %d pushes go back to the outbox", len(jobs) - at)
+                for job in jobs[at:]:
+                    self.left(PushLeft(job.provider, "no router", [job.delivery], [job.attempt]))
                 break
         if len(self._flights) > 10_000:
             self._flights = {d: f for d, f in self._flights.items() if f.until_ms > now_ms}
@@ -332,7 +368,7 @@ class Outbox:
             batch, self._outcomes = self._outcomes[:1000], self._outcomes[1000:]
             if self._outcomes:
                 self._outcome_wake.set()
-            if not batch:
+            if not batch and not self._half_tried:
                 continue
             try:
                 await self._record([message for _, _, message in batch])
@@ -355,7 +391,8 @@ class Outbox:
         settled: list[SettleRow] = []
         gone: list[tuple[UserKey, str, str]] = []
         disabled: list[tuple[UserKey, str, str]] = []
-        finished: list[tuple[int, _Flight]] = []
+        finished: list[tuple[int, _Flight]] = self._half_tried
+        self._half_tried = []
         lost: dict[UserKey, list[tuple[str, str]]] = {}
         for message in messages:
             for r in message.results:
@@ -374,6 +411,8 @@ class Outbox:
                 flight = _Flight(message.attempt, None, {message.provider}, now_ms)
             flight.open.discard(message.provider)
             flight.results += message.results
+            if any(r.outcome not in RETRYABLE for r in message.results):
+                self._returns.took(message.provider)
             if not flight.open:
                 finished.append((message.delivery, flight))
         for delivery, flight in finished:
@@ -385,6 +424,7 @@ class Outbox:
                 now_ms=now_ms,
                 expires_ms=flight.expires_ms,
                 jitter=random.random,
+                left=flight.left,
             )
             settled.append(SettleRow(delivery, flight.attempt, verdict.state, verdict.due_ms, verdict.reason))
             if verdict.state in ("failed", "unknown"):

@@ -425,6 +425,19 @@ class PushAccepted(Struct, array_like=True, tag=41):
     accepted: int
     queued: int
     """Jobs the pool now holds."""
+    reason: str = ""
+    """Why not all were taken: full | breaker open | draining."""
+
+
+class PushLeft(Struct, array_like=True, tag=43):
+    """One-way, router or pool -> shard: jobs that nobody will try; their rows go back to the outbox."""
+
+    provider: str
+    reason: str
+    """no pool | full | breaker open | draining | waited too long."""
+    deliveries: list[int]
+    attempts: list[int]
+    """The attempt of each of `deliveries`."""
 
 
 class PushResult(Struct, array_like=True):
@@ -542,8 +555,8 @@ type_union = (
     Publish | Outcomes | Change | ChangeResult | DevicePut | DeviceDelete | PreferencesPut | Done
     | PresenceQuery | PresenceReply | SessionsRevoke | Attach | Detach | ClientReady | ClientResume
     | ClientAck | ClientChange | ClientVisibility | ClientWatch | SocketDrained | Deliver | CloseSocket
-    | AttachRefused | Push | PushAccepted | PushOutcome | Join | Renew | ClusterMap | Leave | StatsQuery
-    | StatsReply | Failure | Ping
+    | AttachRefused | Push | PushAccepted | PushOutcome | PushLeft | Join | Renew | ClusterMap | Leave
+    | StatsQuery | StatsReply | Failure | Ping
 )  # fmt: skip
 Message = type_union
 

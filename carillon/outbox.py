@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,40 @@ def backoff_s(attempt: int, base_s: float, jitter: Callable[[], float]) -> float
     return step * (0.5 + jitter() / 2)
 
 
+class Pauses:
+    """When rows that no pool took are due again, per provider.
+
+    The pause doubles for as long as the provider takes nothing, is jittered, and bounded. The rows of a
+    backlog come back one by one, so that they are not all claimed and handed back again at every pause.
+
+    Args:
+        first_s, longest_s: bounds of the pause.
+        per_s: rows that come back in a second.
+    """
+
+    def __init__(self, first_s: float, longest_s: float, per_s: float) -> None:
+        self._first_s = first_s
+        self._longest_s = max(first_s, longest_s)
+        self._gap_ms = 1000 / per_s
+        self._steps: dict[str, tuple[float, float]] = {}  # provider -> (step in s, until when it is kept)
+        self._free_ms: dict[str, float] = {}  # provider -> when the next row may come back
+
+    def due_ms(self, provider: str, count: int, now_ms: int, jitter: Callable[[], float]) -> list[int]:
+        """Due times of `count` rows that are handed back now, ascending."""
+        step_s, until_ms = self._steps.get(provider, (0.0, 0.0))
+        if now_ms >= until_ms:
+            step_s = min(2 * step_s, self._longest_s) if step_s else self._first_s
+            self._steps[provider] = (step_s, now_ms + step_s * 1000)
+        first = now_ms + 1000 * step_s * (0.5 + jitter() / 2)
+        start = max(first, self._free_ms.get(provider, 0.0))
+        self._free_ms[provider] = start + count * self._gap_ms
+        return [math.ceil(start + index * self._gap_ms) for index in range(count)]
+
+    def took(self, provider: str) -> None:
+        """The provider takes pushes: the next pause is the first again."""
+        self._steps.pop(provider, None)
+
+
 def settle(
     results: Sequence[PushResult],
     attempt: int,
@@ -39,20 +74,29 @@ def settle(
     now_ms: int,
     expires_ms: int | None,
     jitter: Callable[[], float],
+    left: tuple[int, str] | None = None,
 ) -> Settled:
     """The row's state after all targets of a try have answered.
+
+    Args:
+        left: (due time, reason) if some targets were not tried, as no pool took their job: they are what
+            keeps the row alive, whatever the number of tries.
 
     One target that may yet be reached keeps the row alive; a retry leaves out those that were sent. Without
     such a target the row is sent if any target was, else dead with the provider's reason.
     """
     again = [r for r in results if r.outcome in RETRYABLE]
     sent = any(r.outcome == "sent" for r in results)
-    if again and attempt < max_attempts:
-        asked_s = max((r.retry_after_s for r in again), default=0.0)
-        due_ms = now_ms + round(1000 * max(asked_s, backoff_s(attempt, base_s, jitter)))
+    if left is not None or (again and attempt < max_attempts):
+        due_ms = 0 if left is None else left[0]
+        if again:
+            asked_s = max(r.retry_after_s for r in again)
+            # Beyond the last step (only with `left`) the pause grows no more.
+            pause_s = backoff_s(min(attempt, max_attempts), base_s, jitter)
+            due_ms = max(due_ms, now_ms + round(1000 * max(asked_s, pause_s)))
         if expires_ms is None or due_ms < expires_ms:
             state = "unknown" if any(r.outcome == "unknown" for r in again) else "failed"
-            return Settled(state, due_ms, again[0].error or None)
+            return Settled(state, due_ms, (again[0].error or None) if left is None else left[1])
         if not sent:
             return Settled("dead", now_ms, "expired before the next try")
     if sent:

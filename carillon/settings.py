@@ -259,6 +259,19 @@ class PushSettings:
     backoff_s: float = setting(
         1.0, "Wait after the first failed try; doubled after each.", low=0.001, unit="s"
     )
+    left_pause_s: float = setting(
+        1.0,
+        "Wait of a push that no pool took; doubled while its provider takes none, jittered.",
+        low=0.001,
+        unit="s",
+    )
+    left_pause_max_s: float = setting(30.0, "Longest such wait.", low=0.001, unit="s")
+    left_per_s: float = setting(
+        1000.0,
+        "Such pushes come back no faster than this, per shard and provider.",
+        low=1.0,
+        unit="1/s",
+    )
     fcm_url: str = setting("", "Override of FCM's host, for the local server; empty means Google's.")
     fcm_credentials: str = setting("", "Path of the service account file (JSON).")
     fcm_ca_file: str = setting("", "CA bundle for fcm_url.")

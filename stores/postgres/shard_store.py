@@ -195,6 +195,16 @@ class SettleRow:
     reason: str | None
 
 
+@dataclass(slots=True)
+class ReleaseRow:
+    """A claimed outbox row that nobody tried: planned again, due at `due_ms`."""
+
+    delivery: int
+    attempt: int
+    due_ms: int
+    reason: str
+
+
 class PoisonError(InvalidInputError):
     """PostgreSQL refused the data itself (SQLSTATE class 22 or 23): never retry as it is."""
 
@@ -540,10 +550,16 @@ class ShardStore:
             for r in rows
         ]  # fmt: skip
 
-    async def next_due_ms(self, slots: Sequence[int]) -> int | None:
-        """When the earliest outbox row of `slots` is due, or None."""
-        row = await self._pool_row("next_due", slots)
-        return None if row is None or row[0] is None else round(row[0] * 1000)
+    async def release(self, term: int, rows: Sequence[ReleaseRow], now_ms: int) -> int:
+        """Give claimed rows back without counting the try; returns how many were still claimed by it."""
+        row = await self._pool_row(
+            "release", self._shard, term,
+            [r.delivery for r in rows], [r.attempt for r in rows], [r.due_ms / 1000 for r in rows],
+            [r.reason for r in rows], now_ms / 1000,
+        )  # fmt: skip
+        if not row["fenced"]:
+            raise FencedError(f"term {term} of {self._shard} is over")
+        return row["released"]
 
     async def load_targets(self, keys: Sequence[UserKey]) -> dict[UserKey, list[PushTarget]]:
         """Push targets of users, fresh from the store."""

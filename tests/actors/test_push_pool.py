@@ -14,7 +14,17 @@ from actors.push_pool import PushPool
 from actors.push_sender import PushSender, RemoteSender, SenderConfig, Spawn, spawn_with_ray
 from carillon.clock import Clock, ManualClock
 from carillon.errors import RemoteError, UnavailableError
-from carillon.messages import Address, Done, Ping, Push, PushAccepted, PushJob, PushOutcome, PushResult
+from carillon.messages import (
+    Address,
+    Done,
+    Ping,
+    Push,
+    PushAccepted,
+    PushJob,
+    PushLeft,
+    PushOutcome,
+    PushResult,
+)
 from carillon.settings import PushSettings
 from channels.ports import PushChannel
 from tests.actors.fakes import FakeCoordinator, FakeShard, actor_config, fast_settings
@@ -110,6 +120,16 @@ class Setup:
         await eventually(lambda: len(self.outcomes()) >= count, what=f"{count} outcomes")
         return self.outcomes()
 
+    async def left(self, count: int) -> list[tuple[str, list[int], list[int]]]:
+        """Wait until so many jobs were handed back: (reason, deliveries, attempts) of each message."""
+
+        def told() -> list[PushLeft]:
+            return [message for message, _ in self.shard.received if type(message) is PushLeft]
+
+        await eventually(lambda: sum(len(m.deliveries) for m in told()) >= count, what=f"{count} left")
+        assert all(m.provider == self.pool.provider for m in told())
+        return [(m.reason, m.deliveries, m.attempts) for m in told()]
+
     async def spawn(self, config: SenderConfig) -> tuple[Address, Callable[[], Awaitable[None]]]:
         """Start a sender in this process, on a link as real as any."""
         channel = FakeChannel()
@@ -176,8 +196,8 @@ async def test_a_full_pool_takes_what_fits_from_the_first() -> None:
     async with pool(max_queue=10, sender_concurrency=3) as s:
         s.channel.gate.clear()
         assert await s.router.push(*(job_of(n) for n in range(1, 8))) == PushAccepted(7, 7)
-        assert await s.router.push(*(job_of(n) for n in range(8, 15))) == PushAccepted(3, 10)
-        assert await s.router.push(job_of(20)) == PushAccepted(0, 10)
+        assert await s.router.push(*(job_of(n) for n in range(8, 15))) == PushAccepted(3, 10, "full")
+        assert await s.router.push(job_of(20)) == PushAccepted(0, 10, "full")
         s.channel.gate.set()
         outcomes = await s.told(10)
         assert {o.delivery for o in outcomes} == set(range(1, 11))
@@ -232,6 +252,7 @@ async def test_a_job_that_waited_almost_its_lease_is_left_to_the_outbox() -> Non
         await s.told(2)
         await eventually(lambda: s.pool.held == 0)
         assert [job.delivery for job in s.channel.jobs] == [1, 3]
+        assert await s.left(1) == [("waited too long", [2], [1])]
 
 
 async def test_outcomes_follow_a_slot_that_moves() -> None:
@@ -312,7 +333,7 @@ async def test_a_channel_that_hangs_makes_the_try_unknown() -> None:
 
 
 async def test_refused_credentials_open_the_breaker_at_once(caplog: pytest.LogCaptureFixture) -> None:
-    """No more jobs are taken; after the pause one probe goes; its success lets all go."""
+    """No more jobs are taken, those held go back; after the pause one probe goes; its success lets all go."""
     clock = ManualClock()
     async with pool(clock, sender_concurrency=1) as s:
         s.channel.outcome, s.channel.status, s.channel.error = "failed", 401, "THIRD_PARTY_AUTH_ERROR"
@@ -320,13 +341,18 @@ async def test_refused_credentials_open_the_breaker_at_once(caplog: pytest.LogCa
         await s.told(1)
         assert (await s.pool.status())["breaker"] == "open"
         assert "refuses our credentials" in caplog.text
-        assert (await s.router.push(job_of(9))).accepted == 0
+        refused = await s.router.push(job_of(9))
+        assert (refused.accepted, refused.reason) == (0, "breaker open")
         assert len(s.channel.jobs) == 1
+        assert await s.left(4) == [("breaker open", [2, 3, 4, 5], [1, 1, 1, 1])]
         clock.advance(5.1)
+        await s.router.push(*(job_of(n) for n in range(2, 6)))
         await s.told(2)
         assert len(s.channel.jobs) == 2
+        await s.left(7)
         clock.advance(10.1)
         s.channel.outcome, s.channel.status, s.channel.error = "sent", 200, ""
+        await s.router.push(*(job_of(n) for n in range(3, 6)))
         await s.told(5)
         assert (await s.router.push(job_of(9))).accepted == 1
 
@@ -381,6 +407,24 @@ async def test_a_drained_pool_takes_nothing_and_finishes_what_it_has() -> None:
         await s.pool.stop()
         assert s.coordinator.left == ["pool-1"]
         assert s.channel.closed
+
+
+async def test_what_waits_in_a_draining_pool_goes_back() -> None:
+    """What is in flight is finished, the rest handed back at once, with its attempts."""
+    async with pool(sender_concurrency=1) as s:
+        s.channel.gate.clear()
+        await s.router.push(job_of(1), job_of(2, attempt=3))
+        await eventually(lambda: s.channel.now == 1)
+        drain = asyncio.create_task(s.pool.drain())
+        refused = None
+        while refused is None or refused.reason != "draining":
+            refused = await s.router.push(job_of(9))
+        assert refused.accepted == 0
+        assert await s.left(1) == [("draining", [2], [3])]
+        assert not drain.done()
+        s.channel.gate.set()
+        await drain
+        assert [outcome.delivery for outcome in await s.told(1)] == [1]
 
 
 async def test_other_messages_are_refused() -> None:

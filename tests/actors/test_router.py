@@ -25,6 +25,7 @@ from carillon.messages import (
     Push,
     PushAccepted,
     PushJob,
+    PushLeft,
 )
 from carillon.metrics import Stats
 from tests.actors.fakes import FakeCoordinator, FakeShard, actor_config, fast_settings
@@ -68,7 +69,8 @@ class FakePool(Quiet):
         self.jobs += taken
         self.queued += len(taken)
         if not self.silent:
-            link.reply_nowait(request, PushAccepted(len(taken), self.queued))
+            reason = "" if len(taken) == len(message.jobs) else "breaker open"
+            link.reply_nowait(request, PushAccepted(len(taken), self.queued, reason))
 
 
 class Cluster:
@@ -522,6 +524,42 @@ async def test_jobs_go_to_pools_of_their_provider(cluster: Cluster, pools: dict[
     await eventually(lambda: len(pools["fcm-1"].jobs + pools["fcm-2"].jobs) == 2 and pools["apns-1"].jobs)
     assert pools["apns-1"].jobs == [jobs[1]]
     assert cluster.router.stats.counters['pushes_left{provider="none such"}'] == 1
+
+
+def handed_back(cluster: Cluster) -> list[PushLeft]:
+    """What the shard that sent the jobs was told."""
+    return [message for message, _ in cluster.a.received if type(message) is PushLeft]
+
+
+async def test_jobs_that_no_pool_takes_are_handed_back_at_once(cluster: Cluster, pools: dict[str, FakePool]):
+    """No pool, or a pool that takes a part: the shard is told which tries are off, and why."""
+    lone = job("none such")
+    await push(cluster, [lone])
+    await eventually(lambda: handed_back(cluster))
+    assert handed_back(cluster) == [PushLeft("none such", "no pool", [lone.delivery], [1])]
+    for name in ("fcm-1", "fcm-2"):
+        pools[name].room = 2
+    some = [job("fcm") for _ in range(5)]
+    some[4].attempt = 7
+    await push(cluster, some)
+    await eventually(lambda: len(handed_back(cluster)) == 2)
+    left = PushLeft("fcm", "breaker open", [j.delivery for j in some[2:]], [1, 1, 7])
+    assert handed_back(cluster)[1] == left
+
+
+async def test_jobs_whose_fate_is_unknown_are_left_to_their_lease(
+    cluster: Cluster, pools: dict[str, FakePool]
+):
+    """The pool died with the offer unanswered: it may have sent them, so nobody says they were not tried."""
+    pools["apns-1"].silent = True
+    await push(cluster, [job("apns")])
+    await eventually(lambda: pools["apns-1"].jobs)
+    await pools["apns-1"].membership.close()
+    await eventually(lambda: cluster.router.stats.counters['pushes_left{provider="apns"}'] == 1)
+    lone = job("none such")
+    await push(cluster, [lone])
+    await eventually(lambda: handed_back(cluster))
+    assert [left.provider for left in handed_back(cluster)] == ["none such"]
 
 
 async def test_unanswered_jobs_count_as_work(cluster: Cluster, pools: dict[str, FakePool]):

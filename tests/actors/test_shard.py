@@ -20,6 +20,7 @@ from carillon.messages import (
     DeviceDelete,
     DevicePut,
     PresenceQuery,
+    PushLeft,
     PushOutcome,
     PushResult,
     SessionsRevoke,
@@ -270,6 +271,81 @@ async def test_failed_push_is_tried_again_and_gives_up(postgres_dsn: str) -> Non
         assert await kit.db.fetchval("select state from deliveries") == "dead"
         assert await kit.db.fetchval("select count(*) from devices") == 0
         assert await kit.db.fetchval("select count(*) from delivery_attempts") == 2
+
+
+async def test_a_push_that_no_pool_took_waits_without_using_up_a_try(postgres_dsn: str) -> None:
+    """Handed back: planned again at once, due after a pause, offered under the same number of tries."""
+    async with Kit(postgres_dsn, delivery_lease_s=30.0, push={"left_pause_s": 0.2}) as kit:
+        await kit.router.link.request(device())
+        await kit.publish(make_event(), make_event())
+        await eventually(lambda: len(kit.router.jobs) == 2)
+        ids = [job.delivery for job in kit.router.jobs]
+        for round_ in range(3):
+            kit.router.link.send_nowait(PushLeft("fcm", "breaker open", ids, [1, 1]))
+            await eventually(lambda n=round_: len(kit.router.jobs) == 2 * (n + 2))
+            assert {job.attempt for job in kit.router.jobs} == {1}
+        kit.router.link.send_nowait(PushLeft("fcm", "breaker open", ids, [1, 1]))
+        rows = "select distinct state, attempts, reason from deliveries"
+        waiting = ("planned", 0, "waits: fcm breaker open")
+
+        async def released() -> bool:
+            return [tuple(row) for row in await kit.db.fetch(rows)] == [waiting]
+
+        await eventually(released)
+        assert await kit.db.fetchval("select count(*) from delivery_attempts") == 0
+
+
+async def test_an_old_or_foreign_hand_back_changes_nothing(postgres_dsn: str) -> None:
+    """Of another try, another provider, or of a row that is settled."""
+    async with Kit(postgres_dsn) as kit:
+        await kit.router.link.request(device())
+        await kit.publish(make_event())
+        await eventually(lambda: kit.router.jobs)
+        job = kit.router.jobs[0]
+        kit.router.link.send_nowait(PushLeft("fcm", "full", [job.delivery], [2]))
+        kit.router.link.send_nowait(PushLeft("apns", "full", [job.delivery], [1]))
+        sent = PushOutcome(
+            job.delivery,
+            1,
+            "t",
+            "u",
+            job.slot,
+            job.notification,
+            "fcm",
+            [PushResult("phone", "sent", "m", 200)],
+        )
+        await kit.router.link.request(sent)
+        kit.router.link.send_nowait(PushLeft("fcm", "full", [job.delivery], [1]))
+        await kit.router.link.request(device())  # answered behind the messages above
+        assert tuple(await kit.db.fetchrow("select state, attempts from deliveries")) == ("sent", 1)
+
+
+async def test_a_push_taken_at_one_provider_and_left_by_another_comes_again_for_the_other(
+    postgres_dsn: str,
+) -> None:
+    """Two phones at two providers, one of which takes nothing: that one alone is tried again."""
+    async with Kit(postgres_dsn, push={"left_pause_s": 0.1}) as kit:
+        await kit.router.link.request(device())
+        tablet = DevicePut("t", "u", slot_of("t", "u"), "tablet", "ios", "apns", "token", "a", "app")
+        await kit.router.link.request(tablet)
+        await kit.publish(make_event())
+        await eventually(lambda: len(kit.router.jobs) == 2)
+        job = kit.router.jobs[0]
+        sent = PushOutcome(
+            job.delivery,
+            1,
+            "t",
+            "u",
+            job.slot,
+            job.notification,
+            "fcm",
+            [PushResult("phone", "sent", "m", 200)],
+        )
+        kit.router.link.send_nowait(PushLeft("apns", "no pool", [job.delivery], [1]))
+        await kit.router.link.request(sent)
+        await eventually(lambda: len(kit.router.jobs) == 3)
+        again = kit.router.jobs[2]
+        assert (again.provider, again.attempt, [t.device for t in again.targets]) == ("apns", 2, ["tablet"])
 
 
 async def test_a_restarted_shard_finds_due_pushes_and_replays_to_sockets(postgres_dsn: str) -> None:

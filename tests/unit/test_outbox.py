@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from carillon.messages import PushResult
-from carillon.outbox import RETRYABLE, Settled, backoff_s, settle
+from carillon.outbox import RETRYABLE, Pauses, Settled, backoff_s, settle
 
 NOW = 1_700_000_000_000
 OUTCOMES = ("sent", "unknown", "failed", "dead", "invalid_target", "disabled_target")
@@ -84,6 +84,52 @@ def test_final_refusals_are_not_repeated() -> None:
 def test_without_targets_it_is_cancelled() -> None:
     """The last target went away meanwhile: nobody to send to, nothing went wrong."""
     assert decide() == Settled("cancelled", NOW, "no push target")
+
+
+def test_what_was_left_keeps_the_row_alive_beyond_the_last_try() -> None:
+    """Sent at one provider, another takes nothing: the row waits for it, until it expires."""
+    some = [result("sent")]
+    values = {"max_attempts": 3, "base_s": 1.0, "now_ms": NOW, "jitter": lambda: 0.5}
+    left = (NOW + 1000, "waits: apns full")
+    waits = settle(some, 3, expires_ms=None, left=left, **values)
+    assert waits == Settled("failed", NOW + 1000, "waits: apns full")
+    assert settle(some, 3, expires_ms=NOW + 1000, left=left, **values).state == "sent"
+    both = settle([result("failed")], 9, expires_ms=None, left=left, **values)
+    assert both == Settled("failed", NOW + 3000, "waits: apns full")
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 5000), st.floats(0, 0.999)), max_size=20))
+def test_rows_that_no_pool_took_come_back_one_by_one(rounds: list[tuple[int, int, float]]) -> None:
+    """None before half of a pause, each after the one before, none later than the pause and its turn."""
+    pauses = Pauses(0.1, 2.0, 100.0)
+    now_ms, last, handed = NOW, 0.0, 0
+    for count, later_ms, draw in rounds:
+        now_ms += later_ms
+        dues = pauses.due_ms("fcm", count, now_ms, lambda draw=draw: draw)
+        handed += count
+        assert len(dues) == count
+        assert dues == sorted(dues)
+        assert dues[0] >= now_ms + 50
+        assert dues[0] >= last
+        assert dues[-1] <= now_ms + 2000 + handed * 10 + 1
+        last = dues[-1]
+
+
+def test_a_pause_doubles_once_per_pause_and_starts_again_when_the_provider_takes_pushes() -> None:
+    """Many refusals at a time are one; another provider's pause is its own."""
+    pauses = Pauses(1.0, 4.0, 1000.0)
+
+    def wait_ms(now_ms: int, provider: str = "fcm") -> int:
+        return pauses.due_ms(provider, 1, now_ms, lambda: 0.0)[0] - now_ms
+
+    assert wait_ms(NOW) == 500
+    assert wait_ms(NOW + 10) == 500
+    assert wait_ms(NOW + 1000) == 1000
+    assert wait_ms(NOW + 3000) == 2000
+    assert wait_ms(NOW + 7000) == 2000, "bounded"
+    assert wait_ms(NOW + 7000, "apns") == 500
+    pauses.took("fcm")
+    assert wait_ms(NOW + 12_000) == 500
 
 
 @given(

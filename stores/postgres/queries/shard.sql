@@ -240,10 +240,19 @@ join deliveries d using (id)
 join streams s using (stream_id)
 join notifications n on n.id = d.notification_id;
 
--- name: next_due
--- The earliest time anything is due in these slots. $1 slots.
-select extract(epoch from min(due_at))::float8 from deliveries
-where slot = any ($1::smallint[]) and state in ('planned', 'sending', 'unknown', 'failed');
+-- name: release
+-- Claimed rows that nobody tried: planned again, the claim does not count as a try. A row claimed again since,
+-- or settled, is left alone. $3 ids, $4 attempts, $5 due, $6 reasons, $7 now.
+with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
+back as (
+    update deliveries d
+    set state = 'planned', due_at = to_timestamp(t.due_s), attempts = d.attempts - 1, reason = t.reason,
+        updated_at = to_timestamp($7)
+    from fence, unnest($3::bigint[], $4::smallint[], $5::float8[], $6::text[]) as t (id, attempt, due_s, reason)
+    where d.id = any ($3::bigint[]) and d.id = t.id and d.attempts = t.attempt and d.state = 'sending'
+    returning d.id
+)
+select (select count(*) from back) as released, (select count(*) from fence) as fenced;
 
 -- name: record_attempts
 -- $1 delivery, $2 attempt, $3 device, $4 provider, $5 outcome, $6 provider id, $7 status, $8 error, $9 started,
