@@ -1,7 +1,8 @@
 """The ASGI app: one object behind two doors.
 
-`POST /v1/events` takes a short cut around the route table; both ways end in the same functions. Every
-answer, errors included, goes through one place, which adds X-Request-Id and CORS.
+`POST /v1/events` takes a short cut around the route table, and on the own door (serve/door.py) one around
+ASGI too; all ways end in the same functions. Every answer, errors included, goes through one place, which
+adds X-Request-Id and CORS.
 """
 
 from __future__ import annotations
@@ -30,10 +31,13 @@ from serve.routes import all_routes
 from serve.routes.events import publish
 from serve.routing import CLIENT, OPEN, SERVICE, Router
 from serve.services import Services
+from stores.postgres.tenants import ApiKeyRecord
 
 log = logging.getLogger(__name__)
 
-_HOT_PATH: Final = "/v1/events"
+HOT_PATH: Final = "/v1/events"
+EVENTS_SCOPE: Final = "events:write"
+"""What an API key needs for the hot route (the same as in the route table)."""
 _CORS_METHODS: Final = b"GET, POST, PUT, DELETE"
 _CORS_EXPOSED: Final = b"X-Request-Id, Retry-After, Idempotent-Replayed"
 
@@ -74,7 +78,7 @@ class IngressApp:
         self._max_in_flight = settings.max_in_flight
         self._limit = settings.max_request_bytes
         self._origins = {origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()}
-        self._id_prefix = os.urandom(6).hex()
+        self._id_prefix = os.urandom(6).hex().encode()
         self._next_id = 0
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
@@ -82,29 +86,57 @@ class IngressApp:
         if scope["type"] != "http":
             await _other(scope, receive, send)
             return
+        headers: dict[bytes, bytes] = dict(scope["headers"])  # at C speed; of a header sent twice the last
+        try:
+            response = await self._response(scope, headers, receive)
+        except ClientGoneError:
+            return
+        await send({"type": "http.response.start", "status": response.status, "headers": response.headers})
+        await send({"type": "http.response.body", "body": response.body})
+
+    async def hot(self, headers: dict[bytes, bytes], body: bytes) -> Response:
+        """`POST /v1/events` whose body is here and within the limit; the answer has all its headers."""
         services = self.services
         started = self._clock.monotonic()
-        headers: dict[bytes, bytes] = dict(scope["headers"])  # at C speed; of a header sent twice the last
-        authorization = headers.get(b"authorization")
-        request_id = clean_request_id(headers.get(b"x-request-id"))
-        origin = headers.get(b"origin")
-        if request_id is None:
-            self._next_id += 1
-            request_id = b"%s-%x" % (self._id_prefix.encode(), self._next_id)
+        request_id = self._request_id(headers)
+        services.in_flight += 1
+        try:
+            if services.in_flight > self._max_in_flight:
+                response = self._busy(request_id)
+            else:
+                known = self._known_key(headers)
+                if known is None:
+                    authorization = headers.get(b"authorization")
+                    known = await services.auth.service(authorization, EVENTS_SCOPE)
+                response = await publish(
+                    services,
+                    body,
+                    headers.get(b"idempotency-key"),
+                    known.tenant,
+                    started + self._timeout_s,
+                    request_id,
+                )
+        except Exception as exc:
+            response = _failed(exc, request_id, "POST", HOT_PATH)
+        finally:
+            services.in_flight -= 1
+        return self._finished(response, request_id, started)
+
+    async def _response(self, scope: Scope, headers: dict[bytes, bytes], receive: Any) -> Response:
+        """The answer with all its headers. Raises ClientGoneError: there is nobody to answer."""
+        services = self.services
+        started = self._clock.monotonic()
+        request_id = self._request_id(headers)
         services.in_flight += 1
         try:
             if services.in_flight > self._max_in_flight and not _exempt(scope["path"]):
-                busy = problem("unavailable", f"more than {self._max_in_flight} requests at once")
-                response = problem_response(busy, request_id)
+                response = self._busy(request_id)
             elif (
-                scope["path"] == _HOT_PATH
+                scope["path"] == HOT_PATH
                 and scope["method"] == "POST"
                 and not scope["query_string"]
-                and (known := services.auth.known_key(authorization)) is not None
-                and not known.revoked
-                and allows(known.scopes, "events:write")
+                and (known := self._known_key(headers)) is not None
             ):
-                services.auth.used(known)
                 body = await read_body(receive, headers, self._limit)
                 key = headers.get(b"idempotency-key")
                 response = await publish(
@@ -112,27 +144,47 @@ class IngressApp:
                 )
             else:
                 response = await self._dispatch(scope, headers, receive, request_id, started)
-        except ProblemError as exc:
-            response = problem_response(exc.problem, request_id)
         except ClientGoneError:
-            return
-        except CarillonError as exc:
-            response = problem_response(problem_of(exc), request_id)
-        except Exception:
-            log.exception("request %s (%s %s) failed", request_id.decode(), scope["method"], scope["path"])
-            response = problem_response(problem("internal"), request_id)
+            raise
+        except Exception as exc:
+            response = _failed(exc, request_id, scope["method"], scope["path"])
         finally:
             services.in_flight -= 1
+        self._finished(response, None if BEHIND_SERVE in scope else request_id, started)
+        origin = headers.get(b"origin")
+        if origin is not None and scope["path"].startswith("/api/"):
+            self._cors(response.headers, origin)
+        return response
+
+    def _request_id(self, headers: dict[bytes, bytes]) -> bytes:
+        """The caller's id of the request, or one of ours."""
+        request_id = clean_request_id(headers.get(b"x-request-id"))
+        if request_id is None:
+            self._next_id += 1
+            request_id = b"%s-%x" % (self._id_prefix, self._next_id)
+        return request_id
+
+    def _known_key(self, headers: dict[bytes, bytes]) -> ApiKeyRecord | None:
+        """The key if it is cached and may send events; None means: ask the slow way, which says why not."""
+        auth = self.services.auth
+        known = auth.known_key(headers.get(b"authorization"))
+        if known is None or known.revoked or not allows(known.scopes, EVENTS_SCOPE):
+            return None
+        auth.used(known)
+        return known
+
+    def _busy(self, request_id: bytes) -> Response:
+        told = problem("unavailable", f"more than {self._max_in_flight} requests at once")
+        return problem_response(told, request_id)
+
+    def _finished(self, response: Response, request_id: bytes | None, started: float) -> Response:
         out = response.headers
         out.append((b"content-type", response.content_type))
         out.append((b"content-length", b"%d" % len(response.body)))
-        if BEHIND_SERVE not in scope:
+        if request_id is not None:
             out.append((b"x-request-id", request_id))
-        if origin is not None and scope["path"].startswith("/api/"):
-            self._cors(out, origin)
-        services.stats.observe_ms("ingress_request_ms", (self._clock.monotonic() - started) * 1000)
-        await send({"type": "http.response.start", "status": response.status, "headers": out})
-        await send({"type": "http.response.body", "body": response.body})
+        self.services.stats.observe_ms("ingress_request_ms", (self._clock.monotonic() - started) * 1000)
+        return response
 
     async def _dispatch(
         self, scope: Scope, headers: dict[bytes, bytes], receive: Any, request_id: bytes, started: float
@@ -170,6 +222,16 @@ class IngressApp:
         headers.append((b"access-control-allow-headers", b"Authorization, Content-Type, X-Request-Id"))
         headers.append((b"access-control-expose-headers", _CORS_EXPOSED))
         headers.append((b"access-control-max-age", b"600"))
+
+
+def _failed(exc: Exception, request_id: bytes, method: str, path: str) -> Response:
+    """What a handler raised, as an answer."""
+    if isinstance(exc, ProblemError):
+        return problem_response(exc.problem, request_id)
+    if isinstance(exc, CarillonError):
+        return problem_response(problem_of(exc), request_id)
+    log.error("request %s (%s %s) failed", request_id.decode(), method, path, exc_info=exc)
+    return problem_response(problem("internal"), request_id)
 
 
 def _exempt(path: str) -> bool:

@@ -17,7 +17,7 @@ from ray.serve.schema import LoggingConfig
 
 from actors.config import ActorConfig
 from actors.names import ingress_name
-from actors.ray_shell import configure_logging
+from actors.ray_shell import configure_logging, settle_garbage_collector
 from carillon.settings import Settings
 from serve.app import ServeDoor
 from serve.ingress import Ingress
@@ -42,6 +42,7 @@ class IngressReplica:
         configure_logging(config.name)  # Serve sets up its own logger only: an error of ours would go nowhere
         self._ingress = Ingress(config)
         await self._ingress.start()
+        settle_garbage_collector()
 
     def __serve_build_asgi_app__(self) -> Any:
         """Serve: the app, built by the constructor."""

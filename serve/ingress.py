@@ -27,6 +27,7 @@ from carillon.metrics import Stats
 from serve.app import IngressApp
 from serve.auth import Authenticator
 from serve.backend import RouterBackend
+from serve.door import protocol_of
 from serve.services import Services
 from stores.postgres.feed import FeedReader
 from stores.postgres.pool import open_pool
@@ -111,7 +112,7 @@ class Ingress:
         self._server = _Server(
             uvicorn.Config(
                 self.app,
-                http="httptools",
+                http=protocol_of(self.app),
                 lifespan="off",
                 log_config=None,
                 access_log=False,

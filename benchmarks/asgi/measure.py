@@ -1,4 +1,4 @@
-"""Measure one ASGI app of benchmarks/asgi/apps.py under uvicorn + httptools + uvloop.
+"""Measure one ASGI app of benchmarks/asgi/apps.py under uvicorn + httptools + uvloop ("door": serve/door.py).
 
     python -m benchmarks.asgi.measure raw [--seconds 5] [--connections 64]
 
@@ -94,10 +94,14 @@ def measure(app: str, python: str, seconds: float, connections: int) -> str:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     factory = [] if app == "raw" else ["--factory"]
-    server = subprocess.Popen(
-        [python, "-m", "uvicorn", f"benchmarks.asgi.apps:{app}", *factory, "--port", str(port), "--loop",
-         "uvloop", "--http", "httptools", "--no-access-log", "--log-level", "warning", "--lifespan", "off"]
+    command = (
+        ["benchmarks.asgi.door", str(port)]
+        if app == "door"
+        else ["uvicorn", f"benchmarks.asgi.apps:{app}", *factory, "--port", str(port), "--loop", "uvloop",
+              "--http", "httptools", "--no-access-log", "--log-level", "warning", "--lifespan", "off",
+              "--no-server-header", "--no-date-header", "--no-proxy-headers"]
     )  # fmt: skip
+    server = subprocess.Popen([python, "-m", *command])
     try:
         for _ in range(200):
             try:

@@ -1,0 +1,137 @@
+"""The replica's own door: uvicorn's HTTP protocol, with a short cut for `POST /v1/events`.
+
+The hot route is one body in and one short answer out. ASGI makes of that two calls of `receive` and two of
+`send`, five dictionaries, an event and a re-check of every header: two thirds of what the request costs
+(docs/adr/0009). Here such a request goes from the parser to the handler and its answer to the transport in
+one write. Whatever is not the plain case (another route, a query, a chunked body, Expect, a body beyond the
+limit, an answer still under way on the connection) takes uvicorn's way, unchanged.
+
+Held to uvicorn's behaviour by tests/integration/test_door.py, because it overrides callbacks of a class that
+uvicorn does not document: its version is pinned in requirements.lock.
+"""
+
+from __future__ import annotations
+
+import functools
+from http import HTTPStatus
+from typing import Any, Final
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from serve.app import HOT_PATH, IngressApp
+from serve.http import Response
+
+_HOT_URL: Final = HOT_PATH.encode()
+_STATUS: Final = {s.value: b"HTTP/1.1 %d %s\r\n" % (s.value, s.phrase.encode()) for s in HTTPStatus}
+
+
+class _Nothing:
+    """Stands where uvicorn expects the event that wakes an app waiting for its body."""
+
+    def set(self) -> None:
+        """Nobody waits."""
+
+
+_NOBODY: Final = _Nothing()
+
+
+class _HotRequest:
+    """What `RequestResponseCycle` is for other requests: the members that the protocol looks at."""
+
+    __slots__ = ("body", "disconnected", "headers", "keep_alive", "more_body", "response_complete")
+
+    message_event = _NOBODY
+
+    def __init__(self, headers: dict[bytes, bytes]) -> None:
+        self.headers = headers
+        self.body = b""
+        self.disconnected = False
+        self.keep_alive = True
+        self.more_body = True
+        self.response_complete = False
+
+
+class DoorProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    cycle: Any
+    parser: Any
+    url: bytes
+
+    def __init__(self, app: IngressApp, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._ingress = app
+        self._limit = app.services.settings.ingress.max_request_bytes
+
+    def on_headers_complete(self) -> None:
+        """httptools: the head is here. A plain hot request is kept from becoming an ASGI cycle."""
+        if self.url == _HOT_URL and self.parser.get_method() == b"POST":
+            before = self.cycle
+            headers = dict(self.headers)  # at C speed; of a header sent twice the last
+            length = headers.get(b"content-length")
+            if (
+                (before is None or before.response_complete)
+                and length is not None
+                and length.isdigit()
+                and int(length[:18]) <= self._limit
+                and b"transfer-encoding" not in headers
+                and not self.expect_100_continue
+                and not self.parser.should_upgrade()
+                and self.parser.get_http_version() == "1.1"
+                and self.parser.should_keep_alive()
+            ):
+                self.cycle = _HotRequest(headers)
+                return
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """httptools: a part of the body."""
+        cycle = self.cycle
+        if type(cycle) is _HotRequest and cycle.more_body:
+            # The length is known and bounded, and nobody would read slower: no flow control is needed.
+            cycle.body = cycle.body + body if cycle.body else body
+        else:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """httptools: the request is here."""
+        cycle = self.cycle
+        if type(cycle) is _HotRequest and cycle.more_body:
+            cycle.more_body = False
+            task = self.loop.create_task(self._answer(cycle))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+        else:
+            super().on_message_complete()
+
+    async def _answer(self, request: _HotRequest) -> None:
+        response = await self._ingress.hot(request.headers, request.body)
+        if self.flow.write_paused and not self.transport.is_closing():
+            await self.flow.drain()
+        if self.transport.is_closing():
+            request.response_complete = True
+            return
+        self.transport.write(head_of(response, close=not request.keep_alive) + response.body)
+        request.response_complete = True
+        if not request.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
+
+
+def head_of(response: Response, *, close: bool) -> bytes:
+    """The head of an answer, up to and with the empty line.
+
+    Every value was made by us or checked (`clean_request_id`): none can hold a line break.
+    """
+    lines = [_STATUS[response.status]]
+    for name, value in response.headers:
+        lines += (name, b": ", value, b"\r\n")
+    if close:
+        lines.append(b"connection: close\r\n")
+    lines.append(b"\r\n")
+    return b"".join(lines)
+
+
+def protocol_of(app: IngressApp) -> Any:
+    """What `uvicorn.Config(http=...)` takes: makes the protocol of a connection."""
+    return functools.partial(DoorProtocol, app)
