@@ -1,4 +1,4 @@
-"""The own door's short cut for `POST /v1/events`: what HTTP/1.1 allows, answered as the long way answers it."""
+"""The own door's short cut for `POST /v1/events`: what HTTP/1.1 allows, answered as by the long way."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ async def test_expect_continue(world: World, hot: list[Any]) -> None:
 async def test_refused_as_ever(
     world: World, body: bytes, lines: tuple[str, ...], status: int, code: str
 ) -> None:
-    """Bad input gets the problem document that the long way gives, and the connection's next request is served."""
+    """Bad input gets the long way's problem document, and the connection serves its next request."""
     async with Wire(world) as wire:
         told = []
         for path in ("/v1/events", "/v1/events?dryRun=false"):
