@@ -52,6 +52,10 @@ test: $(STAMP) ## everything: check and all test suites, with a summary
 bench: $(STAMP) ## measure a running system (ARGS="--help" explains the options)
 	@$(BIN)/python -m benchmarks $(ARGS)
 
+.PHONY: chaos
+chaos: $(STAMP) ## break a whole system for ten minutes, judge what it promised (ARGS="--help" explains)
+	@$(BIN)/python -m tests.chaos run $(ARGS)
+
 .PHONY: lock
 lock: $(STAMP) ## resolve pyproject.toml anew into requirements.lock
 	$(BIN)/uv pip compile -q --universal --generate-hashes --group dev pyproject.toml -o requirements.lock --no-header

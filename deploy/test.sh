@@ -26,7 +26,7 @@ part ruff "$bin/ruff" check .
 part format "$bin/ruff" format --check .
 part pyright "$bin/pyright"
 part imports "$bin/lint-imports"
-for folder in unit conformance integration actors cluster browser; do
+for folder in unit conformance integration actors cluster chaos browser; do
     # A process of its own for each: a Ray of one suite must not meet that of another.
     if ls tests/$folder/test_*.py >/dev/null 2>&1; then
         part "$folder" "$bin/pytest" "tests/$folder" -q -m "not slow" "$@"
