@@ -222,7 +222,7 @@ class RemoteSender:
         self._clock = clock
         self._link: Link | None = None
         self._stop: Callable[[], Awaitable[None]] | None = None
-        self._pending: dict[tuple[int, int], tuple[PushJob, Done]] = {}
+        self._pending: dict[tuple[int, int, str], tuple[PushJob, Done]] = {}
 
     async def open(self, config: SenderConfig, spawn: Spawn, pool_name: str) -> None:
         """Start the actor and dial it."""
@@ -240,7 +240,8 @@ class RemoteSender:
         if self._link is None:
             raise LinkError("the sender is not open")
         self._link.send_nowait(Push([job]))
-        self._pending[job.delivery, job.attempt] = (job, done)
+        # The device tells apart the parts of a job whose targets are of several apps.
+        self._pending[job.delivery, job.attempt, job.targets[0].device] = (job, done)
         self.outstanding += len(job.targets)
 
     async def close(self) -> None:
@@ -265,9 +266,9 @@ class RemoteSender:
 
     def receive(self, link: Link, message: Any, request: int) -> None:
         """Take outcomes."""
-        if type(message) is not PushOutcome:
+        if type(message) is not PushOutcome or not message.results:
             return
-        found = self._pending.pop((message.delivery, message.attempt), None)
+        found = self._pending.pop((message.delivery, message.attempt, message.results[0].device), None)
         if found is not None:
             job, done = found
             self.outstanding -= len(job.targets)

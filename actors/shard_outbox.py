@@ -20,7 +20,7 @@ from actors.shard_users import User, UserCache
 from carillon.clock import Clock
 from carillon.errors import CarillonError, FencedError, StoreUnavailableError
 from carillon.ids import UserKey, uuid7_ms, uuid_text
-from carillon.messages import Done, Event, Push, PushJob, PushLeft, PushOutcome, PushResult, PushTarget
+from carillon.messages import LEFT, Done, Event, Push, PushJob, PushLeft, PushOutcome, PushResult, PushTarget
 from carillon.metrics import Stats
 from carillon.notification import decode_content
 from carillon.outbox import RETRYABLE, settle
@@ -395,7 +395,11 @@ class Outbox:
         self._half_tried = []
         lost: dict[UserKey, list[tuple[str, str]]] = {}
         for message in messages:
-            for r in message.results:
+            held_back = [r for r in message.results if r.outcome == LEFT]
+            tried = message.results
+            if held_back:  # one app of several: the others were tried
+                tried = [r for r in message.results if r.outcome != LEFT]
+            for r in tried:
                 attempts.append(
                     AttemptRow(
                         message.delivery, message.attempt, r.device, message.provider, r.outcome,
@@ -410,8 +414,13 @@ class Outbox:
                 # Sent by an earlier process of this shard: what the message says is all there is.
                 flight = _Flight(message.attempt, None, {message.provider}, now_ms)
             flight.open.discard(message.provider)
-            flight.results += message.results
-            if any(r.outcome not in RETRYABLE for r in message.results):
+            flight.results += tried
+            if held_back:
+                (due_ms,) = self._returns.due_ms(message.provider, 1)
+                asked_ms = now_ms + round(1000 * held_back[0].retry_after_s)
+                reason = f"waits: {message.provider} {held_back[0].error}"
+                flight.left = (max(due_ms, asked_ms, flight.left[0] if flight.left else 0), reason)
+            if any(r.outcome not in RETRYABLE for r in tried):
                 self._returns.took(message.provider)
             if not flight.open:
                 finished.append((message.delivery, flight))

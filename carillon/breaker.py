@@ -1,4 +1,7 @@
-"""A circuit breaker: stops asking a provider that is down, and asks again, carefully."""
+"""A circuit breaker: stops asking a provider that is down, and asks again, carefully.
+
+Why not a library: docs/adr/0010-provider-protection.md.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,11 @@ _LONGEST_OPEN_S: Final = 60.0
 
 
 class Breaker:
-    """Closed: all may pass. Open: none, for a while. Half open: one probe, whose result decides.
+    """Closed: all may pass. Open: none, for a while. Half open: one probe at a time, whose result decides.
+
+    Every request that goes out carries a ticket, the number of the phase it was admitted in. A result from an
+    earlier phase says nothing about the present one: a success that was under way when the breaker opened
+    does not close it, and of many that fail together only one opens it.
 
     Args:
         failures: failures in a row that open it.
@@ -24,6 +31,7 @@ class Breaker:
         self._clock = clock
         self._failures = 0
         self._pauses = 0
+        self._phase = 0
         self._reopen_at: float | None = None  # None: closed
         self._probing = False
 
@@ -34,41 +42,58 @@ class Breaker:
             return "closed"
         return "half_open" if self._clock.monotonic() >= self._reopen_at else "open"
 
+    def current(self, ticket: int) -> bool:
+        """Whether a ticket is of the present phase."""
+        return ticket == self._phase
+
+    def wait_s(self) -> float:
+        """Seconds until a probe may go; 0.0 if one may or the breaker is closed."""
+        return 0.0 if self._reopen_at is None else max(0.0, self._reopen_at - self._clock.monotonic())
+
     def allows(self) -> bool:
-        """Whether a request may pass now. In half-open state only until `started` was called once."""
+        """Whether a request may pass now. In half-open state only while no probe is under way."""
         state = self.state
         return state == "closed" or (state == "half_open" and not self._probing)
 
-    def started(self) -> None:
-        """A request that `allows` let pass goes out."""
+    def started(self) -> int:
+        """A request that `allows` let pass goes out. Returns its ticket, to be given back with its result."""
         if self._reopen_at is not None:
             self._probing = True
+        return self._phase
 
-    def succeeded(self) -> None:
-        """The provider answered as a working provider does: closes the breaker."""
+    def succeeded(self, ticket: int) -> bool:
+        """The provider answered as a working provider does. Returns True if this closed the breaker."""
+        if ticket != self._phase:
+            return False
+        closed = self._reopen_at is not None
+        if closed:
+            self._phase += 1
         self._failures = self._pauses = 0
         self._reopen_at = None
         self._probing = False
+        return closed
 
-    def failed(self) -> bool:
+    def failed(self, ticket: int) -> bool:
         """The provider failed. Returns True if this opened the breaker."""
+        if ticket != self._phase:
+            return False
         self._failures += 1
-        if self._reopen_at is not None:
-            if not self._probing:
-                return False  # a straggler from before it opened
-            return self.trip()
-        return self.trip() if self._failures >= self._limit else False
+        if self._reopen_at is None and self._failures < self._limit:
+            return False
+        return self.trip(ticket)
 
-    def trip(self) -> bool:
-        """Open it at once. Returns False if it was open already and nothing was being probed."""
-        if self._reopen_at is not None and not self._probing:
+    def trip(self, ticket: int) -> bool:
+        """Open it at once. Returns False if the ticket is of an earlier phase."""
+        if ticket != self._phase:
             return False
         pause_s = min(self._open_s * 2 ** min(self._pauses, 16), max(_LONGEST_OPEN_S, self._open_s))
         self._pauses += 1
+        self._phase += 1
         self._reopen_at = self._clock.monotonic() + pause_s
         self._probing = False
         return True
 
-    def inconclusive(self) -> None:
-        """The probe ended without telling anything: the next one may go."""
-        self._probing = False
+    def inconclusive(self, ticket: int) -> None:
+        """The request ended without telling anything: if it was the probe, the next one may go."""
+        if ticket == self._phase:
+            self._probing = False

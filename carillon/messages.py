@@ -426,7 +426,7 @@ class PushAccepted(Struct, array_like=True, tag=41):
     queued: int
     """Jobs the pool now holds."""
     reason: str = ""
-    """Why not all were taken: full | breaker open | draining."""
+    """Why not all were taken: full | breaker open | paused | draining."""
 
 
 class PushLeft(Struct, array_like=True, tag=43):
@@ -434,10 +434,14 @@ class PushLeft(Struct, array_like=True, tag=43):
 
     provider: str
     reason: str
-    """no pool | full | breaker open | draining | waited too long."""
+    """no pool | full | breaker open | paused | draining | waited too long."""
     deliveries: list[int]
     attempts: list[int]
     """The attempt of each of `deliveries`."""
+
+
+LEFT = "left"
+"""Outcome of a target that was not tried; it neither is an attempt nor uses one up."""
 
 
 class PushResult(Struct, array_like=True):
@@ -445,7 +449,10 @@ class PushResult(Struct, array_like=True):
 
     device: str
     outcome: str
-    """sent | unknown | failed (retry may help) | dead (never retry) | invalid_target | disabled_target."""
+    """sent | unknown | failed (retry may help) | dead (never retry) | invalid_target | disabled_target, or
+
+    left: not tried, as the app of this target is held back while others of the same job were tried.
+    """
     provider_id: str = ""
     """The provider's message id."""
     status: int = 0

@@ -304,6 +304,30 @@ class PushSettings:
     scale_idle_s: float = setting(
         30.0, "A further sender that was idle for so long is stopped.", low=0.05, unit="s"
     )
+    concurrency_min: int = setting(
+        10, "Requests that one app may always have in flight at its provider; it starts there.", low=1
+    )
+    concurrency_max: int = setting(
+        1000, "Requests that one app may have in flight at most; between the two it adapts.", low=1
+    )
+    fcm_rate_per_s: float = setting(
+        10_000.0,
+        "Requests per second of one FCM project (Google: 600,000 a minute); 0 means unlimited.",
+        low=0.0,
+        unit="1/s",
+    )
+    apns_rate_per_s: float = setting(
+        0.0, "Requests per second of one APNs topic and environment; 0 means unlimited.", low=0.0, unit="1/s"
+    )
+    rate_burst_s: float = setting(
+        1.0, "After a rest so many seconds' worth of the rate may go at once.", low=0.0, unit="s"
+    )
+    max_pause_s: float = setting(
+        300.0, "Longest pause of an app that a provider's Retry-After is obeyed for.", low=0.0, unit="s"
+    )
+    max_apps: int = setting(
+        64, "Apps of one provider told apart; further ones share a breaker and a limit.", low=1
+    )
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,10 @@ class ApnsChannel:
         """Host (and port) that targets of an environment are sent to."""
         return (self._pools.get(environment) or self._pools["production"]).authority
 
+    def app_of(self, target: PushTarget) -> str:
+        """See `PushChannel.app_of`: the topic in its environment."""
+        return f"{target.app_id or self.settings.apns_topic}/{target.environment}"
+
     async def close(self) -> None:
         """See `PushChannel.close`."""
         for pool in set(self._pools.values()):

@@ -127,6 +127,7 @@ class FcmChannel:
         self._limits = limits or Http2Limits(connect_timeout_s=min(5.0, settings.timeout_s))
         self._app: firebase_admin.App | None = None
         self._client: FcmClient | None = None
+        self._project = settings.fcm_project
 
     async def open(self) -> None:
         """See `PushChannel.open`. Connections are dialled by the first pushes."""
@@ -140,7 +141,7 @@ class FcmChannel:
             raise SettingsError(
                 f"expected push.fcm_credentials {path} to be a service account: {exc}"
             ) from exc
-        project = settings.fcm_project or credential.project_id
+        project = self._project = settings.fcm_project or str(credential.project_id)
         base = settings.fcm_url or "https://fcm.googleapis.com"
         if urllib.parse.urlsplit(base).scheme != "https":
             raise SettingsError(f"expected push.fcm_url to be https://host:port, got {base!r}")
@@ -156,6 +157,10 @@ class FcmChannel:
         tokens = AccessTokens(service._credential, settings.timeout_s)
         self._client = service._async_client = FcmClient(pool, tokens, settings.timeout_s)
         self._app = app
+
+    def app_of(self, target: PushTarget) -> str:
+        """See `PushChannel.app_of`: the project, one per channel."""
+        return self._project
 
     async def close(self) -> None:
         """See `PushChannel.close`."""

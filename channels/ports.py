@@ -48,6 +48,10 @@ class PushChannel(Protocol):
         """Read credentials and get ready. Raises SettingsError for credentials that cannot work."""
         ...
 
+    def app_of(self, target: PushTarget) -> str:
+        """What a target shares credentials and fate with at the provider; known once the channel is open."""
+        ...
+
     async def send(self, jobs: list[PushJob]) -> list[list[PushResult]]:
         """Try every target of every job once.
 

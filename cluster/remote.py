@@ -161,12 +161,22 @@ def status_lines(status: dict[str, Any], actors: dict[str, dict[str, Any]]) -> l
             f"{member['name']:<28} {member['node'][:8]:<9} {state:<9} "
             f"{cells[0]:>5} {cells[1]:>8} {cells[2]:>8}  {cells[3]}".rstrip()
         )
+        lines += [_app_line(app) for app in facts.get("apps", ())]
     if status["missing"]:
         lines.append(f"missing: {', '.join(status['missing'])}")
     if status["ownerless"]:
         lines.append(f"slots without owner: {status['ownerless']}")
     lines.append(f"{totals['sessions']} live sessions, {totals['sockets']} sockets")
     return lines
+
+
+def _app_line(app: dict[str, Any]) -> str:
+    """One app of a push pool: its breaker, and what it has in flight."""
+    state = app["state"] if not app["waitS"] else f"{app['state']} for {app['waitS']:.0f} s"
+    return (
+        f"  {app['app']}: breaker {state}, {app['inFlight']} in flight of {app['limit']}, "
+        f"{app['queued']} waiting, usually {app['usualMs']:.0f} ms"
+    )
 
 
 HANDLERS: Final = {"down": _down, "status": _status, "drain": _drain}

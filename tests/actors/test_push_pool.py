@@ -24,6 +24,7 @@ from carillon.messages import (
     PushLeft,
     PushOutcome,
     PushResult,
+    PushTarget,
 )
 from carillon.settings import PushSettings
 from channels.ports import PushChannel
@@ -50,6 +51,10 @@ class FakeChannel:
 
     async def open(self) -> None:
         """Nothing to do."""
+
+    def app_of(self, target: PushTarget) -> str:
+        """The app that the target names."""
+        return target.app_id or "main"
 
     async def close(self) -> None:
         """Note it."""
@@ -340,19 +345,21 @@ async def test_refused_credentials_open_the_breaker_at_once(caplog: pytest.LogCa
         await s.router.push(*(job_of(n) for n in range(1, 6)))
         await s.told(1)
         assert (await s.pool.status())["breaker"] == "open"
-        assert "refuses our credentials" in caplog.text
+        assert "breaker of app main open for 5 s (401 THIRD_PARTY_AUTH_ERROR)" in caplog.text
         refused = await s.router.push(job_of(9))
         assert (refused.accepted, refused.reason) == (0, "breaker open")
         assert len(s.channel.jobs) == 1
         assert await s.left(4) == [("breaker open", [2, 3, 4, 5], [1, 1, 1, 1])]
         clock.advance(5.1)
-        await s.router.push(*(job_of(n) for n in range(2, 6)))
+        probe = await s.router.push(*(job_of(n) for n in range(2, 6)))
+        assert (probe.accepted, probe.reason) == (1, "breaker open")
         await s.told(2)
         assert len(s.channel.jobs) == 2
-        await s.left(7)
         clock.advance(10.1)
         s.channel.outcome, s.channel.status, s.channel.error = "sent", 200, ""
-        await s.router.push(*(job_of(n) for n in range(3, 6)))
+        assert (await s.router.push(*(job_of(n) for n in range(3, 6)))).accepted == 1
+        await s.told(3)
+        assert (await s.router.push(*(job_of(n) for n in range(4, 6)))).accepted == 2
         await s.told(5)
         assert (await s.router.push(job_of(9))).accepted == 1
 

@@ -320,6 +320,28 @@ async def test_an_old_or_foreign_hand_back_changes_nothing(postgres_dsn: str) ->
         assert tuple(await kit.db.fetchrow("select state, attempts from deliveries")) == ("sent", 1)
 
 
+async def test_a_target_that_was_left_comes_again_alone(postgres_dsn: str) -> None:
+    """Two apps at one provider, one held back: no attempt is noted for it, the other is not repeated."""
+    async with Kit(postgres_dsn, push={"left_pause_s": 0.1}) as kit:
+        await kit.router.link.request(device())
+        other = DevicePut("t", "u", slot_of("t", "u"), "tablet", "android", "fcm", "token", "a", "app")
+        await kit.router.link.request(other)
+        await kit.publish(make_event())
+        await eventually(lambda: kit.router.jobs)
+        job = kit.router.jobs[0]
+        results = [
+            PushResult("phone", "sent", "m", 200),
+            PushResult("tablet", "left", error="breaker open", retry_after_s=0.2),
+        ]
+        outcome = PushOutcome(job.delivery, 1, "t", "u", job.slot, job.notification, "fcm", results)
+        await kit.router.link.request(outcome)
+        row = await kit.db.fetchrow("select state, reason from deliveries")
+        assert tuple(row) == ("failed", "waits: fcm breaker open")
+        assert await kit.db.fetchval("select array_agg(device_id) from delivery_attempts") == ["phone"]
+        await eventually(lambda: len(kit.router.jobs) == 2)
+        assert [target.device for target in kit.router.jobs[1].targets] == ["tablet"]
+
+
 async def test_a_push_taken_at_one_provider_and_left_by_another_comes_again_for_the_other(
     postgres_dsn: str,
 ) -> None:

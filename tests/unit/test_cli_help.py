@@ -123,6 +123,7 @@ def test_status_shows_what_matters() -> None:
             "members": [
                 member("gateway", "gateway-a-0"),
                 member("pool", "pool-fcm-a"),
+                member("pool", "pool-apns-a"),
                 member("shard", "shard-a-0", 512),
                 member("shard", "shard-a-1", 511, joined=False),
             ],
@@ -132,6 +133,20 @@ def test_status_shows_what_matters() -> None:
         {
             "gateway-a-0": {"connections": 12},
             "pool-fcm-a": {"error": "GetTimeoutError"},
+            "pool-apns-a": {
+                "queued": 5,
+                "apps": [
+                    {
+                        "app": "com.example/production",
+                        "state": "open",
+                        "queued": 5,
+                        "inFlight": 1,
+                        "limit": 10,
+                        "usualMs": 41.8,
+                        "waitS": 4.6,
+                    },
+                ],
+            },
             "shard-a-0": {"sessions": 9, "appendQueue": 3},
             "shard-a-1": {"sessions": 1, "appendQueue": 0},
         },
@@ -139,6 +154,8 @@ def test_status_shows_what_matters() -> None:
     rows = {line.split()[0]: line.split() for line in text}
     assert rows["gateway-a-0"] == ["gateway-a-0", "abcdef01", "ok", "12"]
     assert rows["pool-fcm-a"][2] == "silent"
+    app = "  com.example/production: breaker open for 5 s, 1 in flight of 10, 5 waiting, usually 42 ms"
+    assert text[text.index(next(line for line in text if line.startswith("pool-apns-a"))) + 1] == app
     assert rows["shard-a-0"] == ["shard-a-0", "abcdef01", "ok", "512", "9", "3"]
     assert rows["shard-a-1"][2] == "lost"
     assert "missing: router-a" in text
