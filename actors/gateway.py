@@ -22,8 +22,8 @@ from actors.config import ActorConfig
 from actors.gateway_connection import PAUSED_VERIFY, Connection
 from actors.gateway_handshake import Handshake
 from actors.gateway_host import Phase
+from actors.gateway_keys import PostgresKeys, ReadKeys, TenantKeys
 from actors.gateway_owners import Owners
-from actors.gateway_secrets import PostgresSecrets, ReadSecret, TenantSecrets
 from actors.link import Link
 from actors.member import Membership
 from carillon import server_frames
@@ -32,7 +32,8 @@ from carillon.clock import Clock, SystemClock
 from carillon.errors import CarillonError, ClusterError, TokenExpiredError, UnauthenticatedError
 from carillon.ids import slot_of
 from carillon.metrics import Stats
-from carillon.tokens import ClientIdentity, TokenRules, claimed_tenant, verify
+from carillon.token_keys import TokenKeys
+from carillon.tokens import ClientIdentity, TokenRules, claimed_tenant, unknown_key, verify
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +53,11 @@ class Gateway:
     Args:
         config: who it is.
         clock: None is the system's.
-        read_secret: gives a tenant's client secret; None reads it from Postgres.
+        read_keys: gives what a tenant's tokens are verified with; None reads it from Postgres.
     """
 
     def __init__(
-        self, config: ActorConfig, clock: Clock | None = None, *, read_secret: ReadSecret | None = None
+        self, config: ActorConfig, clock: Clock | None = None, *, read_keys: ReadKeys | None = None
     ) -> None:
         settings = config.settings
         self.config = config
@@ -69,9 +70,9 @@ class Gateway:
         self.stats = Stats()
         self.url = ""
         self._clock = clock or SystemClock()
-        self._postgres = None if read_secret is not None else PostgresSecrets(settings.postgres)
-        self._secrets = TenantSecrets(
-            read_secret or self._postgres or _no_secret, settings.ingress.auth_cache_s, self._clock
+        self._postgres = None if read_keys is not None else PostgresKeys(settings, self._clock)
+        self._keys = TenantKeys(
+            read_keys or self._postgres or _no_keys, settings.ingress.auth_cache_s, self._clock
         )
         self._rules = TokenRules(
             settings.ingress.clock_skew_s, settings.ingress.token_audience, settings.ingress.token_issuer
@@ -178,7 +179,7 @@ class Gateway:
             await asyncio.sleep(0.001)
         if self._sweeper is not None:
             self._sweeper.cancel()
-        await self._secrets.close()
+        await self._keys.close()
         if self._postgres is not None:
             await self._postgres.close()
         await self.owners.close()
@@ -236,30 +237,32 @@ class Gateway:
         except UnauthenticatedError as exc:
             conn.close(4001, str(exc))
             return
-        known, secret = self._secrets.cached(tenant)
-        if known:
-            self._verify(conn, auth, secret)
+        known, keys = self._keys.cached(tenant)
+        # A public key that is not known: the tenant may have a new one.
+        refresh = known and keys is not None and bool(keys.public) and unknown_key(auth.token, keys)
+        if known and not refresh:
+            self._verify(conn, auth, keys)
             return
         conn.phase = Phase.VERIFY
         conn.pause(PAUSED_VERIFY)
 
-        def told(secret: str | None, error: CarillonError | None) -> None:
+        def told(keys: TokenKeys | None, error: CarillonError | None) -> None:
             if conn.phase is not Phase.VERIFY:
                 return  # it has gone meanwhile
             if error is not None:
                 conn.close(4213, "tokens cannot be verified now, try later")
             else:
-                self._verify(conn, auth, secret)
+                self._verify(conn, auth, keys)
                 conn.verified()
 
-        self._secrets.fetch(tenant, told)
+        self._keys.fetch(tenant, told, refresh=refresh)
 
-    def _verify(self, conn: Connection, auth: Auth, secret: str | None) -> None:
+    def _verify(self, conn: Connection, auth: Auth, keys: TokenKeys | None) -> None:
         now_ms = self._clock.now_ms()
         try:
-            if secret is None:
+            if keys is None:
                 raise UnauthenticatedError("the token's signature does not verify")
-            identity = verify(auth.token, secret, now_ms, self._rules)
+            identity = verify(auth.token, keys, now_ms, self._rules)
         except TokenExpiredError as exc:
             conn.close(4101, str(exc))
         except UnauthenticatedError as exc:
@@ -315,7 +318,7 @@ class _NoLinks:
         """See `LinkHandler`."""
 
 
-async def _no_secret(tenant: str) -> str | None:
+async def _no_keys(tenant: str, /, *, refresh: bool = False) -> TokenKeys | None:
     return None
 
 

@@ -26,6 +26,7 @@ from carillon import server_frames
 from carillon.ids import uuid_text
 from carillon.messages import Address, Attach, Deliver, Write
 from carillon.notification import encode_content, fresh_json
+from carillon.token_keys import TokenKeys
 from tests.actors.fakes import FakeCoordinator, FakeShard, actor_config
 from tests.actors.gateway_kit import SECRET, token, upgrade_request
 from tests.support import eventually
@@ -57,10 +58,10 @@ async def run_gateway(port: int) -> None:
     coordinator = FakeCoordinator()
     coordinator.address = Address("127.0.0.1", port)
 
-    async def read_secret(tenant: str) -> str | None:
-        return SECRET
+    async def read_keys(tenant: str, /, *, refresh: bool = False) -> TokenKeys | None:
+        return TokenKeys((SECRET,))
 
-    gateway = Gateway(actor_config("gateway", "gateway-bench", coordinator), read_secret=read_secret)
+    gateway = Gateway(actor_config("gateway", "gateway-bench", coordinator), read_keys=read_keys)
     await gateway.start()
     print(gateway.url, flush=True)
     loop = asyncio.get_running_loop()

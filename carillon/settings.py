@@ -217,6 +217,19 @@ class IngressSettings:
     clock_skew_s: float = setting(5.0, "Tolerance for `exp`, `nbf` and `iat` of a token.", low=0.0, unit="s")
     token_audience: str = setting("", "Required `aud` of client tokens; empty means it is not looked at.")
     token_issuer: str = setting("", "Required `iss` of client tokens; empty means it is not looked at.")
+    jwks_ttl_s: float = setting(
+        300.0,
+        "A tenant's JWK Set is read again after so long.",
+        low=0.0,
+        unit="s",
+    )
+    jwks_refresh_s: float = setting(
+        10.0,
+        "A token with an unknown key has the JWK Set read again, so often at most.",
+        low=0.01,
+        unit="s",
+    )
+    jwks_timeout_s: float = setting(3.0, "Longest wait for a JWK Set.", low=0.05, unit="s")
     cors_origins: str = setting(
         "", "Comma-separated origins that may call /api from a browser; empty means any. No credentials."
     )

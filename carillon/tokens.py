@@ -1,11 +1,13 @@
-"""Client tokens: JWT, HS256 over the UTF-8 bytes of the tenant's client secret (RFC 7519, RFC 8725).
+"""Client tokens: JWT (RFC 7519, RFC 8725), signed with the tenant's client secret or a key of its JWKS.
 
-The tenant is read from the payload before anything is verified, only to find the secret: what is returned
-comes from the verified payload. The algorithm is fixed here and never taken from the token.
+HS256 over the UTF-8 bytes of the secret; RS256 or ES256 with a public key found by `kid`. The tenant is read
+from the payload before anything is verified, only to find its keys: what is returned comes from the verified
+payload. A token chooses among its tenant's keys, never how a key is used: each key has its one algorithm.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -15,6 +17,7 @@ from typing import Any, Final, NamedTuple, cast
 import jwt
 
 from carillon.errors import TokenExpiredError, UnauthenticatedError
+from carillon.token_keys import TokenKeys
 
 ALGORITHM: Final = "HS256"
 MIN_SECRET_BYTES: Final = 32
@@ -66,17 +69,28 @@ def claimed_tenant(token: str) -> str:
     return _name(_decode(token, "", verify=False), "tenant")
 
 
+def unknown_key(token: str, keys: TokenKeys) -> bool:
+    """Whether the token names a public key that is not among these: reading the JWKS anew may find it."""
+    header = _header(token)
+    return header.get("alg") in ("RS256", "ES256") and header.get("kid", "") not in keys.public
+
+
+def token_id(token: str) -> bytes:
+    """What names a token in a list of revoked ones: of the signed part, for signatures can be re-encoded."""
+    return hashlib.sha256(token.rpartition(".")[0].encode("ascii", "replace")).digest()[:16]
+
+
 def verify(
     token: str,
-    secret: str,
+    keys: str | TokenKeys,
     now_ms: int,
     rules: TokenRules = TokenRules(),
     tokens_valid_from_ms: int | None = None,
 ) -> ClientIdentity:
-    """Verify a token with its tenant's secret.
+    """Verify a token with its tenant's keys.
 
     Args:
-        secret: of the tenant that `claimed_tenant` named.
+        keys: of the tenant that `claimed_tenant` named; a text is its only secret.
         now_ms: wall time, milliseconds since the epoch.
         tokens_valid_from_ms: tokens issued before (or without `iat`) are revoked; None: none ever were.
 
@@ -84,9 +98,7 @@ def verify(
         TokenExpiredError: everything but `exp` is right: a new token helps.
         UnauthenticatedError: anything else.
     """
-    if len(secret.encode()) < MIN_SECRET_BYTES:
-        raise UnauthenticatedError(f"expected a client secret of at least {MIN_SECRET_BYTES} bytes")
-    claims = _decode(token, secret, verify=True)
+    claims = _verified(token, TokenKeys((keys,)) if isinstance(keys, str) else keys)
     _check_aud_iss(claims, rules)
     skew_ms = rules.skew_s * 1000
     expires_ms = _time(claims, "exp")
@@ -136,20 +148,58 @@ def mint(tenant: str, user: str, secret: str, now_ms: int, ttl_s: float) -> str:
     return jwt.encode(claims, secret.encode(), algorithm=ALGORITHM)
 
 
-def _decode(token: str, secret: str, *, verify: bool) -> Mapping[str, Any]:
+def _verified(token: str, keys: TokenKeys) -> Mapping[str, Any]:
+    """The claims, if one of the keys signed them."""
+    header = _header(token)
+    algorithm = header.get("alg")
+    if algorithm == ALGORITHM:
+        for secret in keys.secrets[:-1]:
+            try:
+                return _decode(token, _long_enough(secret), verify=True)
+            except UnauthenticatedError:
+                continue  # the next one says why
+        if keys.secrets:
+            return _decode(token, _long_enough(keys.secrets[-1]), verify=True)
+    elif algorithm in ("RS256", "ES256") and keys.public:
+        kid = header.get("kid", "")
+        key = keys.public.get(kid) if isinstance(kid, str) else None
+        if key is None or key.algorithm != algorithm:
+            raise UnauthenticatedError("the token's signature does not verify")
+        return _decode(token, key.key, verify=True, algorithm=algorithm)
+    expected = [ALGORITHM] * bool(keys.secrets) + ["RS256", "ES256"] * bool(keys.public)
+    raise UnauthenticatedError(f"expected a token signed with {' or '.join(expected)}")
+
+
+def _long_enough(secret: str) -> str:
+    if len(secret.encode()) < MIN_SECRET_BYTES:
+        raise UnauthenticatedError(f"expected a client secret of at least {MIN_SECRET_BYTES} bytes")
+    return secret
+
+
+def _header(token: str) -> Mapping[str, Any]:
+    """The header, NOT verified. Raises UnauthenticatedError: it is no JWT."""
+    if not 1 <= len(token) <= MAX_TOKEN_CHARS or not token.isascii():
+        raise UnauthenticatedError("expected a JWT, got something else")
+    try:
+        return jwt.get_unverified_header(token)
+    except (jwt.PyJWTError, ValueError, TypeError, RecursionError, AttributeError):
+        raise UnauthenticatedError("expected a JWT, got something else") from None
+
+
+def _decode(token: str, key: Any, *, verify: bool, algorithm: str = ALGORITHM) -> Mapping[str, Any]:
     if not 1 <= len(token) <= MAX_TOKEN_CHARS or not token.isascii():
         raise UnauthenticatedError("expected a JWT, got something else")
     try:
         return jwt.decode(
             token,
-            secret.encode(),
-            algorithms=[ALGORITHM],
+            key.encode() if isinstance(key, str) else key,
+            algorithms=[algorithm],
             options=_VERIFIED if verify else _UNVERIFIED,
         )
     except jwt.InvalidSignatureError:
         raise UnauthenticatedError("the token's signature does not verify") from None
     except jwt.InvalidAlgorithmError:
-        raise UnauthenticatedError(f"expected a token signed with {ALGORITHM}") from None
+        raise UnauthenticatedError(f"expected a token signed with {algorithm}") from None
     except (jwt.PyJWTError, ValueError, TypeError, RecursionError, AttributeError):
         # PyJWT lets some errors of odd payloads through; none of them may end a connection's task.
         raise UnauthenticatedError("expected a JWT, got something else") from None

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Final, TypeVar
 
 from carillon.clock import SystemClock, rfc3339
@@ -87,6 +88,38 @@ def _tenant_list(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+def _tenant_rotate(options: argparse.Namespace, settings: Settings) -> int:
+    until_ms = SystemClock().now_ms() + round(options.overlap_s * 1000)
+    secret = _with_store(
+        database(options, settings),
+        lambda store: store.rotate_secret(options.tenant, until_ms, options.client_secret),
+    )
+    if options.client_secret is None:
+        print(f"client secret {secret}")
+    print(
+        f"the former secret is valid until {rfc3339(until_ms)}; sign with the new one from now on in "
+        f"{settings.ingress.auth_cache_s:g} s"
+    )
+    return 0
+
+
+def _tenant_jwks(options: argparse.Namespace, settings: Settings) -> int:
+    document = None
+    if options.file is not None:
+        try:
+            document = json.loads(Path(options.file).read_text())
+        except (OSError, ValueError) as exc:
+            raise ClusterError(f"cannot read a JWK Set from {options.file}: {exc}") from None
+    _with_store(
+        database(options, settings), lambda store: store.put_jwks(options.tenant, options.url, document)
+    )
+    where = options.url or options.file
+    print(
+        f"tokens may be signed with the keys of {where}" if where else "only the client secret signs tokens"
+    )
+    return 0
+
+
 def _key_create(options: argparse.Namespace, settings: Settings) -> int:
     scopes = options.scope or ["admin"]
     print(
@@ -124,6 +157,8 @@ HANDLERS: Final = {
     "partitions": _partitions,
     "tenant_create": _tenant_create,
     "tenant_list": _tenant_list,
+    "tenant_rotate_secret": _tenant_rotate,
+    "tenant_jwks": _tenant_jwks,
     "key_create": _key_create,
     "key_list": _key_list,
     "key_revoke": _key_revoke,

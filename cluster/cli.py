@@ -146,6 +146,31 @@ def _add_admin_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
         help="HS256 key of client tokens, at least 32 bytes (default: made and printed)",
     )
     listing = _command(tenants, "list", "tenant_list", "List tenants.")
+    rotate = _command(
+        tenants, "rotate-secret", "tenant_rotate_secret", "Give a tenant a new client secret and print it."
+    )
+    rotate.add_argument("tenant", help="the tenant")
+    rotate.add_argument(
+        "--overlap-s",
+        type=_seconds,
+        default=86_400.0,
+        metavar="S",
+        help="how long the former secret stays valid, in seconds (default 86400: a day)",
+    )
+    rotate.add_argument(
+        "--client-secret", metavar="SECRET", help="the new one, at least 32 bytes (default: made and printed)"
+    )
+    jwks = _command(
+        tenants,
+        "jwks",
+        "tenant_jwks",
+        "Take tokens that the tenant's own identity provider signs (RS256, ES256).",
+    )
+    jwks.add_argument("tenant", help="the tenant")
+    source = jwks.add_mutually_exclusive_group(required=True)
+    source.add_argument("--url", help="where the provider publishes its JWK Set (https)")
+    source.add_argument("--file", metavar="FILE", help="a JWK Set to keep here instead")
+    source.add_argument("--off", action="store_true", help="only the client secret signs again")
     key = commands.add_parser("key", help="API keys", description="Administer API keys.")
     keys = key.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
     make = _command(keys, "create", "key_create", "Create an API key and print it: it cannot be seen again.")
@@ -162,13 +187,23 @@ def _add_admin_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     revoke = _command(keys, "revoke", "key_revoke", "Revoke an API key, for good.")
     revoke.add_argument("tenant", help="the tenant")
     revoke.add_argument("key_id", help="the key's id, as listed")
-    for parser in (migrate, partitions, create, listing, make, key_list, revoke):
+    for parser in (migrate, partitions, create, listing, rotate, jwks, make, key_list, revoke):
         parser.add_argument(
             "--dsn",
             help="the database (default: CARILLON_POSTGRES_DSN, else that of the system that runs in the "
             "data folder)",
         )
         _data_dir(parser)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 1e9:
+        raise argparse.ArgumentTypeError(f"expected seconds, 0 or more, got {text}")
+    return seconds
 
 
 def _port(text: str) -> int:

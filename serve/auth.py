@@ -14,8 +14,9 @@ from carillon.api_keys import allows, hash_key, key_id_of
 from carillon.clock import Clock
 from carillon.errors import NotPermittedError, UnauthenticatedError
 from carillon.settings import IngressSettings
-from carillon.tokens import ClientIdentity, TokenRules, claimed_tenant, verify
+from carillon.tokens import ClientIdentity, TokenRules, claimed_tenant, unknown_key, verify
 from stores.postgres.tenants import ApiKeyRecord, TenantRecord, TenantStore
+from stores.token_keys import TokenKeySource
 
 V = TypeVar("V")
 
@@ -110,6 +111,7 @@ class Authenticator:
         self._rules = TokenRules(settings.clock_skew_s, settings.token_audience, settings.token_issuer)
         ttl_s = settings.auth_cache_s
         self._keys: TimedCache[ApiKeyRecord | None] = TimedCache(self._read_key, ttl_s, clock)
+        self._keys_of = TokenKeySource(self.tenant, settings, clock)
         self._tenant_cache: TimedCache[TenantRecord | None] = TimedCache(tenants.tenant, ttl_s, clock)
         self._valid_from: TimedCache[int | None] = TimedCache(self._read_valid_from, ttl_s, clock)
         self._used_ms: dict[str, int] = {}
@@ -161,8 +163,11 @@ class Authenticator:
             # The same sentence as for a wrong signature: which tenants exist is nobody's business.
             raise UnauthenticatedError("the token's signature does not verify")
         now_ms = self._clock.now_ms()
+        keys = await self._keys_of.of(tenant)
+        if unknown_key(token, keys):
+            keys = await self._keys_of.of(tenant, refresh=True)
         # Verified first: only then is the user's name trusted enough to ask the database for it.
-        who = verify(token, tenant.client_secret, now_ms, self._rules)
+        who = verify(token, keys, now_ms, self._rules)
         valid_from_ms = await self._valid_from.get((who.tenant, who.user))
         if valid_from_ms is not None and who.issued_ms < valid_from_ms:
             raise UnauthenticatedError("the token was revoked")
@@ -171,6 +176,10 @@ class Authenticator:
     async def tenant(self, name: str) -> TenantRecord | None:
         """The tenant, or None. Raises StoreUnavailableError."""
         return await self._tenant_cache.get(name)
+
+    async def close(self) -> None:
+        """Close connections to the tenants' key servers."""
+        await self._keys_of.close()
 
     def revoked(self, tenant: str, user: str) -> None:
         """Tokens of the user were revoked through this replica: it knows at once."""

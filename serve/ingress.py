@@ -175,6 +175,7 @@ class Ingress:
         if self.app is not None:
             with contextlib.suppress(CarillonError):
                 await self.app.services.auth.write_uses()
+            await self.app.services.auth.close()
         if self.backend is not None:
             await self.backend.close(leave=True)
         if self._pool is not None:

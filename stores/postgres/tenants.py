@@ -16,6 +16,7 @@ import msgspec
 
 from carillon.api_keys import check_scopes, check_tenant_name, hash_key, make_key
 from carillon.errors import InvalidInputError, NotFoundError
+from carillon.token_keys import check_jwks_url, parse_jwks
 from stores.postgres.named import load_queries
 from stores.postgres.pool import acquired
 
@@ -31,6 +32,20 @@ class TenantRecord:
     client_secret: str
     """HS256 key of client tokens: its UTF-8 bytes."""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    previous_secret: str | None = None
+    """The secret before the last rotation, None if there is none."""
+    previous_until_ms: int = 0
+    """Until when it is valid, ms since the epoch."""
+    jwks_url: str | None = None
+    """Where the tenant's public keys are read."""
+    jwks: Any = None
+    """A JWK Set document given instead."""
+
+    def secrets(self, now_ms: int) -> tuple[str, ...]:
+        """The secrets that are valid now, the current one first."""
+        if self.previous_secret is None or now_ms >= self.previous_until_ms:
+            return (self.client_secret,)
+        return (self.client_secret, self.previous_secret)
 
 
 @dataclass(frozen=True)
@@ -87,18 +102,49 @@ class TenantStore:
         """
         check_tenant_name(name)
         secret = secrets.token_urlsafe(36) if client_secret is None else client_secret
-        if len(secret.encode()) < MIN_SECRET_BYTES or "\0" in secret:
-            raise InvalidInputError(
-                f"expected a client secret of at least {MIN_SECRET_BYTES} bytes, got {len(secret.encode())}",
-                "clientSecret",
-                f"at least {MIN_SECRET_BYTES} bytes of UTF-8 without NUL",
-                f"{len(secret.encode())} bytes",
-            )
+        _check_secret(secret)
         async with acquired(self._pool, self._timeout_s) as connection:
             row = await connection.fetchrow(self._sql["create_tenant"], name, secret)
         if row is None:
             raise InvalidInputError(f"tenant {name!r} exists already", "tenant", "a new name", name, "exists")
         return _tenant(row)
+
+    async def rotate_secret(self, name: str, until_ms: int, client_secret: str | None = None) -> str:
+        """Give a tenant a new client secret and return it; the former one is valid until `until_ms`.
+
+        Replicas and gateways learn of it within `ingress.auth_cache_s`: until then they refuse tokens of the
+        new secret, so sign with it only after that time.
+
+        Raises:
+            NotFoundError: there is no such tenant.
+            InvalidInputError: the secret is too short.
+        """
+        secret = secrets.token_urlsafe(36) if client_secret is None else client_secret
+        _check_secret(secret)
+        async with acquired(self._pool, self._timeout_s) as connection:
+            row = await connection.fetchrow(self._sql["rotate_secret"], name, secret, until_ms / 1000)
+        if row is None:
+            raise NotFoundError(f"there is no tenant {name!r}", "tenant")
+        return secret
+
+    async def put_jwks(self, name: str, url: str | None, document: Any = None) -> None:
+        """Set where a tenant's public keys come from: a URL, a document, or (both None) nowhere.
+
+        Raises:
+            NotFoundError: there is no such tenant.
+            InvalidInputError: keys may not be read from there, or the document holds no usable key.
+        """
+        if url is not None:
+            check_jwks_url(url)
+        elif document is not None and not parse_jwks(document):
+            raise InvalidInputError(
+                "expected at least one RSA (2048 bits or more) or EC P-256 signature key", "jwks"
+            )
+        text = None if document is None else msgspec.json.encode(document).decode()
+        async with acquired(self._pool, self._timeout_s) as connection:
+            row = await connection.fetchrow(self._sql["put_jwks"], name, url, text)
+        if row is None:
+            raise NotFoundError(f"there is no tenant {name!r}", "tenant")
 
     async def create_key(self, tenant: str, name: str, scopes: Iterable[str]) -> str:
         """Create an API key and return it whole: the only time it can be seen.
@@ -155,8 +201,27 @@ class TenantStore:
             return await connection.fetchval(self._sql["user_security"], tenant, user)
 
 
+def _check_secret(secret: str) -> None:
+    if len(secret.encode()) < MIN_SECRET_BYTES or "\0" in secret:
+        raise InvalidInputError(
+            f"expected a client secret of at least {MIN_SECRET_BYTES} bytes, got {len(secret.encode())}",
+            "clientSecret",
+            f"at least {MIN_SECRET_BYTES} bytes of UTF-8 without NUL",
+            f"{len(secret.encode())} bytes",
+        )
+
+
 def _tenant(row: asyncpg.Record) -> TenantRecord:
-    return TenantRecord(row["tenant"], row["client_secret"], msgspec.json.decode(row["settings"]))
+    jwks = row.get("jwks")
+    return TenantRecord(
+        row["tenant"],
+        row["client_secret"],
+        msgspec.json.decode(row["settings"]),
+        row.get("previous_secret"),
+        row.get("previous_until_ms") or 0,
+        row.get("jwks_url"),
+        None if jwks is None else msgspec.json.decode(jwks),
+    )
 
 
 def _key(row: asyncpg.Record) -> ApiKeyRecord:

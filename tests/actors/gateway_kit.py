@@ -18,6 +18,7 @@ from carillon import server_frames
 from carillon.clock import SystemClock
 from carillon.ids import slot_of
 from carillon.messages import Attach, AttachRefused, CloseSocket, Deliver, Write
+from carillon.token_keys import TokenKeys
 from carillon.tokens import mint
 from tests.actors.fakes import FakeCoordinator, FakeShard, actor_config, fast_settings
 from tests.support import eventually
@@ -31,8 +32,8 @@ def token(user: str = "ann", *, ttl_s: float = 60, secret: str = SECRET, tenant:
     return mint(tenant, user, secret, SystemClock().now_ms(), ttl_s)
 
 
-async def read_secret(tenant: str) -> str | None:
-    return SECRET if tenant == TENANT else None
+async def read_keys(tenant: str, /, *, refresh: bool = False) -> TokenKeys | None:
+    return TokenKeys((SECRET,)) if tenant == TENANT else None
 
 
 def notification(seq: int, text: str = "") -> bytes:
@@ -163,13 +164,13 @@ async def running(**sections: dict[str, Any]) -> AsyncIterator[Start]:
     """Gives a function that starts a kit, `await start(shards=2, heartbeat_s=..)`; stops all at the end."""
     kits: list[Kit] = []
 
-    async def start(shards: int = 1, read: Any = read_secret, **gateway: Any) -> Kit:
+    async def start(shards: int = 1, read: Any = read_keys, **gateway: Any) -> Kit:
         settings = fast_settings(
             gateway={"close_timeout_s": 0.5, "attach_retry_s": 0.02, **gateway}, **sections
         )
         coordinator = await FakeCoordinator.start(settings)
         config = actor_config("gateway", f"gateway-{os.urandom(3).hex()}", coordinator, settings=settings)
-        kit = Kit(coordinator, Gateway(config, read_secret=read))
+        kit = Kit(coordinator, Gateway(config, read_keys=read))
         kits.append(kit)
         for index in range(shards):
             await kit.add_shard(f"shard-{index}-{os.urandom(3).hex()}")

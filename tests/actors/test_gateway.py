@@ -24,6 +24,7 @@ from carillon.messages import (
     SocketDrained,
     Write,
 )
+from carillon.token_keys import TokenKeys
 from tests.actors.fakes import actor_config
 from tests.actors.gateway_kit import (
     ID,
@@ -458,10 +459,10 @@ async def test_a_storm_reads_a_secret_once(start: Start) -> None:
     reads: list[str] = []
     go = asyncio.Event()
 
-    async def slow(tenant: str) -> str | None:
+    async def slow(tenant: str, /, *, refresh: bool = False) -> TokenKeys | None:
         reads.append(tenant)
         await go.wait()
-        return SECRET
+        return TokenKeys((SECRET,))
 
     kit = await start(read=slow)
     clients = [await kit.client() for _ in range(20)]
@@ -476,10 +477,10 @@ async def test_an_unreadable_secret_means_later(start: Start) -> None:
     """While Postgres is away clients hear 4213 (try later), not 4001 (stop)."""
     failing = True
 
-    async def read(tenant: str) -> str | None:
+    async def read(tenant: str, /, *, refresh: bool = False) -> TokenKeys | None:
         if failing:
             raise StoreUnavailableError("away")
-        return SECRET
+        return TokenKeys((SECRET,))
 
     kit = await start(read=read)
     assert await closed_with(await kit.client()) == 4213
@@ -491,12 +492,12 @@ async def test_a_known_secret_outlives_the_database() -> None:
     """Once read, a secret serves on while reads fail, however old it is."""
     calls = 0
 
-    async def read(tenant: str) -> str | None:
+    async def read(tenant: str, /, *, refresh: bool = False) -> TokenKeys | None:
         nonlocal calls
         calls += 1
         if calls > 1:
             raise StoreUnavailableError("away")
-        return SECRET
+        return TokenKeys((SECRET,))
 
     async with running(ingress={"auth_cache_s": 0.0}) as start:
         kit = await start(read=read)

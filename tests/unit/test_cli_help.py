@@ -37,6 +37,8 @@ def test_commands_are_those_promised() -> None:
         "tenant",
         "tenant create",
         "tenant list",
+        "tenant rotate-secret",
+        "tenant jwks",
         "key",
         "key create",
         "key list",

@@ -2,7 +2,9 @@
 
 -- name: tenant
 -- One tenant by its name.
-select tenant, client_secret, settings from tenants where tenant = $1;
+select tenant, client_secret, settings, jwks_url, jwks, previous_secret,
+       (extract(epoch from previous_secret_until) * 1000)::bigint as previous_until_ms
+from tenants where tenant = $1;
 
 -- name: tenants
 -- All names, for the command line.
@@ -13,6 +15,15 @@ select tenant from tenants order by tenant;
 insert into tenants (tenant, client_secret) values ($1, $2)
 on conflict (tenant) do nothing
 returning tenant, client_secret, settings;
+
+-- name: rotate_secret
+-- A new client secret; the one before stays valid until $3 (seconds since the epoch).
+update tenants set previous_secret = client_secret, previous_secret_until = to_timestamp($3), client_secret = $2
+where tenant = $1 returning tenant;
+
+-- name: put_jwks
+-- Where the public keys are ($2), or the keys themselves ($3); both null: only the secret signs.
+update tenants set jwks_url = $2, jwks = $3::jsonb where tenant = $1 returning tenant;
 
 -- name: create_key
 insert into api_keys (key_id, key_hash, tenant, name, scopes) values ($1, $2, $3, $4, $5);
