@@ -44,6 +44,33 @@ PAUSED_HELD: Final = 2
 PAUSED_VERIFY: Final = 4
 
 
+class AckMemory:
+    """Cumulative acknowledgements of a connection: what to tell a shard that may not know of the latest.
+
+    A shard that dies takes those along that it had not written. Those older than `repeat_s` it surely had.
+    """
+
+    __slots__ = ("_known", "_mark", "_marked_at", "seq")
+
+    def __init__(self, seq: int, now: float) -> None:
+        self.seq = self._mark = self._known = seq
+        self._marked_at = now
+
+    def reached(self, seq: int, now: float, repeat_s: float) -> None:
+        """An ACK for everything up to `seq`."""
+        if seq <= self.seq:
+            return
+        if now - self._marked_at > repeat_s:
+            self._known, self._mark, self._marked_at = self._mark, self.seq, now
+        self.seq = seq
+
+    def known(self, now: float, repeat_s: float) -> int:
+        """Up to here everything was acknowledged more than `repeat_s` ago."""
+        if now - self._marked_at > 2 * repeat_s:
+            self._known, self._mark, self._marked_at = self._mark, self.seq, now
+        return self._known
+
+
 class Connection(asyncio.Protocol):
     """One client.
 
@@ -55,6 +82,8 @@ class Connection(asyncio.Protocol):
         welcomed: True once a WELCOME was written.
         ready: True once the first frame or a live frame passed.
         resume: RESUME that was passed on and not yet answered by its WELCOME.
+        attention, viewing: of the last VISIBILITY; None while there was none.
+        acks: what it acknowledged cumulatively; None until WELCOME.
         held: messages that wait for an attachment.
         drain_wanted: True while `Owners.drained` is to be called once the buffer has run low.
         due: loop time at which the sweep looks at it.
@@ -63,10 +92,11 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_ack_credit", "_buffer", "_errors", "_host", "_live_bytes", "_partial",
         "_partial_text", "_paused", "_ping_due", "_pinged", "_tokens", "_tokens_at", "_transport",
-        "_write_paused", "_ws", "attached_at", "clean", "device", "drain_wanted", "due",
+        "_write_paused", "_ws", "acks", "attached_at", "attention", "clean", "device", "drain_wanted", "due",
         "encoding", "epoch", "expires_at",
         "held", "issued_ms", "link", "number", "orphan_since", "path_user", "phase", "ready",
-        "resume", "rev", "seq", "session_id", "shard", "slot", "tenant", "term", "user", "welcomed",
+        "resume", "rev", "seq", "session_id", "shard", "slot", "tenant", "term", "user", "viewing",
+        "welcomed",
     )  # fmt: skip
 
     def __init__(self, host: Host) -> None:
@@ -91,6 +121,9 @@ class Connection(asyncio.Protocol):
         self.rev: int | None = None
         self.welcomed = self.ready = self.clean = False
         self.resume: ClientResume | None = None
+        self.attention: str | None = None
+        self.viewing: str | None = None
+        self.acks: AckMemory | None = None
         self.held: list[Any] | None = None
         self.due = host.loop.time() + host.limits.handshake_timeout_s
 

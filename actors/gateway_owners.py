@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from actors.directory import ShardDirectory
-from actors.gateway_connection import PAUSED_HELD, Connection
+from actors.gateway_connection import PAUSED_HELD, AckMemory, Connection
 from actors.gateway_handshake import Encoding, binary_frame, text_frame
 from actors.gateway_host import Host, Phase
 from actors.link import Link
@@ -23,8 +23,10 @@ from carillon.errors import BusyError, CarillonError, LinkClosedError, LinkError
 from carillon.messages import (
     Attach,
     AttachRefused,
+    ClientAck,
     ClientReady,
     ClientResume,
+    ClientVisibility,
     CloseSocket,
     ClusterMap,
     Deliver,
@@ -46,6 +48,7 @@ class Owners:
 
     def __init__(self, host: Host, membership: Membership, stats: Stats) -> None:
         self._host = host
+        self._ack_repeat_s = host.limits.ack_repeat_s
         self._stats = stats
         self._attached: dict[int, Connection] = {}
         self._waiting: dict[Connection, None] = {}
@@ -106,6 +109,10 @@ class Owners:
                     ready=conn.ready and conn.resume is None,
                     legacy=conn.encoding is Encoding.LEGACY,
                     token_issued_ms=conn.issued_ms,
+                    attention=conn.attention,
+                    viewing=conn.viewing,
+                    began_seq=None if conn.acks is None else conn.acks.known(now, self._ack_repeat_s),
+                    acked_seq=0 if conn.acks is None else conn.acks.seq,
                 )
             )
         except (LinkError, BusyError) as exc:
@@ -197,8 +204,16 @@ class Owners:
                     self._send(conn, frame)
                 return
             self._forward(conn, ClientReady(0))
-        if type(frame) is not ClientPing:
-            self._forward(conn, frame)
+        kind = type(frame)
+        if kind is ClientAck:
+            if frame.seq is not None and conn.acks is not None:  # type: ignore[union-attr]
+                reached = min(frame.seq, conn.seq)  # type: ignore[union-attr]
+                conn.acks.reached(reached, self._host.loop.time(), self._ack_repeat_s)
+        elif kind is ClientVisibility:
+            conn.attention, conn.viewing = frame.state, frame.viewing  # type: ignore[union-attr]
+        elif kind is ClientPing:
+            return
+        self._forward(conn, frame)
 
     def _forward(self, conn: Connection, message: Any) -> None:
         # Held until WELCOME: an attachment that is refused would take what follows it along.
@@ -315,6 +330,7 @@ class Owners:
     def _welcomed(self, conn: Connection, write: Write) -> None:
         """A WELCOME sets the position absolutely, 0 included: a client may resume from the beginning."""
         conn.epoch, conn.seq, conn.rev = write.epoch, write.seq, write.rev
+        conn.acks = AckMemory(write.seq, self._host.loop.time())
         if conn.welcomed:
             conn.resume = None  # this is its answer
         else:

@@ -10,7 +10,9 @@ from typing import Any
 from actors.config import ActorConfig
 from actors.link import Link
 from actors.member import Membership
+from actors.shard_acks import Acknowledgements
 from actors.shard_outbox import Outbox
+from actors.shard_policies import Policies
 from actors.shard_sessions import Sessions
 from actors.shard_users import User, UserCache
 from actors.shard_writer import ChangeEntry, Writer
@@ -128,23 +130,30 @@ class Shard:
             except CarillonError as exc:
                 log.warning("%s waits for PostgreSQL: %s", self._config.name, exc)
                 await asyncio.sleep(0.5)
-        self._users = UserCache(self._store, self._term, self._settings.shard.context_cache)
+        shard = self._settings.shard
+        self._policies = Policies(self._store, shard)
+        self._users = UserCache(self._store, self._term, shard.context_cache, self._policies.ensure)
+        self._acks = Acknowledgements(
+            self._store, self._clock, self._stats, shard, term=self._term, fenced=self._was_fenced,
+        )  # fmt: skip
         self._outbox = Outbox(
-            self._store, self._users, self._clock, self._stats, self._settings,
+            self._store, self._users, self._acks, self._clock, self._stats, self._settings,
             term=self._term, slots=lambda: self._slots, send_jobs=self._send_jobs, fenced=self._was_fenced,
         )  # fmt: skip
         self._sessions = Sessions(
             self._config.name, self._store, self._users, self._clock, self._limits,
             term=self._term, map_version=lambda: self._membership.map.version, owns=self._owns,
-            acknowledge=self._outbox.acknowledged, offline=self._outbox.offline,
+            acks=self._acks,
             take=lambda link, message: self.receive(link, message, 0),
         )  # fmt: skip
         self._writer = Writer(
-            self._store, self._users, self._clock, self._stats, self._settings.shard,
+            self._store, self._users, self._clock, self._stats, shard,
             term=self._term, owns=self._owns, run=self._sessions.run, reach=self._reach,
-            planned=self._planned, fenced=self._was_fenced,
+            policy=self._policies.of, planned=self._planned, fenced=self._was_fenced,
         )  # fmt: skip
+        self._policies.start()
         self._writer.start()
+        self._acks.start()
         self._outbox.start()
         self._membership = Membership(self._config, self, stats=self._stats, clock=self._clock)
         self._membership.on_map(self._take_map)
@@ -160,6 +169,8 @@ class Shard:
             self._gauges.cancel()
         await self._writer.close()
         await self._outbox.close()
+        await self._acks.close()
+        await self._policies.close()
         await self._sessions.close()
         await self._users.close()
         await self._membership.close(leave=leave)
@@ -230,7 +241,7 @@ class Shard:
         if before - owned:
             self._sessions.forget_slots(self._users.forget_slots(before - owned))
         if owned - before:
-            self._outbox.slots_gained()
+            self._outbox.due_now()
 
     def _reach(self, user: User) -> tuple[Reach, int]:
         session = user.session
@@ -244,8 +255,14 @@ class Shard:
         return Reach.GRACE, self._clock.now_ms() + round(left_s * 1000)
 
     def _planned(self, user: User, event: Event, seq: int, row: OutboxRow) -> None:
-        live = user.session is not None and user.session.live
-        self._outbox.planned(user, event, seq, row, live=live)
+        session = user.session
+        self._outbox.planned(user, event, seq, row, live=session is not None and session.live)
+        if session is not None and not row.claimed:
+            effects = session.push_planned(
+                event.id, seq, row.gate, row.due_ms, row.hold_until_ms,
+                self._clock.monotonic(), self._clock.now_ms(),
+            )  # fmt: skip
+            self._sessions.run(user, effects)
 
     def _send_jobs(self, push: Push) -> bool:
         """To a router: of this node if there is one, else any."""

@@ -1,4 +1,4 @@
-"""The clock of a shard's users: acknowledgements, due outbox rows, outcomes of pushes.
+"""The clock of a shard's users: due outbox rows, outcomes of pushes.
 
 The outbox in Postgres is the truth; what is kept here only makes it prompt. A row whose time comes while
 this process is down, or whose job or outcome is lost on the way, is claimed by the sweep (guarantee G6).
@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from actors.link import Link
+from actors.shard_acks import Acknowledgements
 from actors.shard_returns import Returns
 from actors.shard_users import User, UserCache
+from carillon.attention import HELD, SEEN, at_due
 from carillon.clock import Clock
 from carillon.errors import CarillonError, FencedError, StoreUnavailableError
 from carillon.ids import UserKey, uuid7_ms, uuid_text
@@ -32,8 +34,9 @@ log = logging.getLogger(__name__)
 MAX_WAITING = 200_000
 """Live deliveries whose push is watched in memory; beyond it the periodic sweep finds them."""
 
-MAX_UNWRITTEN_ACKS = 200_000
-"""Acknowledgements kept while Postgres is away; beyond it the oldest are dropped (their push may follow)."""
+AFTER_DELAY_MS = 50
+"""A row that waits for its user to see it is looked at so long after its time: the session, which knows more,
+comes first."""
 
 
 class _Flight:
@@ -51,9 +54,10 @@ class _Flight:
 
 
 class Outbox:
-    """Acknowledgements and pushes of one shard.
+    """Pushes of one shard.
 
     Args:
+        acks: written before due rows are claimed: they cancel some.
         slots: gives the slots owned now.
         send_jobs: hands jobs to a router; False if there is none.
         fenced: called when the term turns out to be over.
@@ -63,6 +67,7 @@ class Outbox:
         self,
         store: ShardStore,
         users: UserCache,
+        acks: Acknowledgements,
         clock: Clock,
         stats: Stats,
         settings: Settings,
@@ -74,6 +79,8 @@ class Outbox:
     ) -> None:
         self._store = store
         self._users = users
+        self._acks = acks
+        acks.on_change(self.settled_in_app, self.due_now)
         self._clock = clock
         self._stats = stats
         self._settings = settings
@@ -81,8 +88,6 @@ class Outbox:
         self._slots = slots
         self._send_jobs = send_jobs
         self._fenced = fenced
-        self._acks: dict[bytes, int] = {}  # notification -> stream, in order of arrival
-        self._last_seen: dict[int, int] = {}
         self._waiting: dict[bytes, int] = {}  # live and unacknowledged: notification -> due, ascending
         self._timers: list[int] = []  # other known due times
         self._fresh: list[tuple[User, Event, int, OutboxRow]] = []
@@ -91,10 +96,8 @@ class Outbox:
         self._half_tried: list[tuple[int, _Flight]] = []  # sent at one provider, left by another
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._ack_wake = asyncio.Event()
         self._outcome_wake = asyncio.Event()
         self._fresh_wake = asyncio.Event()
-        self._ack_lock = asyncio.Lock()
         self._returns = Returns(
             store, clock, settings.push, term=term, released=self._released, fenced=fenced
         )  # fmt: skip
@@ -106,7 +109,6 @@ class Outbox:
             loop.create_task(work)
             for work in (
                 self._sweep_for_ever(),
-                self._ack_for_ever(),
                 self._record_for_ever(),
                 self._fresh_for_ever(),
             )
@@ -118,43 +120,25 @@ class Outbox:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._returns.close()
-        try:
-            await self._write_acks()
-        except CarillonError as exc:
-            log.info("acknowledgements were not written at the end: %s", exc)
 
     # -- what happens -----------------------------------------------------------------------------------
 
-    def acknowledged(self, user: User, ids: Iterable[bytes]) -> None:
-        """A device has these notifications; written in batches, at low priority."""
-        for raw in ids:
-            self._acks[raw] = user.stream_id
-            self._waiting.pop(raw, None)
-        while len(self._acks) > MAX_UNWRITTEN_ACKS:
-            del self._acks[next(iter(self._acks))]
-        self._ack_wake.set()
-
     def settled_in_app(self, ids: Iterable[bytes]) -> None:
-        """Read, dismissed, ...: the change itself cancelled the rows; nothing is to be watched any more."""
+        """Acknowledged, read, dismissed, ...: nothing is to be watched any more."""
         for raw in ids:
             self._waiting.pop(raw, None)
-
-    def offline(self, user: User, last_seen_ms: int) -> None:
-        """A user went offline: keep when it was last seen."""
-        self._last_seen[user.stream_id] = last_seen_ms
-        self._ack_wake.set()
 
     def planned(self, user: User, event: Event, seq: int, row: OutboxRow, *, live: bool) -> None:
         """A row was committed with its notification."""
         if row.claimed:
             self._fresh.append((user, event, seq, row))
             self._fresh_wake.set()
-        elif live and len(self._waiting) < MAX_WAITING:
+        elif live and row.gate != SEEN and len(self._waiting) < MAX_WAITING:
             self._waiting[event.id] = row.due_ms
             if len(self._waiting) == 1:
                 self._wake.set()
         else:
-            heapq.heappush(self._timers, row.due_ms)
+            heapq.heappush(self._timers, row.due_ms + (AFTER_DELAY_MS if row.gate == SEEN else 0))
             self._wake.set()
 
     def outcome(self, link: Link, request: int, message: PushOutcome) -> None:
@@ -189,54 +173,11 @@ class Outbox:
         self._stats.count("pushes_handed_back", len(rows))
         self._wake.set()
 
-    def slots_gained(self) -> None:
-        """Slots came to this shard: what is due in them is claimed at once."""
+    def due_now(self) -> None:
+        """Something is due: a push whose user looked away, or what was due in slots that came to us."""
         self._timers.append(0)
         heapq.heapify(self._timers)
         self._wake.set()
-
-    # -- acknowledgements -------------------------------------------------------------------------------
-
-    async def _ack_for_ever(self) -> None:
-        while True:
-            await self._ack_wake.wait()
-            await asyncio.sleep(self._settings.shard.ack_flush_s)
-            self._ack_wake.clear()
-            try:
-                await self._write_acks()
-            except FencedError:
-                self._fenced()
-                await asyncio.sleep(self._settings.shard.ack_flush_s + 0.05)
-                self._ack_wake.set()
-            except CarillonError as exc:
-                log.info("acknowledgements wait: %s", exc)
-                await asyncio.sleep(self._settings.shard.sweep_s)
-                self._ack_wake.set()
-            except Exception:
-                log.exception("writing acknowledgements failed")
-                await asyncio.sleep(self._settings.shard.sweep_s)
-
-    async def _write_acks(self) -> None:
-        async with self._ack_lock:
-            while self._acks:
-                batch = list(self._acks.items())[:5000]
-                for raw, _ in batch:
-                    del self._acks[raw]
-                try:
-                    new = await self._store.acknowledge(
-                        self._term(), [(stream, raw) for raw, stream in batch], self._clock.now_ms()
-                    )
-                except BaseException:
-                    self._acks = dict(batch) | self._acks
-                    raise
-                self._stats.count("events_acknowledged", new)
-            if self._last_seen:
-                seen, self._last_seen = self._last_seen, {}
-                try:
-                    await self._store.save_last_seen(self._term(), list(seen.items()))
-                except BaseException:
-                    self._last_seen = seen | self._last_seen
-                    raise
 
     # -- the sweep --------------------------------------------------------------------------------------
 
@@ -280,7 +221,7 @@ class Outbox:
     async def _sweep(self) -> None:
         """Claim what is due and send it. Acknowledgements in memory are written first: they cancel rows."""
         shard = self._settings.shard
-        await self._write_acks()
+        await self._acks.write()
         while True:
             now_ms = self._clock.now_ms()
             lease_end_ms = now_ms + round(shard.delivery_lease_s * 1000)
@@ -330,9 +271,19 @@ class Outbox:
             if row.expires_ms is not None and row.expires_ms <= now_ms:
                 settled.append(SettleRow(row.delivery, row.attempt, "dead", now_ms, "expired"))
                 continue
-            left = [t for t in targets if t.device not in row.sent_to]
+            if row.gate in (HELD, SEEN) and row.attempt == 1:
+                verdict = self._at_due(row, now_ms)
+                if verdict == "drop":
+                    settled.append(SettleRow(row.delivery, row.attempt, "cancelled", now_ms, "active"))
+                    continue
+                if verdict == "hold":
+                    self._returns.add([ReleaseRow(row.delivery, row.attempt, row.hold_until_ms, "active")])
+                    continue
+            left = [t for t in targets if t.device not in row.sent_to and t.device not in row.shown_on]
             if not left:
                 state, reason = ("sent", None) if row.sent_to else ("cancelled", "no push target")
+                if targets and not row.sent_to:
+                    reason = "shown on every device"
                 settled.append(SettleRow(row.delivery, row.attempt, state, now_ms, reason))
                 continue
             if now_ms - uuid7_ms(row.notification) > self._settings.push.give_up_after_s * 1000:
@@ -358,6 +309,14 @@ class Outbox:
                 break
         if len(self._flights) > 10_000:
             self._flights = {d: f for d, f in self._flights.items() if f.until_ms > now_ms}
+
+    def _at_due(self, row: Claimed, now_ms: int) -> str:
+        """What waited for its user to look away is due. The session decides before (`Session.tick`); here it
+        is about rows of an earlier process. A user who is not known to be active gets the push."""
+        user = self._users.get(row.key)
+        active = user is not None and user.session is not None and user.session.at_hand()
+        holdable = row.hold_until_ms > now_ms
+        return at_due(row.gate, active=active, acknowledged=row.acknowledged, holdable=holdable)
 
     # -- outcomes ---------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from actors.link import Link
+from actors.shard_acks import Acknowledgements
 from actors.shard_users import User, UserCache
 from carillon import server_frames
 from carillon.clock import Clock
@@ -34,15 +35,18 @@ from carillon.messages import (
 )
 from carillon.session import (
     Acknowledged,
+    AcknowledgedRange,
     Attachment,
     Close,
     Effect,
     LoadChanges,
     LoadNotifications,
     PresenceChanged,
+    PushSignal,
     Send,
     Session,
     SessionLimits,
+    Wake,
 )
 from stores.postgres.shard_store import ShardStore
 
@@ -68,8 +72,7 @@ class Sessions:
         shard: name told in Deliver and CloseSocket.
         term, map_version: give the present values.
         owns: whether a slot is this shard's.
-        acknowledge: called with (user, ids) when a device has notifications.
-        offline: called with (user, last seen in ms) when a user went offline.
+        acks: takes what devices acknowledge, how attention moves on, and when users were last seen.
         take: takes messages that came while their connection's user was still being loaded.
     """
 
@@ -84,8 +87,7 @@ class Sessions:
         term: Callable[[], int],
         map_version: Callable[[], int],
         owns: Callable[[int], bool],
-        acknowledge: Callable[[User, Iterable[bytes]], None],
-        offline: Callable[[User, int], None],
+        acks: Acknowledgements,
         take: Callable[[Link, Any], None],
     ) -> None:
         self._shard = shard
@@ -96,8 +98,7 @@ class Sessions:
         self._term = term
         self._map_version = map_version
         self._owns = owns
-        self._acknowledge = acknowledge
-        self._offline = offline
+        self._acks = acks
         self._take = take
         self._peers: dict[Link, Peer] = {}
         self._dirty: set[Peer] = set()
@@ -169,6 +170,8 @@ class Sessions:
             peer, message.conn, message.device, message.session_id,
             self._clock.monotonic(), self._clock.now_ms(),
             position=position, reattach=message.reattach, ready=message.ready, legacy=message.legacy,
+            attention=message.attention, viewing=message.viewing,
+            began_seq=message.began_seq, acked_seq=message.acked_seq,
         )  # fmt: skip
         peer.attached[message.conn] = (user, attachment)
         self.run(user, effects)
@@ -193,7 +196,10 @@ class Sessions:
         session = attachment.session
         kind = type(message)
         if kind is ClientAck:
-            self.run(user, session.acknowledge(attachment, message.seq, message.ids))
+            effects = session.acknowledge(
+                attachment, message.seq, message.ids, self._clock.monotonic(), self._clock.now_ms()
+            )
+            self.run(user, effects)
         elif kind is ClientReady:
             self.run(user, session.ready(attachment))
         elif kind is ClientResume:
@@ -206,9 +212,10 @@ class Sessions:
         elif kind is SocketDrained:
             self.run(user, session.drained(attachment))
         elif kind is ClientVisibility:
-            self.run(
-                user, session.visibility(attachment, message.state, message.viewing, self._clock.now_ms())
+            effects = session.visibility(
+                attachment, message.state, message.viewing, self._clock.monotonic(), self._clock.now_ms()
             )
+            self.run(user, effects)
         elif kind is Detach:
             del peer.attached[message.conn]
             self._detach(user, attachment, message.clean)
@@ -293,13 +300,20 @@ class Sessions:
             if kind is Send:
                 self._send(effect)  # type: ignore[arg-type]
             elif kind is Acknowledged:
-                self._acknowledge(user, effect.ids)  # type: ignore[union-attr]
+                self._acks.acknowledged(user, effect)  # type: ignore[arg-type]
             elif kind is LoadNotifications or kind is LoadChanges:
                 self._spawn(self._load(user, effect))  # type: ignore[arg-type]
             elif kind is Close:
                 self._close_attachment(effect)  # type: ignore[arg-type]
-            elif kind is PresenceChanged and effect.status == "offline":  # type: ignore[union-attr]
-                self._offline(user, user.last_seen_ms or self._clock.now_ms())
+            elif kind is PresenceChanged:
+                if effect.status == "offline":  # type: ignore[union-attr]
+                    self._acks.offline(user, user.last_seen_ms or self._clock.now_ms())
+            elif kind is PushSignal:
+                self._acks.signalled(user, effect)  # type: ignore[arg-type]
+            elif kind is Wake:
+                self._schedule(user)
+            elif kind is AcknowledgedRange:
+                self._acks.ranged(user, effect)  # type: ignore[arg-type]
 
     def _close_attachment(self, effect: Close) -> None:
         peer: Peer = effect.to.peer

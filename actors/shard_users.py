@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from carillon.errors import CarillonError, FencedError, UnavailableError
 from carillon.ids import UserKey
@@ -64,12 +64,20 @@ class UserCache:
     Args:
         term: gives the shard's present term.
         capacity: users kept; those with a session or with events on their way are kept beyond it.
+        prepare: awaited with the tenants of users before they are loaded.
     """
 
-    def __init__(self, store: ShardStore, term: Callable[[], int], capacity: int) -> None:
+    def __init__(
+        self,
+        store: ShardStore,
+        term: Callable[[], int],
+        capacity: int,
+        prepare: Callable[[set[str]], Awaitable[None]],
+    ) -> None:
         self._store = store
         self._term = term
         self._capacity = capacity
+        self._prepare = prepare
         self._users: OrderedDict[UserKey, User] = OrderedDict()
         self._waiting: dict[UserKey, list[Loaded]] = {}
         self._wanted: dict[UserKey, int] = {}
@@ -130,6 +138,7 @@ class UserCache:
             batch = [(key, self._wanted[key]) for key in list(self._wanted)[:LOAD_BATCH]]
             generation = self._generation
             try:
+                await self._prepare({key.tenant for key, _ in batch})
                 records = await self._store.load_users(
                     self._term(), [(key, slot, os.urandom(6).hex()) for key, slot in batch]
                 )

@@ -16,12 +16,15 @@ from typing import Any
 
 from actors.shard_users import LOAD_BATCH, User, UserCache
 from carillon import server_frames
+from carillon.attention import Attention
 from carillon.clock import Clock, rfc3339
 from carillon.errors import CarillonError, FencedError, NotFoundError, UnavailableError
 from carillon.ids import UserKey
 from carillon.messages import Event, Outcome
 from carillon.metrics import Stats
-from carillon.plan import Plan, Reach, plan
+from carillon.notification import target_of
+from carillon.plan import Plan, Reach, plan, wants_push
+from carillon.policy import TenantPolicy
 from carillon.session import Effect
 from carillon.settings import ShardSettings
 from stores.postgres.shard_store import (
@@ -88,6 +91,7 @@ class Writer:
         term, owns: as in `Sessions`.
         run: carries out session effects.
         reach: tells how a user is found now, and the wall time at which grace ends.
+        policy: gives a tenant's policy.
         planned: called with what was committed with a push: (user, entry, outbox row).
         fenced: called when the term turns out to be over.
     """
@@ -104,6 +108,7 @@ class Writer:
         owns: Callable[[int], bool],
         run: Callable[[User, list[Effect]], None],
         reach: Callable[[User], tuple[Reach, int]],
+        policy: Callable[[str], TenantPolicy],
         planned: Callable[[User, Event, int, OutboxRow], None],
         fenced: Callable[[], None],
     ) -> None:
@@ -116,6 +121,8 @@ class Writer:
         self._owns = owns
         self._run_effects = run
         self._reach = reach
+        self._policy = policy
+        self._window_ms = round(settings.ack_window_s * 1000)
         self._planned = planned
         self._fenced = fenced
         self._queue: deque[Entry] = deque()
@@ -386,16 +393,30 @@ class Writer:
     def _plan(self, entry: Entry, now_ms: int) -> Plan:
         user = entry.user
         assert user is not None
+        event = entry.event
         reach, grace_end_ms = self._reach(user)
+        attention = Attention.UNKNOWN
+        if reach is Reach.LIVE and wants_push(event, user.has_target):
+            attention = self._attention(user, event, now_ms)
         return plan(
-            entry.event,
+            event,
             reach,
             has_target=user.has_target,
             now_ms=now_ms,
-            ack_window_ms=round(self._settings.ack_window_s * 1000),
+            ack_window_ms=self._window_ms,
             grace_end_ms=grace_end_ms,
             lease_ms=round(self._settings.delivery_lease_s * 1000),
+            attention=attention,
+            policy=self._policy(event.tenant).of(event.type),
         )
+
+    def _attention(self, user: User, event: Event, now_ms: int) -> Attention:
+        session = user.session
+        assert session is not None
+        viewed = session.viewed()
+        if viewed and target_of(event.content) in viewed:
+            return Attention.VIEWING
+        return session.attention(now_ms, self._window_ms)
 
     async def _append_planned(self, term: int, batch: list[Entry], keyed: Sequence[Event]) -> None:
         now_ms = self._clock.now_ms()
@@ -413,7 +434,8 @@ class Writer:
             if decided.push_due_ms is not None:
                 row = OutboxRow(
                     await self._next_delivery_id(), event.id, stream_id, event.slot,
-                    decided.push_now, decided.push_due_ms,
+                    decided.push_now, decided.push_due_ms, decided.gate, decided.hold_until_ms,
+                    decided.reason,
                 )  # fmt: skip
                 outbox.append(row)
                 pushes.append((user, event, row))
@@ -461,7 +483,7 @@ class Writer:
                     status = "delivered"
         if status == "delivered" and (session is None or not session.live):
             status = "queued" if decided.push_due_ms is not None else "stored"
-        self._done(entry, Outcome(event.id, seq, status, list(decided.channels)))
+        self._done(entry, Outcome(event.id, seq, status, list(decided.channels), reason=decided.reason))
 
     async def _bisect(self, batch: list[Entry], error: PoisonError) -> None:
         """Fail only the culprits: each half is a batch of its own."""
@@ -587,6 +609,7 @@ class Writer:
             user.rev, user.unread = result.rev, result.unread
             session = user.session
             if session is not None:
+                session.dealt_with(result.ids, upto.get(user.stream_id, 0))
                 frames = change_frames(op, result, now_ms, upto.get(user.stream_id, 0))
                 self._run_effects(user, session.state_changed(result.rev, user.shown_unread(), frames))
             self._finish([change], (result.changed, user.rev, user.shown_unread()))

@@ -251,6 +251,16 @@ class Attach(Struct, array_like=True, tag=20):
     token_issued_ms: int = 0
     """`iat` of the token, ms since the epoch, 0 if it has none: older than `streams.tokens_valid_from` means
     revoked (close 4001)."""
+    attention: str | None = None
+    """State of the connection's last VISIBILITY; None if it never sent one."""
+    viewing: str | None = None
+    """Likewise."""
+    began_seq: int | None = None
+    """With reattach: every cumulative ACK of this connection up to here is surely in the store. None: it has
+    no position yet."""
+    acked_seq: int = 0
+    """With reattach: what this connection acknowledged cumulatively; beyond `began_seq` that may have been
+    lost with the shard before."""
 
 
 class Detach(Struct, array_like=True, tag=21):

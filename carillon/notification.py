@@ -79,6 +79,13 @@ def decode_content(content: str) -> dict[str, Any]:
     return _decode(f"{{{content}}}")
 
 
+def target_of(content: str) -> str | None:
+    """What a notification is about, "targetType:targetId", as VISIBILITY's `viewing` names it; or None."""
+    members = decode_content(content)
+    kind, target = members.get("targetType"), members.get("targetId")
+    return None if kind is None or target is None else f"{kind}:{target}"
+
+
 def fresh_json(notification_id: bytes, seq: int, rev: int, user_json: str, content: str) -> str:
     """JSON of a notification that nobody has seen yet: the hot path of delivery.
 

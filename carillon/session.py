@@ -26,15 +26,40 @@ than the head is shown as it is, for states only grow and the frame that follows
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
 from typing import Any, Final, NamedTuple
 
 from carillon import server_frames
+from carillon.attention import (
+    ACTIVE,
+    ACTIVE_STATES,
+    AWAY,
+    DONE,
+    KEEP,
+    RECEIVED,
+    Attention,
+    combined,
+    device_attention,
+    signal_of,
+)
+from carillon.change_frames import change_frames
 from carillon.clock import rfc3339
+from carillon.effects import (
+    Acknowledged,
+    AcknowledgedRange,
+    Close,
+    Effect,
+    LoadChanges,
+    LoadNotifications,
+    PresenceChanged,
+    PushSignal,
+    Send,
+    Wake,
+)
 from carillon.notification import NotificationRow, fresh_json, notification_json, user_json_of
+from carillon.push_watch import PushWatch, Waiting
 
 MAX_UNACKED: Final = 1000
 """Unacknowledged deliveries a session remembers; older ones are acknowledged by id through the store."""
@@ -89,6 +114,9 @@ class Attachment:
         conn: number of the connection at that gateway.
         cursor_seq, cursor_rev: everything up to here was written to this connection.
         acked_seq: cumulative acknowledgement of this connection; starts at its first cursor.
+        written_before: up to here another attachment of this connection wrote: ids are not known here.
+        reported: it told its visibility at least once.
+        owes_since_ms: since when it has a delivery with a waiting push unacknowledged; 0: it has none.
         replay: while rows come from the store, where that replay began; else None.
         loading: the request to the store that is on its way; else None. Any other answer is stale.
         wait_deadline: monotonic time at which a waiting attachment goes live; 0 once it left that phase.
@@ -96,8 +124,8 @@ class Attachment:
 
     __slots__ = (
         "acked_seq", "attention", "attention_since_ms", "conn", "cursor_rev", "cursor_seq", "device",
-        "first_frame_seen", "legacy", "loading", "peer", "phase", "replay", "session", "session_id",
-        "viewing", "wait_deadline",
+        "first_frame_seen", "legacy", "loading", "owes_since_ms", "peer", "phase", "replay", "reported",
+        "session", "session_id", "viewing", "wait_deadline", "written_before",
     )  # fmt: skip
 
     def __init__(
@@ -118,6 +146,9 @@ class Attachment:
         self.legacy = False
         # A device that never tells counts as visible: unknown attention never silences (fail open).
         self.attention = "visible"
+        self.reported = False
+        self.owes_since_ms = 0
+        self.written_before = 0
         self.attention_since_ms = now_ms
         self.viewing: str | None = None
         self.wait_deadline = 0.0
@@ -132,68 +163,6 @@ class LogEntry(NamedTuple):
     update: bool
 
 
-# -- effects ----------------------------------------------------------------------------------------
-
-
-class Send(NamedTuple):
-    """Write one frame to some attachments, in order with all other Sends."""
-
-    to: tuple[Attachment, ...]
-    frame: bytes
-    seq: int = 0
-    rev: int = 0
-    replay: bool = False
-    page_end: bool = False
-    update: bool = False
-    epoch: str = ""
-
-
-class LoadNotifications(NamedTuple):
-    """Read rows with seq > after_seq, by seq, at most `limit`; answer with `notifications_loaded`."""
-
-    to: Attachment
-    after_seq: int
-    limit: int
-    head_seq: int
-    """The head when asked: everything up to here is in the store."""
-
-
-class LoadChanges(NamedTuple):
-    """Read changed rows with rev > after_rev and (seq <= upto_seq or rev > or_after_rev), by rev, at most
-    `limit`; answer with `changes_loaded`."""
-
-    to: Attachment
-    after_rev: int
-    upto_seq: int
-    or_after_rev: int
-    limit: int
-    head_rev: int
-    """The head when asked."""
-
-
-class Close(NamedTuple):
-    """Close a connection with a code of protocol.md. The attachment is gone already."""
-
-    to: Attachment
-    code: int
-    reason: str
-
-
-class Acknowledged(NamedTuple):
-    """A device has these notifications: cancel what waits for that, set deliveredAt."""
-
-    ids: tuple[bytes, ...]
-
-
-class PresenceChanged(NamedTuple):
-    """The user's status became another one."""
-
-    status: str
-
-
-Effect = Send | LoadNotifications | LoadChanges | Close | Acknowledged | PresenceChanged
-
-
 class Session:
     """One connected user.
 
@@ -204,8 +173,8 @@ class Session:
     """
 
     __slots__ = (
-        "_acked_ids", "_limits", "_log", "_log_from", "_status", "_unacked", "attachments", "epoch",
-        "grace_deadline", "last_seen_ms", "rev", "seq", "unread", "user_json",
+        "_away_deadline", "_limits", "_log", "_log_from", "_pushes", "_status", "_unacked", "attachments",
+        "epoch", "grace_deadline", "last_seen_ms", "rev", "seq", "unread", "user_json",
     )  # fmt: skip
 
     def __init__(self, user: str, head: Head, limits: SessionLimits) -> None:
@@ -219,6 +188,8 @@ class Session:
         self._log_from = head.rev  # the log holds every change with rev > _log_from
         self._unacked: dict[int, bytes] = {}  # seq -> id, in seq order per insertion
         self._status = "offline"
+        self._pushes: PushWatch | None = None
+        self._away_deadline = 0.0  # monotonic; the last active device is gone, it may be back until then
 
     # -- connections ----------------------------------------------------------------------------------
 
@@ -240,6 +211,10 @@ class Session:
         reattach: bool = False,
         ready: bool = False,
         legacy: bool = False,
+        attention: str | None = None,
+        viewing: str | None = None,
+        began_seq: int | None = None,
+        acked_seq: int = 0,
     ) -> tuple[Attachment, list[Effect]]:
         """Add a connection.
 
@@ -248,6 +223,9 @@ class Session:
             position: (epoch, lastSeq, lastRev or None) from the URL, or what the gateway wrote so far.
             reattach: the socket was attached before: no WELCOME, replay from `position`.
             ready: with reattach, True if it had left the waiting phase.
+            attention, viewing: what it told with its last VISIBILITY; None: it never did.
+            began_seq, acked_seq: with reattach, what it acknowledged cumulatively: surely in the store up to
+                began_seq, perhaps lost with the attachment before up to acked_seq.
 
         Returns:
             The attachment and the effects, WELCOME first unless reattach.
@@ -257,14 +235,20 @@ class Session:
         attachment.legacy = legacy
         attachment.cursor_seq = attachment.acked_seq = self.seq
         attachment.cursor_rev = self.rev
+        if attention is not None:
+            attachment.attention, attachment.viewing, attachment.reported = attention, viewing, True
         self.attachments.append(attachment)
         self.grace_deadline = 0.0
+        if self.at_hand():
+            self._away_deadline = 0.0
         if len(self.attachments) > self._limits.max_connections:
             oldest = self.attachments.pop(0)
             effects.append(Close(oldest, 4004, "too many connections of this user: the oldest goes"))
         if reattach:
             attachment.first_frame_seen = ready
             if position is not None and self._take_position(attachment, *position):
+                if began_seq is not None:
+                    self._acknowledged_before(attachment, began_seq, acked_seq, effects)
                 if ready:
                     self._advance(attachment, effects)
                 else:
@@ -291,8 +275,11 @@ class Session:
         self.attachments.remove(attachment)
         self.last_seen_ms = now_ms
         effects: list[Effect] = []
+        grace = self._limits.clean_close_grace_s if clean else self._limits.grace_s
+        if self._pushes and not self._away_deadline and not self.at_hand() and self._pushes.held():
+            self._away_deadline = now + grace
+            effects.append(Wake())
         if not self.attachments:
-            grace = self._limits.clean_close_grace_s if clean else self._limits.grace_s
             self.grace_deadline = now + grace
         else:
             self._presence(effects, now_ms)
@@ -333,6 +320,16 @@ class Session:
             if attachment.phase is Phase.WAITING and attachment.wait_deadline <= now:
                 attachment.first_frame_seen = True
                 self._advance(attachment, effects)
+        if self._pushes:
+            if 0.0 < self._away_deadline <= now:
+                self._away_deadline = 0.0
+                self._look_away(effects, now)
+            if self._pushes.next_due <= now:
+                dropped, kept = self._pushes.take_due(now, self.at_hand())
+                if dropped:
+                    effects.append(PushSignal(tuple(dropped), DONE))
+                if kept:
+                    effects.append(PushSignal(tuple(kept), KEEP))
         self._presence(effects, now_ms, now)
         return effects
 
@@ -341,6 +338,11 @@ class Session:
         waits = [a.wait_deadline for a in self.attachments if a.phase is Phase.WAITING]
         if not self.attachments and self._status != "offline":
             waits.append(self.grace_deadline)
+        if self._pushes:
+            if self._away_deadline:
+                waits.append(self._away_deadline)
+            if self._pushes.next_due < float("inf"):
+                waits.append(self._pushes.next_due)
         return min(waits, default=None)
 
     def ended(self, now: float) -> bool:
@@ -401,33 +403,135 @@ class Session:
                 self._advance(attachment, effects)
         return effects
 
-    def acknowledge(self, attachment: Attachment, seq: int | None, ids: Iterable[bytes]) -> list[Effect]:
+    def acknowledge(
+        self, attachment: Attachment, seq: int | None, ids: Iterable[bytes], now: float, now_ms: int
+    ) -> list[Effect]:
         """ACK of one connection: cumulative `seq` (bounded by what it was sent) and single ids."""
-        acked: list[bytes] = []
+        effects: list[Effect] = []
+        signal = signal_of(attachment.attention, attachment.reported)
+        hits: list[int] = []
+        acked: dict[bytes, None] = {}
+        reached = 0
         if seq is not None:
-            upto = min(seq, attachment.cursor_seq)
-            if upto > attachment.acked_seq:
-                since, attachment.acked_seq = attachment.acked_seq, upto
-                hits = [s for s in self._unacked if since < s <= upto]
-                acked += [self._unacked.pop(s) for s in hits]
+            reached = min(seq, attachment.cursor_seq)
+            if reached > attachment.acked_seq:
+                since, attachment.acked_seq = attachment.acked_seq, reached
+                hits = [s for s in self._unacked if since < s <= reached]
+                acked = {self._unacked[s]: None for s in hits}
+                if self._pushes:
+                    acked |= dict.fromkeys(self._pushes.between(since, reached))
+                if since < attachment.written_before:
+                    upto = min(reached, attachment.written_before)
+                    effects.append(self._range(attachment, since, upto))
         wanted = set(ids)
-        if wanted:
-            for s in [s for s, known in self._unacked.items() if known in wanted]:
-                del self._unacked[s]
-            acked += wanted  # the store ignores ids of others and those acknowledged before
-        return [Acknowledged(tuple(acked))] if acked else []
+        if wanted:  # the store ignores ids of others and those acknowledged before
+            named = [s for s, raw in self._unacked.items() if raw in wanted]
+            reached = max(named, default=reached)
+            hits += named
+            acked |= dict.fromkeys(wanted)
+        if attachment.owes_since_ms:  # it acknowledges: what it still owes is owed since now
+            attachment.owes_since_ms = 0 if reached >= attachment.cursor_seq else now_ms
+        if not acked:
+            return effects
+        if signal != RECEIVED:  # else another device has yet to show it
+            for s in hits:
+                self._unacked.pop(s, None)
+        shown_on = attachment.device if signal == ACTIVE else ""
+        effects.append(Acknowledged(tuple(acked), signal, shown_on))
+        if self._pushes:
+            due = self._pushes.next_due
+            self._pushes.signalled(acked, signal, now)
+            if self._pushes.next_due < due:
+                effects.append(Wake())
+        return effects
 
     def visibility(
-        self, attachment: Attachment, state: str, viewing: str | None, now_ms: int
+        self, attachment: Attachment, state: str, viewing: str | None, now: float, now_ms: int
     ) -> list[Effect]:
         """VISIBILITY of one connection."""
+        effects: list[Effect] = []
+        if attachment not in self.attachments:
+            return effects
         if state != attachment.attention:
             attachment.attention = state
             attachment.attention_since_ms = now_ms
         attachment.viewing = viewing
-        effects: list[Effect] = []
+        attachment.reported = True
+        if state in ACTIVE_STATES:
+            self._away_deadline = 0.0
+        else:
+            self._look_away(effects, now)
         self._presence(effects, now_ms)
         return effects
+
+    # -- attention and waiting pushes -------------------------------------------------------------------
+
+    def at_hand(self) -> bool:
+        """True while a device that tells its visibility says that it is focused or visible."""
+        return any(a.reported and a.attention in ACTIVE_STATES for a in self.attachments)
+
+    def attention(self, now_ms: int, window_ms: int) -> Attention:
+        """How closely the user looks, VIEWING apart (see `viewed`)."""
+        return combined(
+            [
+                device_attention(a.attention, a.reported, a.owes_since_ms, now_ms, window_ms)
+                for a in self.attachments
+            ]
+        )
+
+    def viewed(self) -> list[str]:
+        """The items ("targetType:targetId") that focused devices show now."""
+        return [a.viewing for a in self.attachments if a.viewing is not None and a.attention == "focused"]
+
+    def push_planned(
+        self,
+        notification_id: bytes,
+        seq: int,
+        gate: str | None,
+        due_ms: int,
+        hold_until_ms: int | None,
+        now: float,
+        now_ms: int,
+    ) -> list[Effect]:
+        """A push of a notification was committed and waits; call it after `deliver`."""
+        for attachment in self.attachments:
+            if not attachment.owes_since_ms and attachment.phase is Phase.LIVE:
+                attachment.owes_since_ms = now_ms
+        if self._pushes is None:
+            self._pushes = PushWatch()
+        due = self._pushes.next_due
+        hold_until = 0.0 if hold_until_ms is None else now + (hold_until_ms - now_ms) / 1000
+        waiting = Waiting(seq, gate, now + (due_ms - now_ms) / 1000, hold_until)
+        self._pushes.add(notification_id, waiting)
+        return [Wake()] if self._pushes.next_due < due else []
+
+    def dealt_with(self, ids: Iterable[bytes], upto_seq: int = 0) -> None:
+        """Read, dismissed, ... was committed: the pushes of these wait no more."""
+        if self._pushes:
+            self._pushes.forget(ids, upto_seq)
+
+    def _look_away(self, effects: list[Effect], now: float) -> None:
+        """Unless some device still is active, what was held for it is due now."""
+        if not self._pushes or self.at_hand():
+            return
+        held = self._pushes.held()
+        if held:
+            self._pushes.signalled(held, AWAY, now)
+            effects.append(PushSignal(tuple(held), AWAY))
+
+    def _acknowledged_before(
+        self, attachment: Attachment, began_seq: int, acked_seq: int, effects: list[Effect]
+    ) -> None:
+        """What this connection was written, and acknowledged, at the attachment before."""
+        attachment.written_before = attachment.cursor_seq
+        attachment.acked_seq = max(0, min(acked_seq, attachment.cursor_seq))
+        if began_seq < attachment.acked_seq:
+            # It may have been told to a shard that died before it wrote that down.
+            effects.append(self._range(attachment, began_seq, attachment.acked_seq))
+
+    def _range(self, attachment: Attachment, after_seq: int, upto_seq: int) -> AcknowledgedRange:
+        signal = signal_of(attachment.attention, attachment.reported)
+        return AcknowledgedRange(after_seq, upto_seq, signal, attachment.device if signal == ACTIVE else "")
 
     # -- replay -----------------------------------------------------------------------------------------
 
@@ -632,68 +736,3 @@ class Session:
             if entry.seq:
                 return entry.seq - 1
         return self.seq
-
-
-def change_frames(
-    rows: Sequence[NotificationRow], user_json: str, after_rev: int, *, more: bool
-) -> list[tuple[int, bytes, bool]]:
-    """Frames that bring a client from `after_rev` to the state of changed rows.
-
-    Args:
-        rows: changed rows by ascending rev.
-        more: the last rev may have more rows than these.
-
-    Returns:
-        (rev, frame, is_update) by ascending rev. Of the frames of one rev only the last carries it, and with
-        `more` not even that: whoever stops in between asks for that rev again instead of missing its rest.
-        States only grow, so repeating one is harmless.
-    """
-    frames: list[tuple[int, bytes, bool]] = []
-    at = 0
-    while at < len(rows):
-        end, rev = at, rows[at].rev
-        while end < len(rows) and rows[end].rev == rev:
-            end += 1
-        makers = _group_frames(rows[at:end], user_json)
-        for index, (make, update) in enumerate(makers):
-            unfinished = index < len(makers) - 1 or (more and end == len(rows))
-            told = max(after_rev, rev - 1) if unfinished else rev
-            frames.append((told, make(told), update))
-        at = end
-    return frames
-
-
-def _group_frames(
-    group: Sequence[NotificationRow], user_json: str
-) -> list[tuple[Callable[[int], bytes], bool]]:
-    """What to tell of rows that changed with one rev: (frame of the rev it carries, is_update)."""
-    frames: list[tuple[Callable[[int], bytes], bool]] = []
-    kept = [r for r in group if r.retracted_ms is None]
-    read: dict[int, list[bytes]] = {}
-    for r in kept:
-        if r.updated_ms is not None:
-            updated = server_frames.notification_updated(notification_json(r, user_json))
-            frames.append((partial(_as_it_is, updated), True))
-        if r.read_ms is not None:
-            read.setdefault(r.read_ms, []).append(r.id)
-    frames += [
-        (partial(server_frames.notifications_read, ids, rfc3339(ms)), False) for ms, ids in read.items()
-    ]
-    seen = [r.id for r in kept if r.seen_ms is not None and r.read_ms is None]
-    if seen:
-        frames.append((partial(server_frames.notifications_seen, seen), False))
-    for r in group:
-        states = {
-            "CLICKED": r.clicked_ms, "DISMISSED": r.dismissed_ms, "ARCHIVED": r.archived_ms,
-        } if r.retracted_ms is None else {"RETRACTED": r.retracted_ms}  # fmt: skip
-        frames += [
-            (partial(server_frames.notification_state, kind, r.id), False)
-            for kind, at in states.items()
-            if at is not None
-        ]
-    return frames
-
-
-def _as_it_is(frame: bytes, rev: int) -> bytes:
-    """A whole notification carries its own rev, which no client takes for its position."""
-    return frame

@@ -20,6 +20,9 @@ from carillon.errors import SettingsError
 
 T = TypeVar("T")
 
+WHEN_AWAY = ("in_app", "both", "push_after")
+"""What may be done while every device of a connected user is hidden or idle (carillon/policy.py)."""
+
 
 def setting(
     default: T, doc: str, *, low: float | None = None, high: float | None = None, unit: str = ""
@@ -130,6 +133,25 @@ class ShardSettings:
     ack_window_s: float = setting(
         5.0, "A live delivery that no device acknowledges in so long gets its push.", low=0.05, unit="s"
     )
+    when_away: str = setting(
+        "push_after",
+        "While all devices of a user are hidden or idle: in_app (no push if one acknowledges), both, or "
+        "push_after (a delay, unless seen). A tenant's policy wins.",
+    )
+    when_away_delay_s: float = setting(
+        30.0, "The delay of push_after. A tenant's policy wins.", low=0.0, high=86_400.0, unit="s"
+    )
+    hold_s: float = setting(
+        60.0,
+        "A push that an active user's device acknowledged still comes if the user looks away without having "
+        "seen it within so long of its creation; 0 ends it with the acknowledgement. A tenant's policy wins.",
+        low=0.0,
+        high=3600.0,
+        unit="s",
+    )
+    policy_refresh_s: float = setting(
+        5.0, "A tenant's changed policy holds everywhere within so long.", low=0.05, unit="s"
+    )
     ack_flush_s: float = setting(
         0.1, "Acknowledgements are written in batches this far apart.", low=0.0, unit="s"
     )
@@ -189,6 +211,12 @@ class GatewaySettings:
     )
     attach_retry_s: float = setting(
         0.1, "Pause before a refused attachment is tried again.", low=0.01, unit="s"
+    )
+    ack_repeat_s: float = setting(
+        10.0,
+        "Cumulative acknowledgements younger than this are told again to the next shard.",
+        low=0.1,
+        unit="s",
     )
     close_timeout_s: float = setting(
         3.0, "A peer that does not finish the closing handshake in so long is cut off.", low=0.05, unit="s"
@@ -381,6 +409,10 @@ class Settings:
                 "expected cluster.lease_timeout_s to be at least twice cluster.lease_renew_s, got "
                 f"{self.cluster.lease_timeout_s} and {self.cluster.lease_renew_s}: "
                 "one late renewal would move slots"
+            )
+        if self.shard.when_away not in WHEN_AWAY:
+            raise SettingsError(
+                f"expected shard.when_away to be {'|'.join(WHEN_AWAY)}, got {self.shard.when_away!r}"
             )
         if self.link.reconnect_max_s < self.link.reconnect_min_s:
             raise SettingsError(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from carillon.change_frames import change_frames
 from carillon.event_rules import MAX_INT, Text, text_error
 from carillon.events import ProblemError, refused
 from carillon.ids import slot_of
 from carillon.messages import Change, ChangeResult
 from carillon.notification import notification_json, user_json_of
 from carillon.problems import FieldError, problem, shown
-from carillon.session import change_frames
 from serve.http import Request, Response, json_response, whole_number
 from serve.routes import users
 from serve.routes.bodies import notification_ids, path_notification

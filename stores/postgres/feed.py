@@ -99,7 +99,7 @@ class SyncPage:
     """False: something between the position and now cannot be told any more; read the feed instead."""
     notifications: list[NotificationRow]
     changes: list[NotificationRow]
-    """Changed rows the client has already, by rev (carillon.session.change_frames writes them)."""
+    """Changed rows the client has already, by rev (carillon.change_frames.change_frames writes them)."""
     last_seq: int
     """Position reached: the next `since`."""
     rev: int

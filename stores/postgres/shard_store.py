@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import asyncpg
+import msgspec
 from asyncpg.pgproto.pgproto import UUID
 
 from carillon.errors import FencedError, InvalidInputError
@@ -128,6 +129,10 @@ class OutboxRow:
     claimed: bool
     """True: born "sending" under a lease that ends at `due_ms`; False: "planned", due at `due_ms`."""
     due_ms: int
+    gate: str | None = None
+    """What an acknowledgement does to it (carillon/attention.py)."""
+    hold_until_ms: int | None = None
+    reason: str | None = None
 
 
 @dataclass(slots=True)
@@ -166,6 +171,24 @@ class Claimed:
     content: str
     expires_ms: int | None
     sent_to: list[str]
+    gate: str | None = None
+    acknowledged: bool = False
+    """Some device has it."""
+    hold_until_ms: int = 0
+    shown_on: Sequence[str] = ()
+    """Devices that have shown the socket copy."""
+
+
+@dataclass(slots=True)
+class SignalRow:
+    """What devices tell of one notification."""
+
+    stream_id: int
+    notification: bytes
+    signal: str
+    """See carillon/attention.py."""
+    shown_on: str = ""
+    """Devices that have shown it, separated by line feeds."""
 
 
 @dataclass(slots=True)
@@ -393,6 +416,9 @@ class ShardStore:
                 ["sending" if o.claimed else "planned" for o in outbox],
                 [o.due_ms / 1000 for o in outbox],
                 now_ms / 1000,
+                [o.gate for o in outbox],
+                [None if o.hold_until_ms is None else o.hold_until_ms / 1000 for o in outbox],
+                [o.reason for o in outbox],
             ]
         answer = await connection.fetch(
             self._append_sql[bool(outbox)],
@@ -497,15 +523,34 @@ class ShardStore:
             )
         return {r[0].bytes for r in rows}
 
-    async def acknowledge(self, term: int, wanted: Sequence[tuple[int, bytes]], now_ms: int) -> int:
-        """Set deliveredAt and cancel what waits for lack of an acknowledgement. Returns how many were new."""
+    async def acknowledge(self, term: int, told: Sequence[SignalRow], now_ms: int) -> int:
+        """Set deliveredAt and let waiting pushes follow, each notification at most once. Returns how many
+        were acknowledged for the first time."""
         row = await self._pool_row(
             "acknowledge", self._shard, term,
-            [UUID(raw) for _, raw in wanted], [stream for stream, _ in wanted], now_ms / 1000,
+            [UUID(t.notification) for t in told], [t.stream_id for t in told], now_ms / 1000,
+            [t.signal for t in told], [t.shown_on for t in told],
         )  # fmt: skip
         if not row["fenced"]:
             raise FencedError(f"term {term} of {self._shard} is over")
         return row["marked"]
+
+    async def ids_between(self, ranges: Sequence[tuple[int, int, int]]) -> list[tuple[bytes, int, int]]:
+        """What of ranges (stream id, after seq, up to seq) may be unacknowledged: (id, stream id, seq)."""
+        with translated():
+            async with self._open_pool().acquire(timeout=self._settings.connect_timeout_s) as connection:
+                rows = await connection.fetch(
+                    self._sql["ids_between"], [r[0] for r in ranges], [r[1] for r in ranges],
+                    [r[2] for r in ranges],
+                )  # fmt: skip
+        return [(r[0].bytes, r[1], r[2]) for r in rows]
+
+    async def policies(self, tenants: Sequence[str]) -> dict[str, dict[str, Any] | None]:
+        """The policy documents of tenants (None: it stored none); those that do not exist are left out."""
+        with translated():
+            async with self._open_pool().acquire(timeout=self._settings.connect_timeout_s) as connection:
+                rows = await connection.fetch(self._sql["policies"], tenants)
+        return {r[0]: None if r[1] is None else msgspec.json.decode(r[1]) for r in rows}
 
     async def save_last_seen(self, term: int, wanted: Sequence[tuple[int, int]]) -> None:
         """Keep when users were last seen: (stream id, ms)."""
@@ -545,7 +590,8 @@ class ShardStore:
             Claimed(
                 r["id"], r["attempts"], r["slot"], UserKey(r["tenant"], r["user_id"]), r["unread"],
                 r["notification_id"].bytes, r["seq"], r["type"], r["priority"], r["content"],
-                r["expires_ms"], r["sent_to"],
+                r["expires_ms"], r["sent_to"], r["gate"], r["acknowledged"],
+                r["hold_until_ms"] or 0, r["shown_on"],
             )
             for r in rows
         ]  # fmt: skip

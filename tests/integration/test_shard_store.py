@@ -25,6 +25,7 @@ from stores.postgres.shard_store import (
     ReleaseRow,
     SettleRow,
     ShardStore,
+    SignalRow,
     UserRecord,
 )
 from tests.support import eventually
@@ -120,7 +121,9 @@ WRITES: dict[str, Callable[[Kit, Event, int], Awaitable[Any]]] = {
     "dismiss": lambda kit, e, d: kit.store.change(kit.term, "dismiss", [(kit.user.stream_id, [e.id])], NOW),
     "click": lambda kit, e, d: kit.store.change(kit.term, "click", [(kit.user.stream_id, [e.id])], NOW),
     "read_all": lambda kit, e, d: kit.store.read_all(kit.term, [(kit.user.stream_id, 99)], NOW),
-    "acknowledge": lambda kit, e, d: kit.store.acknowledge(kit.term, [(kit.user.stream_id, e.id)], NOW),
+    "acknowledge": lambda kit, e, d: kit.store.acknowledge(
+        kit.term, [SignalRow(kit.user.stream_id, e.id, "silent")], NOW
+    ),
     "load_users": lambda kit, e, d: kit.store.load_users(kit.term, [(UserKey("t", "new"), 1, "e2")]),
     "record_outcomes": lambda kit, e, d: kit.store.record_outcomes(
         kit.term,

@@ -307,6 +307,7 @@ class Wire:
         self.url: tuple[str, int, int | None] | None = None  # position in the URL, until WELCOME
         self.resume: tuple[str, int, int | None] | None = None  # passed on and not answered
         self.drain_due = False
+        self.began_seq = self.acked_seq = 0
 
     def gateway_takes(self) -> None:
         """The gateway writes the next frame and notes the position it carries."""
@@ -316,6 +317,7 @@ class Wire:
             self.drain_due = True
         if send.epoch:
             self.epoch, self.seq, self.rev = send.epoch, send.seq, send.rev
+            self.began_seq = self.acked_seq = send.seq
             if self.welcomed:
                 self.resume = None
             self.welcomed = True

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from carillon.change_frames import change_frames
 from carillon.ids import uuid_text
 from carillon.notification import NotificationRow
 from carillon.session import (
@@ -23,7 +24,6 @@ from carillon.session import (
     Send,
     Session,
     SessionLimits,
-    change_frames,
 )
 from tests.unit.session_model import NOW_MS, USER_JSON, Changed, New, Store, id_of
 
@@ -66,6 +66,12 @@ class Kit:
 
     def change(self, op: str, *seqs: int) -> list[Effect]:
         return self.tell(self.store.change(op, list(seqs), upto=max(seqs)))
+
+    def ack(self, attachment: Attachment, seq: int | None, *ids: bytes) -> list[Effect]:
+        return self.session.acknowledge(attachment, seq, ids, self.now, NOW_MS)
+
+    def look(self, attachment: Attachment, state: str, viewing: str | None = None) -> list[Effect]:
+        return self.session.visibility(attachment, state, viewing, self.now, NOW_MS)
 
     def finish(self, effects: list[Effect], drain: bool = True) -> list[Send]:
         """Answer loads and take pages until nothing is asked any more; returns everything written."""
@@ -342,10 +348,10 @@ def test_an_acknowledgement_is_cumulative_for_its_connection() -> None:
     kit.publish(2)
     second = kit.attach_live()
     kit.publish(1)
-    assert kit.session.acknowledge(second, 3, []) == [Acknowledged((id_of(3),))]
-    assert kit.session.acknowledge(first, 99, []) == [Acknowledged((id_of(1), id_of(2)))]
-    assert kit.session.acknowledge(first, 99, []) == []
-    assert kit.session.acknowledge(first, None, [id_of(7)]) == [Acknowledged((id_of(7),))], "the store knows"
+    assert kit.ack(second, 3) == [Acknowledged((id_of(3),))]
+    assert kit.ack(first, 99) == [Acknowledged((id_of(1), id_of(2)))]
+    assert kit.ack(first, 99) == []
+    assert kit.ack(first, None, id_of(7)) == [Acknowledged((id_of(7),))], "the store knows"
 
 
 def test_memory_is_bounded() -> None:
@@ -354,7 +360,7 @@ def test_memory_is_bounded() -> None:
     attachment = kit.attach_live()
     kit.publish(MAX_UNACKED + 50)
     assert len(kit.session._log) == LIMITS.recent_window
-    (acked,) = kit.session.acknowledge(attachment, kit.store.seq, [])
+    (acked,) = kit.ack(attachment, kit.store.seq)
     assert isinstance(acked, Acknowledged)
     assert acked.ids[0] == id_of(51)
     assert len(acked.ids) == MAX_UNACKED
@@ -381,8 +387,8 @@ def test_presence_follows_attention_and_grace() -> None:
     kit = Kit()
     attachment, effects = kit.attach()
     assert PresenceChanged("active") in effects
-    assert kit.session.visibility(attachment, "hidden", None, NOW_MS) == [PresenceChanged("idle")]
-    assert kit.session.visibility(attachment, "hidden", None, NOW_MS) == []
+    assert kit.look(attachment, "hidden") == [PresenceChanged("idle")]
+    assert kit.look(attachment, "hidden") == []
     assert kit.session.detach(attachment, False, kit.now, NOW_MS) == []
     assert kit.session.status() == "idle"
     assert kit.session.next_deadline() == kit.now + LIMITS.grace_s

@@ -9,17 +9,21 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from carillon.attention import ACKNOWLEDGED, ALWAYS, AWAY, HELD, SEEN, Attention, at_due, on_signal
 from carillon.session import (
     Acknowledged,
+    AcknowledgedRange,
     Attachment,
     Close,
     Effect,
     LoadChanges,
     LoadNotifications,
     PresenceChanged,
+    PushSignal,
     Send,
     Session,
     SessionLimits,
+    Wake,
 )
 from tests.unit.session_model import NOW_MS, Changed, Client, New, Store, Wire, id_of
 
@@ -33,6 +37,36 @@ class Load:
     def __init__(self, request: LoadNotifications | LoadChanges) -> None:
         self.request = request
         self.rows: Any = None
+
+
+class Row:
+    """A push in the outbox, as Postgres has it."""
+
+    def __init__(self, seq: int, gate: str | None, now: float, due: float, hold_until: float) -> None:
+        self.seq = seq
+        self.gate = gate
+        self.state = "planned"
+        self.due = due
+        self.hold_until = hold_until
+        self.bound = now + max(WINDOW, DELAY, HOLD)
+        self.acknowledged = False
+        self.remembered = True  # the session that heard of it still lives
+        self.why = ""
+
+    def follow(self, signal: str, now: float) -> None:
+        """What `delivery_signal` does."""
+        if signal in ACKNOWLEDGED:
+            self.acknowledged = True
+        done = on_signal(signal, self.state, self.gate, self.hold_until > now)
+        if done == "cancel":
+            self.state, self.why = "cancelled", signal
+        elif done == "hold":
+            self.gate, self.due = HELD, self.hold_until
+        elif done == "due":
+            self.gate, self.due = ALWAYS, now
+
+
+WINDOW, DELAY, HOLD = 5.0, 30.0, 60.0
 
 
 class SessionMachine(RuleBasedStateMachine):
@@ -58,6 +92,8 @@ class SessionMachine(RuleBasedStateMachine):
         self.clients: list[Client] = []
         self.numbers = 0
         self.by_attachment: dict[Attachment, Wire] = {}
+        self.pushes: dict[bytes, Row] = {}
+        self.told: dict[int, tuple[str, str | None]] = {}  # what each wire's gateway remembers of VISIBILITY
 
     # -- the shell ------------------------------------------------------------------------------------
 
@@ -85,9 +121,21 @@ class SessionMachine(RuleBasedStateMachine):
             elif isinstance(effect, PresenceChanged):
                 assert effect.status != self.status, "told only when it changes"
                 self.status = effect.status
-            else:
-                assert isinstance(effect, Acknowledged)
+            elif isinstance(effect, PushSignal | Acknowledged):
                 assert effect.ids
+                if isinstance(effect, PushSignal) and effect.signal == AWAY:
+                    assert not self.session.at_hand()
+                for raw in effect.ids:
+                    if raw in self.pushes:
+                        self.pushes[raw].follow(effect.signal, self.now)
+            elif isinstance(effect, AcknowledgedRange):
+                assert effect.after_seq < effect.upto_seq
+                for row in self.pushes.values():
+                    if effect.after_seq < row.seq <= effect.upto_seq:
+                        row.follow(effect.signal, self.now)
+            else:
+                assert isinstance(effect, Wake)
+                assert self.session.next_deadline() is not None
 
     def attach(self, wire: Wire, position: tuple[str, int, int | None] | None, **more: Any) -> None:
         self.numbers += 1
@@ -109,6 +157,10 @@ class SessionMachine(RuleBasedStateMachine):
                 (wire.epoch, wire.seq, wire.rev),
                 reattach=True,
                 ready=wire.ready and wire.resume is None,
+                attention=self.told.get(wire.number, (None, None))[0],
+                viewing=self.told.get(wire.number, (None, None))[1],
+                began_seq=wire.began_seq,
+                acked_seq=wire.acked_seq,
             )
             if wire.resume is not None and wire.attachment is not None:
                 self.run(self.session.resume(wire.attachment, *wire.resume, self.now, NOW_MS))
@@ -123,9 +175,31 @@ class SessionMachine(RuleBasedStateMachine):
             self.by_attachment.pop(attachment, None)
             self.run(self.session.detach(attachment, False, self.now, NOW_MS))
 
+    def plan_push(self, commit: New) -> None:
+        """The push of a committed notification, by the attention of that moment (carillon/plan.py)."""
+        if not self.session.live:
+            return
+        attention = self.session.attention(NOW_MS, round(WINDOW * 1000))
+        assert attention is not Attention.OFFLINE
+        away = attention in (Attention.HIDDEN, Attention.IDLE)
+        gate, wait = (SEEN, DELAY) if away else (None, WINDOW)
+        self.pushes[commit.id] = Row(commit.seq, gate, self.now, self.now + wait, self.now + HOLD)
+        due_ms, hold_ms = NOW_MS + round(wait * 1000), NOW_MS + round(HOLD * 1000)
+        self.run(self.session.push_planned(commit.id, commit.seq, gate, due_ms, hold_ms, self.now, NOW_MS))
+
+    def dealt_with(self) -> None:
+        """The change's own statement cancels what waits."""
+        for note in self.store.rows:
+            row = self.pushes.get(note.id)
+            seen = note.seen_ms or note.read_ms or note.dismissed_ms or note.archived_ms or note.retracted_ms
+            if row is not None and seen and row.state == "planned":
+                row.state, row.why = "cancelled", "seen"
+                self.session.dealt_with([note.id])
+
     def tell(self) -> None:
         commit = self.untold.pop(0)
         if isinstance(commit, Changed):
+            self.dealt_with()
             self.run(
                 self.session.state_changed(commit.rev, commit.unread, commit.frames, update=commit.update)
             )
@@ -136,6 +210,7 @@ class SessionMachine(RuleBasedStateMachine):
             head = self.store.head()._replace(seq=commit.seq, rev=commit.rev, unread=commit.unread)
             effects = self.session.heal(head)
         self.run(effects)
+        self.plan_push(commit)
 
     # -- what happens to the stream -------------------------------------------------------------------
 
@@ -243,6 +318,8 @@ class SessionMachine(RuleBasedStateMachine):
         self.untold.clear()
         self.session = Session("u", self.store.head(), self.limits)
         self.status = "offline"
+        for row in self.pushes.values():
+            row.remembered = False
         for wire in list(self.wires):
             wire.attachment = None
             wire.in_flight.clear()
@@ -306,26 +383,47 @@ class SessionMachine(RuleBasedStateMachine):
         attachment = wire.attachment
         assert attachment is not None
         seq = wire.seq + ahead
-        effects = self.session.acknowledge(attachment, None if single else seq, [id_of(1)] if single else [])
+        before = wire.acked_seq
+        if not single:
+            wire.acked_seq = max(wire.acked_seq, min(seq, wire.seq))
+        effects = self.session.acknowledge(
+            attachment, None if single else seq, [id_of(1)] if single else [], self.now, NOW_MS
+        )
         self.run(effects)
         for effect in effects:
-            assert isinstance(effect, Acknowledged)
-            if not single:
+            if isinstance(effect, Acknowledged) and not single:
                 seqs = [int.from_bytes(raw, "big") for raw in effect.ids]
                 assert all(s <= min(seq, attachment.cursor_seq) for s in seqs), "only what it was sent"
+        if wire.welcomed and not single and attachment.cursor_seq >= wire.acked_seq:
+            for raw, row in self.pushes.items():
+                if before < row.seq <= wire.acked_seq:
+                    assert row.acknowledged, f"{raw!r} was acknowledged and its push did not hear of it"
 
     @precondition(lambda self: self.attached())
     @rule(which=pick, state=st.sampled_from(("focused", "visible", "idle", "hidden")))
     def visibility(self, which: int, state: str) -> None:
         wires = self.attached()
-        attachment = wires[which % len(wires)].attachment
-        assert attachment is not None
-        self.run(self.session.visibility(attachment, state, None, NOW_MS))
+        wire = wires[which % len(wires)]
+        assert wire.attachment is not None
+        self.told[wire.number] = (state, None)
+        self.run(self.session.visibility(wire.attachment, state, None, self.now, NOW_MS))
+        if not self.session.at_hand():
+            stuck = [
+                r for r in self.pushes.values() if r.gate == HELD and r.state == "planned" and r.remembered
+            ]
+            assert not stuck, "nothing is held for a user who looks away"
 
-    @rule(seconds=st.sampled_from((0.0, 0.6, 6.0)))
+    @rule(seconds=st.sampled_from((0.0, 0.6, 6.0, 31.0)))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         self.run(self.session.tick(self.now, NOW_MS))
+        for row in self.pushes.values():  # the sweep, behind the session
+            if row.state == "planned" and row.due <= self.now:
+                verdict = at_due(
+                    row.gate, active=self.session.at_hand(), acknowledged=row.acknowledged, holdable=False
+                )
+                row.state = "cancelled" if verdict == "drop" else "sent"
+                row.why = "active"
         deadline = self.session.next_deadline()
         assert deadline is None or deadline > self.now
         if not self.session.attachments and self.now >= self.session.grace_deadline:
@@ -345,6 +443,19 @@ class SessionMachine(RuleBasedStateMachine):
         if attachments:
             seen = any(a.attention in ("focused", "visible") for a in attachments)
             assert self.status == ("active" if seen else "idle")
+
+    @invariant()
+    def suppression_is_bounded(self) -> None:
+        """A push that waits has its time, and only an active user's or a silent device's are dropped."""
+        if not hasattr(self, "session"):
+            return
+        for row in self.pushes.values():
+            if row.state == "planned":
+                assert row.due <= row.bound
+                if row.gate == HELD and row.remembered and not self.session.at_hand():
+                    assert self.session._away_deadline, "nobody would notice"
+            if row.state == "cancelled":
+                assert row.why == "seen" or row.acknowledged
 
     @invariant()
     def memory_is_bounded(self) -> None:

@@ -37,7 +37,7 @@ order by d.tenant, d.user_id, d.device_id;
 -- name: append
 -- The group commit: positions, notifications and outbox in one statement, hence one transaction.
 -- $3,$4 stream ids and how many each gets; $5..$13 the notifications, `back` counting from the stream's last;
--- a batch with outbox rows has `append_planned` behind `stored`: $14..$19 the rows, $20 now.
+-- a batch with outbox rows has `append_planned` behind `stored`: $14..$19, $21..$23 the rows, $20 now.
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
 moved as (
     update streams s set seq = s.seq + u.n, rev = s.rev + u.n, unread = s.unread + u.n
@@ -63,11 +63,14 @@ select 0, term, 0, 0 from fence;
 -- The part of `append` that writes outbox rows.
 planned as (
     insert into deliveries
-        (id, notification_id, stream_id, slot, channel, state, due_at, attempts, created_at, updated_at)
+        (id, notification_id, stream_id, slot, channel, state, due_at, attempts, created_at, updated_at, gate,
+         hold_until, reason)
     select d.id, d.notification_id, d.stream_id, d.slot, 'push', d.state, to_timestamp(d.due_s),
-           (d.state = 'sending')::int, to_timestamp($20), to_timestamp($20)
-    from unnest($14::bigint[], $15::uuid[], $16::bigint[], $17::smallint[], $18::text[], $19::float8[])
-         as d (id, notification_id, stream_id, slot, state, due_s)
+           (d.state = 'sending')::int, to_timestamp($20), to_timestamp($20), d.gate, to_timestamp(d.hold_s),
+           d.reason
+    from unnest($14::bigint[], $15::uuid[], $16::bigint[], $17::smallint[], $18::text[], $19::float8[],
+                $21::text[], $22::float8[], $23::text[])
+         as d (id, notification_id, stream_id, slot, state, due_s, gate, hold_s, reason)
     join moved m on m.stream_id = d.stream_id
 )
 
@@ -186,23 +189,56 @@ select n.id from unnest($1::uuid[], $2::bigint[]) as t (id, stream_id)
 join notifications n on n.id = t.id and n.stream_id = t.stream_id;
 
 -- name: acknowledge
--- A device has them: deliveredAt, and what waited for lack of an acknowledgement is off. Neither seq nor rev
--- moves. $3 ids, $4 streams, $5 now.
+-- What devices tell of notifications: deliveredAt for what they have, and what becomes of the pushes that wait
+-- (delivery_signal). Neither seq nor rev moves. $3 ids, $4 streams, $5 now, $6 signals, $7 the devices that have
+-- shown them, separated by line feeds.
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
-told as (select t.id, t.stream_id from fence, unnest($3::uuid[], $4::bigint[]) as t (id, stream_id)),
+told as (
+    select t.id, t.stream_id, t.signal, string_to_array(nullif(t.shown, ''), e'\n') as shown
+    from fence, unnest($3::uuid[], $4::bigint[], $6::text[], $7::text[]) as t (id, stream_id, signal, shown)
+),
 marked as (
     update notifications n set delivered_at = to_timestamp($5)
-    from told t where n.id = t.id and n.stream_id = t.stream_id and n.delivered_at is null
+    from told t
+    where n.id = t.id and n.stream_id = t.stream_id and n.delivered_at is null
+      and t.signal in ('silent', 'active', 'received')
     returning n.id
 ),
-withdrawn as (
-    update deliveries d set state = 'cancelled', reason = 'acknowledged', updated_at = to_timestamp($5)
+followed as (
+    update deliveries d
+    set state = case delivery_signal(t.signal, d.state, d.gate, d.hold_until > to_timestamp($5))
+            when 'cancel' then 'cancelled' else d.state end,
+        due_at = case delivery_signal(t.signal, d.state, d.gate, d.hold_until > to_timestamp($5))
+            when 'hold' then d.hold_until when 'due' then to_timestamp($5) else d.due_at end,
+        gate = case delivery_signal(t.signal, d.state, d.gate, d.hold_until > to_timestamp($5))
+            when 'hold' then 'held' when 'due' then 'always' else d.gate end,
+        reason = case delivery_signal(t.signal, d.state, d.gate, d.hold_until > to_timestamp($5))
+            when 'cancel' then case t.signal when 'done' then coalesce(d.reason, 'active') else 'acknowledged' end
+            else d.reason end,
+        shown_on = case when t.shown <@ d.shown_on then d.shown_on else coalesce(d.shown_on || t.shown, t.shown) end,
+        updated_at = to_timestamp($5)
     from told t
     -- The array says by which index: the join alone may be planned as a scan of all that is pending.
     where d.notification_id = any ($3::uuid[]) and d.notification_id = t.id and d.stream_id = t.stream_id
-      and d.state in ('planned', 'failed', 'unknown')
+      and d.state in ('planned', 'failed', 'unknown', 'sending') and d.channel <> 'withdraw'
+      and delivery_signal(t.signal, d.state, d.gate, d.hold_until > to_timestamp($5))
+          = any (case when t.shown is null or t.shown <@ d.shown_on then array['cancel', 'hold', 'due']
+                      else array['cancel', 'hold', 'due', 'show'] end)
 )
 select (select count(*) from marked) as marked, (select count(*) from fence) as fenced;
+
+-- name: ids_between
+-- What of ranges of streams a device may still have to acknowledge. $1 streams, $2 after seq, $3 up to seq.
+select n.id, n.stream_id, n.seq
+from unnest($1::bigint[], $2::bigint[], $3::bigint[]) as t (stream_id, after, upto)
+join notifications n on n.stream_id = t.stream_id and n.seq > t.after and n.seq <= t.upto
+where n.delivered_at is null
+   or exists (select from deliveries d
+              where d.notification_id = n.id and d.state in ('planned', 'failed', 'unknown'));
+
+-- name: policies
+-- The policy documents of tenants, null for one that stored none. $1 tenants.
+select t.tenant, t.settings -> 'policy' as policy from tenants t where t.tenant = any ($1::text[]);
 
 -- name: save_last_seen
 -- $3 streams, $4 seconds.
@@ -233,7 +269,9 @@ returning d.id;
 -- name: claimed
 -- What a push needs to know of claimed rows. $1 ids of outbox rows.
 select d.id, d.attempts, d.slot, s.tenant, s.user_id, s.unread, n.id as notification_id, n.seq, n.type, n.priority,
-       n.content, (extract(epoch from n.expires_at) * 1000)::bigint as expires_ms,
+       n.content, (extract(epoch from n.expires_at) * 1000)::bigint as expires_ms, d.gate,
+       n.delivered_at is not null as acknowledged, (extract(epoch from d.hold_until) * 1000)::bigint as hold_until_ms,
+       coalesce(d.shown_on, '{}') as shown_on,
        array(select a.device_id from delivery_attempts a where a.delivery_id = d.id and a.outcome = 'sent') as sent_to
 from unnest($1::bigint[]) as t (id)
 join deliveries d using (id)

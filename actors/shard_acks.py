@@ -1,0 +1,205 @@
+"""What devices tell a shard of notifications: acknowledgements, and how the user's attention moves on.
+
+Written in batches, at low priority, one statement each. The outbox in Postgres is the truth; what waits here
+is lost with the process, and then a push comes that need not have come (guarantee G6).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+
+from actors.shard_users import User
+from carillon.attention import ACTIVE, AWAY, RECEIVED, SILENT
+from carillon.clock import Clock
+from carillon.effects import Acknowledged, AcknowledgedRange, PushSignal
+from carillon.errors import CarillonError, FencedError
+from carillon.metrics import Stats
+from carillon.settings import ShardSettings
+from stores.postgres.shard_store import ShardStore, SignalRow
+
+log = logging.getLogger(__name__)
+
+MAX_UNWRITTEN = 200_000
+"""Acknowledgements kept while Postgres is away; beyond it the oldest are dropped (their push may follow)."""
+BATCH = 5000
+RANGE = 1000
+"""Notifications of a stream looked at for one piece of a range."""
+RANGES = 200
+"""Pieces asked for at a time."""
+
+_STRENGTH = {RECEIVED: 0, ACTIVE: 1, SILENT: 2}
+
+
+class Acknowledgements:
+    """Acknowledgements of one shard.
+
+    Args:
+        fenced: called when the term turns out to be over.
+    """
+
+    def __init__(
+        self,
+        store: ShardStore,
+        clock: Clock,
+        stats: Stats,
+        settings: ShardSettings,
+        *,
+        term: Callable[[], int],
+        fenced: Callable[[], None],
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._stats = stats
+        self._settings = settings
+        self._term = term
+        self._fenced = fenced
+        self._told: dict[bytes, SignalRow] = {}  # in order of arrival
+        self._after: dict[bytes, SignalRow] = {}  # the same notification once more: in the next statement
+        self._ranges: list[tuple[int, int, int, AcknowledgedRange]] = []
+        self._last_seen: dict[int, int] = {}
+        self._wake = asyncio.Event()
+        self._lock = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+
+    def on_change(self, settled: Callable[[Iterable[bytes]], None], due_now: Callable[[], None]) -> None:
+        """Call `settled` with ids whose push need not be watched any more, `due_now` when one became due."""
+        self._settled = settled
+        self._due_now = due_now
+
+    def start(self) -> None:
+        """Begin writing, after `on_change`."""
+        self._task = asyncio.get_running_loop().create_task(self._write_for_ever())
+
+    async def close(self) -> None:
+        """Write what can be written, stop."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        try:
+            await self.write()
+        except CarillonError as exc:
+            log.info("acknowledgements were not written at the end: %s", exc)
+
+    # -- what is told -----------------------------------------------------------------------------------
+
+    def acknowledged(self, user: User, effect: Acknowledged) -> None:
+        """A device has these notifications."""
+        stream, signal, device = user.stream_id, effect.signal, effect.device
+        told = self._told
+        for raw in effect.ids:
+            known = told.get(raw)
+            if known is None:
+                told[raw] = SignalRow(stream, raw, signal, device)
+            else:
+                self._merge(known, signal, device)
+        if signal != RECEIVED:
+            self._settled(effect.ids)
+        while len(told) > MAX_UNWRITTEN:
+            del told[next(iter(told))]
+        self._wake.set()
+
+    def ranged(self, user: User, effect: AcknowledgedRange) -> None:
+        """A device has everything of a range of the stream."""
+        for after in range(effect.after_seq, effect.upto_seq, RANGE):
+            upto = min(after + RANGE, effect.upto_seq)
+            self._ranges.append((user.stream_id, after, upto, effect))
+        self._wake.set()
+
+    def signalled(self, user: User, effect: PushSignal) -> None:
+        """Attention moved on: waiting pushes follow."""
+        for raw in effect.ids:
+            row = SignalRow(user.stream_id, raw, effect.signal)
+            (self._after if raw in self._told else self._told)[raw] = row
+        if effect.signal == AWAY:
+            self._due_now()
+        self._wake.set()
+
+    def offline(self, user: User, last_seen_ms: int) -> None:
+        """A user went offline: keep when it was last seen."""
+        self._last_seen[user.stream_id] = last_seen_ms
+        self._wake.set()
+
+    def _merge(self, known: SignalRow, signal: str, device: str) -> None:
+        """One more acknowledgement before the first is written: the one that ends more counts."""
+        if known.signal not in _STRENGTH:
+            self._after[known.notification] = SignalRow(known.stream_id, known.notification, signal, device)
+            return
+        if _STRENGTH[signal] > _STRENGTH[known.signal]:
+            known.signal = signal
+        if device and device not in known.shown_on.split("\n"):
+            known.shown_on = f"{known.shown_on}\n{device}" if known.shown_on else device
+
+    # -- writing ----------------------------------------------------------------------------------------
+
+    async def _write_for_ever(self) -> None:
+        while True:
+            await self._wake.wait()
+            await asyncio.sleep(self._settings.ack_flush_s)
+            self._wake.clear()
+            try:
+                await self.write()
+            except FencedError:
+                self._fenced()
+                await asyncio.sleep(self._settings.ack_flush_s + 0.05)
+                self._wake.set()
+            except CarillonError as exc:
+                log.info("acknowledgements wait: %s", exc)
+                await asyncio.sleep(self._settings.sweep_s)
+                self._wake.set()
+            except Exception:
+                log.exception("writing acknowledgements failed")
+                await asyncio.sleep(self._settings.sweep_s)
+
+    async def write(self) -> None:
+        """Write everything that was told until now: before due pushes are claimed, for it may stop them.
+
+        Raises:
+            FencedError, StoreUnavailableError: what is not written is kept.
+        """
+        async with self._lock:
+            while self._ranges:
+                await self._resolve(self._ranges[:RANGES])
+                del self._ranges[:RANGES]
+            while self._told or self._after:
+                if not self._told:
+                    self._told, self._after = self._after, {}
+                batch = list(self._told.items())[:BATCH]
+                for raw, _ in batch:
+                    del self._told[raw]
+                try:
+                    new = await self._store.acknowledge(
+                        self._term(), [row for _, row in batch], self._clock.now_ms()
+                    )
+                except BaseException:
+                    self._told = dict(batch) | self._told
+                    raise
+                self._stats.count("events_acknowledged", new)
+            if self._last_seen:
+                seen, self._last_seen = self._last_seen, {}
+                try:
+                    await self._store.save_last_seen(self._term(), list(seen.items()))
+                except BaseException:
+                    self._last_seen = seen | self._last_seen
+                    raise
+
+    async def _resolve(self, pieces: list[tuple[int, int, int, AcknowledgedRange]]) -> None:
+        """Turn ranges into ids; idempotent, so that a failure repeats it."""
+        found = await self._store.ids_between([piece[:3] for piece in pieces])
+        by_stream: dict[int, list[tuple[int, int, int, AcknowledgedRange]]] = {}
+        for piece in pieces:
+            by_stream.setdefault(piece[0], []).append(piece)
+        ids: list[bytes] = []
+        for raw, stream, seq in found:
+            for _, after, upto, effect in by_stream[stream]:
+                if not after < seq <= upto:
+                    continue
+                known = self._told.get(raw)
+                if known is None:
+                    self._told[raw] = SignalRow(stream, raw, effect.signal, effect.device)
+                else:
+                    self._merge(known, effect.signal, effect.device)
+                if effect.signal != RECEIVED:
+                    ids.append(raw)
+        self._settled(ids)

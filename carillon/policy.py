@@ -1,0 +1,148 @@
+"""What a tenant wants done about push while its users are connected: the policy document.
+
+Kept as `policy` in `tenants.settings`. Validated strictly and stored as it came; what it leaves out is the
+cluster's default (`shard.when_away`, `shard.when_away_delay_s`, `shard.hold_s`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+
+from carillon.errors import InvalidInputError
+from carillon.event_rules import Text, is_object, text_error, tree_errors
+from carillon.problems import FieldError, shown
+from carillon.settings import WHEN_AWAY, ShardSettings
+
+MAX_TYPES: Final = 200
+"""Types that one document may name."""
+MAX_DELAY_S: Final = 86_400
+MAX_HOLD_S: Final = 3_600
+"""Suppression is bounded: nothing waits longer than this for a user who looks away."""
+
+_TYPE: Final = Text(1, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How push follows the attention of a connected user.
+
+    Attributes:
+        when_away: `in_app` (an acknowledgement of any device suffices), `both` (push at once) or `push_after`
+            (push after `delay_ms` unless seen), while every device of the user is hidden or idle.
+        delay_ms: see `push_after`.
+        hold_ms: how long after its creation a push that an active user acknowledged may still come, should
+            the user look away without having seen it; 0: the acknowledgement ends it.
+    """
+
+    when_away: str
+    delay_ms: int
+    hold_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class TenantPolicy:
+    """A tenant's policy and what differs for single types of notifications."""
+
+    default: Policy
+    types: dict[str, Policy]
+
+    def of(self, kind: str) -> Policy:
+        """The policy for notifications of one type."""
+        return self.types.get(kind, self.default)
+
+
+class PolicyError(InvalidInputError):
+    """A policy document that breaks rules. Args (positional): the errors, in the order found."""
+
+    def __init__(self, errors: list[FieldError]) -> None:
+        first = errors[0]
+        where = f"{first.path} to be " if first.path else ""
+        self.message = f"expected {where}{first.expected}, got {first.got}"
+        super().__init__(self.message, *first)
+        self.args = (errors,)
+        self.errors = errors
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def cluster_default(settings: ShardSettings) -> Policy:
+    """What holds for whatever no tenant decides."""
+    return Policy(settings.when_away, round(settings.when_away_delay_s * 1000), round(settings.hold_s * 1000))
+
+
+def build(document: dict[str, Any] | None, default: Policy) -> TenantPolicy:
+    """The policy of a stored (hence valid) document; None if the tenant stored none."""
+    if not document:
+        return TenantPolicy(default, {})
+    own = _over(default, document)
+    return TenantPolicy(own, {kind: _over(own, some) for kind, some in document.get("types", {}).items()})
+
+
+def _over(base: Policy, some: dict[str, Any]) -> Policy:
+    delay_s, hold_s = some.get("whenAwayDelayS"), some.get("holdS")
+    return Policy(
+        some.get("whenAway", base.when_away),
+        base.delay_ms if delay_s is None else round(delay_s * 1000),
+        base.hold_ms if hold_s is None else round(hold_s * 1000),
+    )
+
+
+def complete(document: dict[str, Any] | None, default: Policy) -> dict[str, Any]:
+    """A stored document with every member, those left out as they hold now; types as they were given."""
+    own = _over(default, document or {})
+    return {
+        "whenAway": own.when_away,
+        "whenAwayDelayS": own.delay_ms / 1000,
+        "holdS": own.hold_ms / 1000,
+        "types": (document or {}).get("types", {}),
+    }
+
+
+def validate(document: Any) -> str:
+    """Check a document and return the text to store (members left out stay left out).
+
+    Raises:
+        PolicyError: it breaks a rule; `errors` names each.
+    """
+    if not is_object(document):
+        raise PolicyError([FieldError("", "an object", shown(document))])
+    errors = tree_errors(document) or _rules("", document)
+    types = document.get("types", {})
+    if not errors and not is_object(types):
+        errors.append(FieldError("types", "an object", shown(types)))
+    elif not errors and len(types) > MAX_TYPES:
+        errors.append(FieldError("types", f"at most {MAX_TYPES} entries", f"{len(types)} entries"))
+    elif not errors:
+        for kind, some in types.items():
+            path = f"types/{shown(kind, 64)}"
+            wrong = text_error(path, kind, _TYPE)
+            if wrong is not None:
+                errors.append(wrong)
+            elif not is_object(some):
+                errors.append(FieldError(path, "an object", shown(some)))
+            else:
+                errors.extend(_rules(f"{path}/", some))
+    if errors:
+        raise PolicyError(errors)
+    return msgspec.json.encode(document).decode()
+
+
+def _rules(prefix: str, some: dict[str, Any]) -> list[FieldError]:
+    errors: list[FieldError] = []
+    for name, value in some.items():
+        path = f"{prefix}{shown(name)}"
+        if name == "whenAway":
+            if not isinstance(value, str) or value not in WHEN_AWAY:
+                errors.append(FieldError(path, "|".join(WHEN_AWAY), shown(value)))
+        elif name in ("whenAwayDelayS", "holdS"):
+            most = MAX_DELAY_S if name == "whenAwayDelayS" else MAX_HOLD_S
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 <= value <= most:
+                errors.append(FieldError(path, f"seconds from 0 to {most}", shown(value)))
+        elif name != "types" or prefix:
+            errors.append(FieldError(path, "a member of the policy", "an unknown field"))
+    return errors
