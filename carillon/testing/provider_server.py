@@ -23,7 +23,7 @@ from carillon.clock import Clock, SystemClock
 from carillon.testing.http2_server import FAULTS, Answer, Fault, Http2Server
 
 KEPT_PUSHES: Final = 10_000
-"""The record holds the newest so many; `count` goes on counting."""
+"""The record holds the newest so many; `count` goes on counting. `--keep` is another number."""
 
 
 class Behaviour(Struct, rename="camel", forbid_unknown_fields=True):
@@ -187,6 +187,7 @@ class LocalProvider:
         """Routes of the control port."""
         return {
             "GET /received": self._received,
+            "GET /tally": self._tally,
             "DELETE /received": self._forget,
             "POST /script": self._script,
             "GET /healthz": lambda query, body: (200, {"ok": True}),
@@ -205,6 +206,15 @@ class LocalProvider:
             "connections": self.server.connections_made if self.server is not None else 0,
             "pushes": pushes[-limit:] if limit > 0 else [],
         }
+
+    def _tally(self, query: dict[str, str], body: bytes) -> tuple[int, Any]:
+        """GET /tally: how often each notification was accepted for each target, and when first."""
+        tally: dict[str, tuple[int, str]] = {}
+        for push in self.pushes:
+            key = f"{push.target} {push.notification_id}"
+            times, first = tally.get(key, (0, push.received_at))
+            tally[key] = (times + 1, first)
+        return 200, {"count": self.count, "rejected": self.rejected, "pushes": tally}
 
     def _forget(self, query: dict[str, str], body: bytes) -> tuple[int, Any]:
         self.count = self.requests = 0
@@ -227,6 +237,8 @@ def _fault(text: str) -> Fault:
 class ProviderProcess(Protocol):
     """A server that `main` can run."""
 
+    pushes: deque[ReceivedPush]
+
     async def start(self, port: int, control_port: int) -> dict[str, Any]:
         """Listen; returns the ready line's document."""
         ...
@@ -242,6 +254,7 @@ def main(name: str, make: Callable[[Path], ProviderProcess], argv: list[str]) ->
     parser.add_argument("--port", type=int, default=0, help="HTTPS port; 0 means any free one")
     parser.add_argument("--control-port", type=int, default=0, help="plain HTTP port on loopback; 0 likewise")
     parser.add_argument("--dir", required=True, help="folder for certificates and credentials")
+    parser.add_argument("--keep", type=int, default=KEPT_PUSHES, help="pushes that the record holds")
     parser.add_argument("--exit-with-parent", action="store_true", help="end when the parent process dies")
     arguments = parser.parse_args(argv)
     if arguments.exit_with_parent:
@@ -255,6 +268,7 @@ def main(name: str, make: Callable[[Path], ProviderProcess], argv: list[str]) ->
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         server = make(folder)
+        server.pushes = deque(maxlen=arguments.keep)
         ready = await server.start(arguments.port, arguments.control_port)
         print(json.dumps(ready), flush=True)  # noqa: T201  the ready line is the interface
         await stop.wait()

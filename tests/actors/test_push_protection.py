@@ -174,6 +174,20 @@ async def test_concurrency_follows_what_the_provider_bears() -> None:
             assert server.requests - sent <= 30, "a few at a time while it hangs"
 
 
+async def test_five_thousand_dead_tokens_are_no_trouble_of_the_provider() -> None:
+    """Through the pool: each is told to its shard, the breaker stays closed, the limit does not shrink."""
+    async with apns() as (server, channel), pool(channel=channel, provider="apns") as s:
+        server.script(Script(shares=[Behaviour(error="Unregistered", share=1.0)]))
+        for first in range(1, 5001, 500):
+            jobs = [job_of(n, "apns") for n in range(first, first + 500)]
+            assert (await s.router.push(*jobs)).accepted == 500
+        outcomes = await s.told(5000)
+        assert {(r.outcome, r.status) for o in outcomes for r in o.results} == {("invalid_target", 410)}
+        facts = await app_status(s.pool, "dev.carillon.demo/production")
+        assert facts["state"] == "closed"
+        assert server.requests == 5000
+
+
 async def test_apps_come_and_go_within_a_bound() -> None:
     """Made-up app ids end in a bounded table, no gauge is left behind; odd characters stay out of labels."""
     async with pool(max_apps=5) as s:

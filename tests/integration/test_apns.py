@@ -11,7 +11,7 @@ import pytest
 from carillon.clock import ManualClock, SystemClock
 from carillon.errors import SettingsError
 from carillon.settings import PushSettings
-from carillon.testing.provider_server import Script
+from carillon.testing.provider_server import Behaviour, Script
 from channels.apns import ApnsChannel
 from tests.push_kit import apns, job_of, script, send_one, target_of, with_limits
 from tests.support import eventually
@@ -29,15 +29,21 @@ ONE = with_limits(connections=1)
         ("BadPriority", "dead", 400),
         ("BadTopic", "dead", 400),
         ("DeviceTokenNotForTopic", "disabled_target", 400),
+        ("DuplicateHeaders", "dead", 400),
         ("IdleTimeout", "failed", 400),
+        ("InvalidPushType", "dead", 400),
+        ("MissingDeviceToken", "dead", 400),
         ("MissingTopic", "dead", 400),
+        ("PayloadEmpty", "dead", 400),
         ("TopicDisallowed", "dead", 400),
         ("BadCertificate", "failed", 403),
+        ("BadCertificateEnvironment", "failed", 403),
         ("ExpiredProviderToken", "failed", 403),
         ("Forbidden", "dead", 403),
         ("InvalidProviderToken", "failed", 403),
         ("MissingProviderToken", "failed", 403),
         ("BadPath", "dead", 404),
+        ("MethodNotAllowed", "dead", 405),
         ("ExpiredToken", "invalid_target", 410),
         ("Unregistered", "invalid_target", 410),
         ("PayloadTooLarge", "dead", 413),
@@ -131,6 +137,18 @@ async def test_an_answer_later_than_the_timeout_is_unknown_and_sent_once() -> No
         assert server.requests == 2
         assert server.server is not None
         assert server.server.connections_made == 1
+
+
+async def test_a_try_after_a_late_answer_is_recognisable() -> None:
+    """Taken, answered too late, tried again: Apple and the device see the same apns-id and collapse id."""
+    async with apns(timeout_s=0.2) as (server, channel):
+        script(server, "token-1", delay_s=0.5, times=1)
+        late = await send_one(channel, job_of(1, "apns"))
+        again = await send_one(channel, job_of(1, "apns", attempt=2))
+        assert (late.outcome, again.outcome) == ("unknown", "sent")
+        first, second = server.pushes
+        assert first.headers["apns-id"] == second.headers["apns-id"] == late.provider_id == again.provider_id
+        assert first.collapse_key == second.collapse_key == "key-1"
 
 
 async def test_a_silent_provider_is_unknown() -> None:
@@ -234,13 +252,13 @@ async def test_pushes_wait_for_a_window_that_opens_in_time() -> None:
         assert server.server.connections_made == 1
 
 
-async def test_two_thousand_error_answers_on_one_connection() -> None:
+async def test_five_thousand_error_answers_on_one_connection() -> None:
     """Received DATA is acknowledged: the windows never run dry."""
-    async with apns(limits=ONE) as (server, channel):
-        for n in range(1, 2001):
-            script(server, f"token-{n}", error="Unregistered")
-        results = await channel.send([job_of(n, "apns") for n in range(1, 2001)])
-        assert {row[0].outcome for row in results} == {"invalid_target"}
+    async with apns(limits=ONE, timeout_s=20.0) as (server, channel):
+        server.script(Script(shares=[Behaviour(error="Unregistered", share=1.0)]))
+        results = await channel.send([job_of(n, "apns") for n in range(1, 5001)])
+        assert {(row[0].outcome, row[0].status) for row in results} == {("invalid_target", 410)}
+        assert server.requests == 5000
         assert server.server is not None
         assert server.server.connections_made == 1
 

@@ -117,6 +117,60 @@ async def test_an_answer_later_than_the_timeout_is_unknown() -> None:
         assert server.server.connections_made == 1
 
 
+async def test_a_try_after_a_late_answer_replaces_what_is_shown() -> None:
+    """Taken, answered too late, tried again: tag and apns-collapse-id are the same, so a device shows one."""
+    async with fcm(timeout_s=0.2) as (server, channel):
+        await send_one(channel, job_of(9))
+        script(server, "token-1", delay_s=0.5, times=1)
+        late = await send_one(channel, job_of(1))
+        again = await send_one(channel, job_of(1, attempt=2))
+        assert (late.outcome, again.outcome) == ("unknown", "sent")
+        _, first, second = (push.payload for push in server.pushes)
+        assert first["android"]["notification"]["tag"] == second["android"]["notification"]["tag"] == "key-1"
+        assert first["apns"]["headers"] == second["apns"]["headers"]
+        assert first["data"]["notificationId"] == second["data"]["notificationId"]
+
+
+async def test_five_thousand_unregistered_tokens_in_a_row() -> None:
+    """Every one is told apart from a failure, on one connection whose windows never run dry."""
+    async with fcm(limits=Http2Limits(connections=1), timeout_s=30.0) as (server, channel):
+        server.script(Script(shares=[Behaviour(error="UNREGISTERED", share=1.0)]))
+        results = await channel.send([job_of(n) for n in range(1, 5001)])
+        assert {(row[0].outcome, row[0].error) for row in results} == {("invalid_target", "UNREGISTERED")}
+        assert server.requests == 5000
+        assert server.server is not None
+        assert server.server.connections_made == 1
+
+
+async def test_a_stalled_window_fails_after_the_timeout_and_recovers() -> None:
+    """A body that flow control never let out was not processed; the next push uses another connection."""
+    async with fcm(limits=Http2Limits(connections=1, redial_min_s=0.01), timeout_s=0.5) as (server, channel):
+        await send_one(channel, job_of(1))
+        server.script(Script(stall=True))
+        assert server.server is not None
+        (connection,) = server.server.connections
+        await eventually(lambda: connection.stream_window == 0)
+        result = await send_one(channel, job_of(2))
+        assert (result.outcome, result.status) == ("failed", 0)
+        assert "flow control" in result.error
+        assert server.count == 1
+        server.script(Script(stall=False))
+        assert (await send_one(channel, job_of(3))).outcome == "sent"
+        assert server.server.connections_made == 2
+
+
+async def test_goaway_under_load_loses_and_duplicates_nothing() -> None:
+    """A hundred in flight: what is before the GOAWAY is answered, the rest goes over another connection."""
+    async with fcm(limits=Http2Limits(connections=1, redial_min_s=0.01)) as (server, channel):
+        await send_one(channel, job_of(1000))
+        script(server, "token-50", fault="goaway", times=1)
+        server.script(Script(delay_s=0.05))
+        results = await channel.send([job_of(n) for n in range(1, 101)])
+        assert {row[0].outcome for row in results} == {"sent"}
+        received = [push.target for push in server.pushes]
+        assert sorted(received) == sorted(f"token-{n}" for n in [*range(1, 101), 1000])
+
+
 async def test_a_reset_stream_is_unknown_and_a_refused_one_is_tried_again() -> None:
     """RST_STREAM REFUSED_STREAM says that nothing was processed; any other code says nothing."""
     async with fcm() as (server, channel):
