@@ -7,8 +7,9 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
+from carillon import policy
 from carillon.clock import SystemClock, rfc3339
 from carillon.errors import ClusterError, SettingsError
 from carillon.settings import Settings
@@ -120,6 +121,48 @@ def _tenant_jwks(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+def _tenant_policy(options: argparse.Namespace, settings: Settings) -> int:
+    default = policy.cluster_default(settings.shard)
+    given = None
+    if options.file is not None:
+        try:
+            given = json.loads(Path(options.file).read_text())
+        except (OSError, ValueError) as exc:
+            raise ClusterError(f"cannot read a policy from {options.file}: {exc}") from None
+
+    async def work(store: TenantStore) -> dict[str, Any]:
+        document = await store.policy(options.tenant) if given is None else given
+        for assignment in options.set or ():
+            policy_set(document, assignment)
+        if options.file is not None or options.set:
+            await store.put_policy(options.tenant, policy.validate(document))
+        return document
+
+    print(json.dumps(policy.complete(_with_store(database(options, settings), work), default), indent=2))
+    return 0
+
+
+def policy_set(document: dict[str, Any], assignment: str) -> None:
+    """Apply one `member=value` or `types.TYPE.member=value` to a policy; an empty value takes it out.
+
+    Types may have dots of their own. Raises ClusterError for anything else.
+    """
+    path, equals, text = assignment.partition("=")
+    where, name = document, path
+    if path.startswith("types."):
+        kind, _, name = path.removeprefix("types.").rpartition(".")
+        where = document.setdefault("types", {}).setdefault(kind, {})
+    if not equals or not name:
+        raise ClusterError(f"expected --set member=value or types.TYPE.member=value, got {assignment!r}")
+    if not text:
+        where.pop(name, None)
+        return
+    try:
+        where[name] = float(text)
+    except ValueError:
+        where[name] = text
+
+
 def _key_create(options: argparse.Namespace, settings: Settings) -> int:
     scopes = options.scope or ["admin"]
     print(
@@ -158,6 +201,7 @@ HANDLERS: Final = {
     "tenant_create": _tenant_create,
     "tenant_list": _tenant_list,
     "tenant_rotate_secret": _tenant_rotate,
+    "tenant_policy": _tenant_policy,
     "tenant_jwks": _tenant_jwks,
     "key_create": _key_create,
     "key_list": _key_list,

@@ -171,6 +171,20 @@ def _add_admin_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     source.add_argument("--url", help="where the provider publishes its JWK Set (https)")
     source.add_argument("--file", metavar="FILE", help="a JWK Set to keep here instead")
     source.add_argument("--off", action="store_true", help="only the client secret signs again")
+    policy = _command(
+        tenants,
+        "policy",
+        "tenant_policy",
+        "Show or change what push does while users are connected.",
+    )
+    policy.add_argument("tenant", help="the tenant")
+    policy.add_argument(
+        "--set",
+        action="append",
+        metavar="NAME=VALUE",
+        help="whenAway, whenAwayDelayS or holdS, or types.TYPE.NAME of one type; empty: as by default again",
+    )
+    policy.add_argument("--file", metavar="FILE", help="a JSON document that replaces the policy")
     key = commands.add_parser("key", help="API keys", description="Administer API keys.")
     keys = key.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
     make = _command(keys, "create", "key_create", "Create an API key and print it: it cannot be seen again.")
@@ -187,7 +201,7 @@ def _add_admin_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     revoke = _command(keys, "revoke", "key_revoke", "Revoke an API key, for good.")
     revoke.add_argument("tenant", help="the tenant")
     revoke.add_argument("key_id", help="the key's id, as listed")
-    for parser in (migrate, partitions, create, listing, rotate, jwks, make, key_list, revoke):
+    for parser in (migrate, partitions, create, listing, rotate, jwks, policy, make, key_list, revoke):
         parser.add_argument(
             "--dsn",
             help="the database (default: CARILLON_POSTGRES_DSN, else that of the system that runs in the "

@@ -101,6 +101,7 @@ class Ingress:
                 EventParser(Uuid7Source()),
                 auth,
                 FeedReader(self._pool, settings.postgres.connect_timeout_s),
+                tenants,
                 self.backend,
                 cluster_tag=tag,
             )

@@ -12,6 +12,7 @@ from carillon.metrics import Stats
 from carillon.settings import Settings
 from serve.auth import Authenticator
 from stores.postgres.feed import FeedReader
+from stores.postgres.tenants import TenantStore
 
 
 class Backend(Protocol):
@@ -48,6 +49,7 @@ class Services:
     parser: EventParser
     auth: Authenticator
     feed: FeedReader
+    tenants: TenantStore
     backend: Backend
     in_flight: int = 0
     draining: bool = False

@@ -151,6 +151,7 @@ def ingress_app() -> Any:
         _parser,
         Keys(),  # type: ignore[arg-type]
         None,  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
         Cluster(),  # type: ignore[arg-type]
     )
     return IngressApp(services)

@@ -181,6 +181,20 @@ class TenantStore:
         async with acquired(self._pool, self._timeout_s) as connection:
             return await connection.fetchval(self._sql["revoke_key"], tenant, key_id) is not None
 
+    async def policy(self, tenant: str) -> dict[str, Any]:
+        """The policy document as stored, {} if there is none. Raises NotFoundError: no such tenant."""
+        async with acquired(self._pool, self._timeout_s) as connection:
+            row = await connection.fetchrow(self._sql["policy"], tenant)
+        if row is None:
+            raise NotFoundError(f"there is no tenant {tenant!r}", "tenant")
+        return {} if row["policy"] is None else msgspec.json.decode(row["policy"])
+
+    async def put_policy(self, tenant: str, text: str) -> None:
+        """Replace the policy document (text of `carillon.policy.validate`). Raises NotFoundError."""
+        async with acquired(self._pool, self._timeout_s) as connection:
+            if await connection.fetchval(self._sql["put_policy"], tenant, text) is None:
+                raise NotFoundError(f"there is no tenant {tenant!r}", "tenant")
+
     async def touch_keys(self, used_ms: Mapping[str, int]) -> None:
         """Note when keys were last used.
 

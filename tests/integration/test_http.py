@@ -700,6 +700,21 @@ async def test_metrics(own_world: World) -> None:
     await eventually(there, 5.0)
 
 
+async def test_policy(own_world: World) -> None:
+    """PUT keeps the document, GET completes it; a wrong one or a weak key changes nothing."""
+    world = own_world
+    document = {"whenAway": "both", "types": {"chat": {"holdS": 5}}}
+    answer = await world.http.put("/v1/policy", json=document, headers=world.service())
+    complete = {"whenAway": "both", "whenAwayDelayS": 30.0, "holdS": 60.0, "types": {"chat": {"holdS": 5}}}
+    assert (answer.status_code, answer.json()) == (200, complete)
+    wrong = await world.http.put("/v1/policy", json={"holdS": -1}, headers=world.service())
+    assert problem(wrong, 422, "invalid")["errors"][0]["path"] == "holdS"
+    assert (await world.http.get("/v1/policy", headers=world.service())).json() == complete
+    assert await world.tenants.policy("other") == {}
+    weak = await world.tenants.create_key("acme", "reader", ["users:write"])
+    problem(await world.http.get("/v1/policy", headers=world.service(weak)), 403, "not_permitted")
+
+
 async def test_docs_work_offline(world: World) -> None:
     """The documentation page loads nothing but our own openapi.json."""
     page = (await world.http.get("/docs")).text

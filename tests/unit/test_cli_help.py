@@ -39,6 +39,7 @@ def test_commands_are_those_promised() -> None:
         "tenant list",
         "tenant rotate-secret",
         "tenant jwks",
+        "tenant policy",
         "key",
         "key create",
         "key list",

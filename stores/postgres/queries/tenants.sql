@@ -50,6 +50,14 @@ update api_keys set last_used_at = greatest(api_keys.last_used_at, used.at)
 from (select * from unnest($1::text[], $2::timestamptz[])) as used(key_id, at)
 where api_keys.key_id = used.key_id;
 
+-- name: policy
+-- The policy document, null if none is stored. $1 tenant.
+select settings -> 'policy' as policy from tenants where tenant = $1;
+
+-- name: put_policy
+-- $1 tenant, $2 the document as text.
+update tenants set settings = jsonb_set(settings, '{policy}', $2::jsonb) where tenant = $1 returning tenant;
+
 -- name: user_security
 -- Since when tokens of a user count (POST .../sessions/revoke), in ms; no row: the user never had a stream.
 select (extract(epoch from tokens_valid_from) * 1000)::bigint as tokens_valid_from_ms

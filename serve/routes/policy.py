@@ -1,0 +1,69 @@
+"""The policy of a tenant: what is done about push while its users are connected."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from carillon import policy
+from carillon.events import ProblemError
+from carillon.problems import problem
+from carillon.settings import WHEN_AWAY
+from serve.http import Request, Response, json_response
+from serve.routing import SERVICE, Route
+from serve.schemas import obj
+from serve.services import Services
+
+
+async def get_policy(services: Services, request: Request) -> Response:
+    """GET /v1/policy."""
+    stored = await services.tenants.policy(request.tenant)
+    return json_response(policy.complete(stored, policy.cluster_default(services.settings.shard)))
+
+
+async def put_policy(services: Services, request: Request) -> Response:
+    """PUT /v1/policy."""
+    document = await request.json_object()
+    try:
+        text = policy.validate(document)
+    except policy.PolicyError as exc:
+        raise ProblemError(problem("invalid", str(exc), exc.errors)) from None
+    await services.tenants.put_policy(request.tenant, text)
+    return json_response(policy.complete(document, policy.cluster_default(services.settings.shard)))
+
+
+_MEMBERS: Final = {
+    "whenAway": {"enum": list(WHEN_AWAY)},
+    "whenAwayDelayS": {"type": "number", "minimum": 0, "maximum": policy.MAX_DELAY_S},
+    "holdS": {"type": "number", "minimum": 0, "maximum": policy.MAX_HOLD_S},
+}
+_POLICY: Final = obj(
+    {
+        **_MEMBERS,
+        "types": {
+            "type": "object",
+            "propertyNames": {
+                "minLength": 1,
+                "maxLength": 64,
+                "pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$",
+            },
+            "maxProperties": policy.MAX_TYPES,
+            "additionalProperties": obj(_MEMBERS),
+        },
+    }
+)
+_EXAMPLE: Final = {"whenAway": "push_after", "whenAwayDelayS": 20, "types": {"chat.message": {"holdS": 30}}}
+
+ROUTES: Final = (
+    Route(
+        "GET", "/v1/policy", get_policy, SERVICE, "Read the tenant's policy", scope="policy:write",
+        doc="With every member, those not stored as they hold now.", answer=_POLICY,
+        answer_example={"whenAway": "push_after", "whenAwayDelayS": 30.0, "holdS": 60.0, "types": {}},
+        tag="Policy",
+    ),
+    Route(
+        "PUT", "/v1/policy", put_policy, SERVICE, "Replace the tenant's policy", scope="policy:write",
+        doc="Holds everywhere within `shard.policy_refresh_s`. Members left out are the cluster's defaults.",
+        body=_POLICY, body_required=False, body_example=_EXAMPLE, answer=_POLICY, problems=(400, 413, 422),
+        tag="Policy",
+    ),
+)  # fmt: skip

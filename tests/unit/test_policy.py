@@ -1,0 +1,56 @@
+"""The policy document: what is refused, and what its parts add up to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from carillon.errors import ClusterError
+from carillon.policy import Policy, PolicyError, build, complete, validate
+from cluster.admin import policy_set
+
+DEFAULT = Policy("push_after", 30_000, 60_000)
+
+
+def test_what_a_document_leaves_out_is_the_default() -> None:
+    """Types lie over the tenant's own policy, and that over the cluster's."""
+    policy = build({"holdS": 0, "types": {"chat": {"whenAwayDelayS": 2.5}}}, DEFAULT)
+    assert policy.of("other") == Policy("push_after", 30_000, 0)
+    assert policy.of("chat") == Policy("push_after", 2500, 0)
+    assert build(None, DEFAULT).of("chat") == DEFAULT
+    assert complete({"holdS": 5}, DEFAULT) == {
+        "whenAway": "push_after", "whenAwayDelayS": 30.0, "holdS": 5.0, "types": {},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("document", "path"),
+    [
+        ([], ""),
+        ({"whenAway": "never"}, "whenAway"),
+        ({"holdS": -1}, "holdS"),
+        ({"holdS": 3601}, "holdS"),
+        ({"whenAwayDelayS": True}, "whenAwayDelayS"),
+        ({"delay": 3}, "delay"),
+        ({"types": []}, "types"),
+        ({"types": {"": {}}}, "types/"),
+        ({"types": {"chat": {"types": {}}}}, "types/chat/types"),
+        ({"types": {f"t{n}": {} for n in range(201)}}, "types"),
+    ],
+)
+def test_a_wrong_document_is_refused_with_the_place(document: Any, path: str) -> None:
+    """Every rule names the member that breaks it; suppression is bounded."""
+    with pytest.raises(PolicyError) as found:
+        validate(document)
+    assert found.value.errors[0].path == path
+
+
+def test_members_are_set_one_by_one() -> None:
+    """`--set` of the command line: members, those of types with dots, and taking out."""
+    document: dict[str, Any] = {"holdS": 5}
+    for assignment in ("whenAway=both", "types.chat.message.holdS=3", "holdS="):
+        policy_set(document, assignment)
+    assert document == {"whenAway": "both", "types": {"chat.message": {"holdS": 3.0}}}
+    with pytest.raises(ClusterError, match="member=value"):
+        policy_set(document, "whenAway")
