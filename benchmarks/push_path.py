@@ -199,6 +199,16 @@ async def settled(db: asyncpg.Connection, timeout_s: float) -> dict[str, int]:
         await asyncio.sleep(0.25)
 
 
+async def watch(coordinator: FakeCoordinator, seen: list[dict[str, float]]) -> None:
+    """Note once a second what the pool tells of itself: jobs held, limit, requests in flight."""
+    while True:
+        await asyncio.sleep(1.0)
+        renewal = coordinator.renewals.get("pool-1")
+        if renewal is not None:
+            wanted = ("pool_queue", "push_concurrency", "push_in_flight")
+            seen.append({k.split("{")[0]: v for k, v in renewal.gauges.items() if k.startswith(wanted)})
+
+
 async def judge(db: asyncpg.Connection, provider: str, tally: dict[str, Any]) -> dict[str, Any]:
     """Hold the provider's record against the outbox."""
     rows = await db.fetch(
@@ -263,11 +273,14 @@ async def measure(options: argparse.Namespace, dsn: str, folder: Path) -> dict[s
             own = os.times()
             return cpu | {"postgres": postgres_cpu_s(folder), "driver": own.user + own.system}
 
+        seen: list[dict[str, float]] = []
+        watching = asyncio.ensure_future(watch(coordinator, seen))
         before, began, began_ms = used(), time.perf_counter(), time.time_ns() // 1_000_000
         accepted, late_s = await offer(link, options.rate, options.seconds)
         offered_s = time.perf_counter() - began
         states = await settled(db, options.seconds + 90)
         wall_s = time.perf_counter() - began
+        watching.cancel()
         after = used()
         record = await asyncio.to_thread(call, ready["controlUrl"] + "/tally")
         times = sorted(
@@ -306,6 +319,7 @@ async def measure(options: argparse.Namespace, dsn: str, folder: Path) -> dict[s
             "delay_p99_ms": round(percentile(delays, 0.99)),
             "cpu_s": cpu,
             "app": status["apps"],
+            "each_second": seen,
         } | verdict
     finally:
         for process in processes.values():
