@@ -22,14 +22,20 @@ from actors.config import ActorConfig
 from actors.gateway_connection import PAUSED_VERIFY, Connection
 from actors.gateway_handshake import Handshake
 from actors.gateway_host import Phase
-from actors.gateway_keys import PostgresKeys, ReadKeys, TenantKeys
+from actors.gateway_keys import PostgresKeys, ReadKeys, Redeem, TenantKeys
 from actors.gateway_owners import Owners
 from actors.link import Link
 from actors.member import Membership
 from carillon import server_frames
 from carillon.client_frames import Auth
 from carillon.clock import Clock, SystemClock
-from carillon.errors import CarillonError, ClusterError, TokenExpiredError, UnauthenticatedError
+from carillon.errors import (
+    CarillonError,
+    ClusterError,
+    NotPermittedError,
+    TokenExpiredError,
+    UnauthenticatedError,
+)
 from carillon.ids import slot_of
 from carillon.metrics import Stats
 from carillon.token_keys import TokenKeys
@@ -41,6 +47,8 @@ BACKLOG: Final = 8192
 """Asked of the kernel, which cuts it to net.core.somaxconn: a storm of reconnects waits there."""
 TCP_NOTSENT_LOWAT: Final = 25
 """linux/tcp.h; the socket module names it from Python 3.12 on."""
+MAX_REDEEMING: Final = 1000
+"""Tickets looked up at once; more are told to try later, so that made-up ones cannot queue up without end."""
 SPARE_DESCRIPTORS: Final = 512
 """Open files beside the client sockets."""
 SPARE_SOCKETS: Final = 1024
@@ -54,10 +62,16 @@ class Gateway:
         config: who it is.
         clock: None is the system's.
         read_keys: gives what a tenant's tokens are verified with; None reads it from Postgres.
+        redeem: gives whom a ticket stands for; None asks Postgres.
     """
 
     def __init__(
-        self, config: ActorConfig, clock: Clock | None = None, *, read_keys: ReadKeys | None = None
+        self,
+        config: ActorConfig,
+        clock: Clock | None = None,
+        *,
+        read_keys: ReadKeys | None = None,
+        redeem: Redeem | None = None,
     ) -> None:
         settings = config.settings
         self.config = config
@@ -71,6 +85,9 @@ class Gateway:
         self.url = ""
         self._clock = clock or SystemClock()
         self._postgres = None if read_keys is not None else PostgresKeys(settings, self._clock)
+        self._redeem_ticket = redeem or (self._postgres.redeem if self._postgres else _no_tickets)
+        self._redeeming = 0
+        self._tasks: set[asyncio.Task[None]] = set()
         self._keys = TenantKeys(
             read_keys or self._postgres or _no_keys, settings.ingress.auth_cache_s, self._clock
         )
@@ -179,6 +196,9 @@ class Gateway:
             await asyncio.sleep(0.001)
         if self._sweeper is not None:
             self._sweeper.cancel()
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._keys.close()
         if self._postgres is not None:
             await self._postgres.close()
@@ -216,8 +236,6 @@ class Gateway:
             conn.close(4201, "the server is going away")
         elif self._open > self.limits.max_connections:
             conn.close(4213, "this gateway has all the connections it can serve")
-        elif shaken.ticket:
-            conn.close(4001, "tickets are not supported yet: send a token")
         else:
             conn.device = shaken.device or _random_id()
             if shaken.position is not None:
@@ -227,15 +245,17 @@ class Gateway:
                 conn.send(server_frames.error(exc.code, str(exc), exc.temporary))
             if shaken.token is not None:
                 self.authenticate(conn, Auth(shaken.token))
+            elif shaken.ticket is not None:
+                self._redeem(conn, shaken.ticket)
 
     # -- tokens ---------------------------------------------------------------------------------------
 
     def authenticate(self, conn: Connection, auth: Auth) -> None:
-        """See `Host.authenticate`. A storm of connections waits for one read of the tenant's secret."""
+        """See `Host.authenticate`. A storm of connections waits for one read of the tenant's keys."""
         try:
             tenant = claimed_tenant(auth.token)
         except UnauthenticatedError as exc:
-            conn.close(4001, str(exc))
+            self._refused(conn, auth, exc)
             return
         known, keys = self._keys.cached(tenant)
         # A public key that is not known: the tenant may have a new one.
@@ -243,19 +263,63 @@ class Gateway:
         if known and not refresh:
             self._verify(conn, auth, keys)
             return
-        conn.phase = Phase.VERIFY
-        conn.pause(PAUSED_VERIFY)
+        opening = conn.phase is Phase.AUTH
+        if opening:
+            conn.phase = Phase.VERIFY
+            conn.pause(PAUSED_VERIFY)
 
         def told(keys: TokenKeys | None, error: CarillonError | None) -> None:
-            if conn.phase is not Phase.VERIFY:
+            if conn.phase is not (Phase.VERIFY if opening else Phase.OPEN):
                 return  # it has gone meanwhile
-            if error is not None:
+            if error is None:
+                self._verify(conn, auth, keys)
+            elif opening:
                 conn.close(4213, "tokens cannot be verified now, try later")
             else:
-                self._verify(conn, auth, keys)
+                self._refused(conn, auth, error)
+            if opening and error is None:
                 conn.verified()
 
         self._keys.fetch(tenant, told, refresh=refresh)
+
+    def _redeem(self, conn: Connection, ticket: str) -> None:
+        """Let a connection in that shows a ticket."""
+        conn.phase = Phase.VERIFY
+        conn.pause(PAUSED_VERIFY)
+        if self._redeeming >= MAX_REDEEMING:
+            conn.close(4213, "too many tickets at once, try later")
+            return
+        self._redeeming += 1
+        task = self.loop.create_task(self._redeem_now(conn, ticket))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _redeem_now(self, conn: Connection, ticket: str) -> None:
+        identity: ClientIdentity | None = None
+        failed = True
+        try:
+            identity = await self._redeem_ticket(ticket)
+            failed = False
+        except CarillonError as exc:
+            log.info("a ticket could not be looked up: %s", exc)
+        finally:
+            self._redeeming -= 1
+        if conn.phase is not Phase.VERIFY:
+            return  # it has gone meanwhile
+        if failed:
+            conn.close(4213, "tickets cannot be verified now, try later")
+        elif identity is None:
+            conn.close(4001, "the ticket is unknown, used or too old")
+        else:
+            self._admit(conn, Auth(""), identity, self._clock.now_ms())
+            conn.verified()
+
+    def _refused(self, conn: Connection, auth: Auth, error: CarillonError) -> None:
+        """A token was not taken. An open connection lives on with the one it has."""
+        if conn.phase is Phase.OPEN:
+            conn.send(server_frames.error(error.code, str(error), error.temporary, auth.ref))
+        else:
+            conn.close(4101 if isinstance(error, TokenExpiredError) else 4001, str(error))
 
     def _verify(self, conn: Connection, auth: Auth, keys: TokenKeys | None) -> None:
         now_ms = self._clock.now_ms()
@@ -263,17 +327,42 @@ class Gateway:
             if keys is None:
                 raise UnauthenticatedError("the token's signature does not verify")
             identity = verify(auth.token, keys, now_ms, self._rules)
-        except TokenExpiredError as exc:
-            conn.close(4101, str(exc))
         except UnauthenticatedError as exc:
-            conn.close(4001, str(exc))
+            self._refused(conn, auth, exc)
         else:
-            if conn.path_user is not None and conn.path_user != identity.user:
-                conn.close(4002, "the token is not this user's")
+            if conn.phase is Phase.OPEN:
+                self._renew(conn, auth, identity, now_ms)
             else:
-                self._welcome(conn, auth, identity, now_ms)
+                self._admit(conn, auth, identity, now_ms)
 
-    def _welcome(self, conn: Connection, auth: Auth, identity: ClientIdentity, now_ms: int) -> None:
+    def _renew(self, conn: Connection, auth: Auth, identity: ClientIdentity, now_ms: int) -> None:
+        """A newer token of the same user: the connection lives as long as that one.
+
+        An older one is not taken: it may have been revoked since, which only the user's shard knows, and it
+        asks when a connection attaches.
+        """
+        if (identity.tenant, identity.user) != (conn.tenant, conn.user):
+            error: CarillonError = NotPermittedError("expected a token of the same user", "token")
+            self._refused(conn, auth, error)
+        elif identity.issued_ms < conn.issued_ms:
+            self._refused(conn, auth, UnauthenticatedError("expected a newer token than the present one"))
+        else:
+            conn.issued_ms = identity.issued_ms
+            conn.expires_at = self._end_of(identity, now_ms)
+            conn.reschedule()
+            if auth.ref is not None:
+                conn.send(server_frames.ok(auth.ref))
+
+    def _end_of(self, identity: ClientIdentity, now_ms: int) -> float:
+        left_s = (identity.expires_ms - now_ms) / 1000
+        if left_s <= 0:  # taken thanks to the skew: until that, too, has passed
+            left_s += self._rules.skew_s
+        return self.loop.time() + left_s
+
+    def _admit(self, conn: Connection, auth: Auth, identity: ClientIdentity, now_ms: int) -> None:
+        if conn.path_user is not None and conn.path_user != identity.user:
+            conn.close(4002, "the token is not this user's")
+            return
         conn.tenant, conn.user = identity.tenant, identity.user
         conn.slot = slot_of(identity.tenant, identity.user)
         conn.issued_ms = identity.issued_ms
@@ -281,10 +370,7 @@ class Gateway:
             conn.device = auth.device
         conn.path_user = None
         conn.session_id = _random_id()
-        left_s = (identity.expires_ms - now_ms) / 1000
-        if left_s <= 0:  # taken thanks to the skew: until that, too, has passed
-            left_s += self._rules.skew_s
-        conn.expires_at = self.loop.time() + left_s
+        conn.expires_at = self._end_of(identity, now_ms)
         conn.phase = Phase.OPEN
         if auth.ref is not None:
             conn.send(server_frames.ok(auth.ref))
@@ -316,6 +402,10 @@ class _NoLinks:
 
     def read_finished(self, link: Link) -> None:
         """See `LinkHandler`."""
+
+
+async def _no_tickets(ticket: str) -> ClientIdentity | None:
+    return None
 
 
 async def _no_keys(tenant: str, /, *, refresh: bool = False) -> TokenKeys | None:

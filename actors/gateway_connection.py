@@ -290,12 +290,7 @@ class Connection(asyncio.Protocol):
         else:
             self._spend()
         if type(frame) is Auth:
-            if self.phase is Phase.AUTH:
-                self._host.authenticate(self, frame)
-            else:
-                self.complain(
-                    BadFrameError("expected AUTH only once, as the first frame", "type", ref=frame.ref)
-                )
+            self._host.authenticate(self, frame)  # the first one, or a newer token on an open connection
         elif self.phase is Phase.AUTH:
             self.send(server_frames.error("unauthenticated", "expected AUTH as the first frame", False))
             self.close(4001, "expected AUTH as the first frame")

@@ -51,7 +51,7 @@ class Handshake:
         accepted: True if the connection is a WebSocket now; False: close after writing `answer`.
         encoding: by subprotocol.
         token: from the Authorization header or `?token=`; None means AUTH must follow.
-        ticket: True if `?ticket=` was given.
+        ticket: of `?ticket=`.
         path_user: user named by /notifications/{userId}; None for the other paths.
         device: `?deviceId=`, if it is valid.
         position: (epoch, lastSeq, lastRev) of the URL, None if there is none or it is not valid.
@@ -75,7 +75,7 @@ class Handshake:
         self.accepted = accepted
         self.encoding = Encoding.LEGACY
         self.token: str | None = None
-        self.ticket = False
+        self.ticket: str | None = None
         self.path_user: str | None = None
         self.device: str | None = None
         self.position: tuple[str, int, int | None] | None = None
@@ -165,7 +165,7 @@ def _path_user(path: str) -> str | None:
 
 def _read_fields(shaken: Handshake, fields: dict[str, str]) -> None:
     shaken.token = fields.get("token")
-    shaken.ticket = "ticket" in fields
+    shaken.ticket = fields.get("ticket")
     try:
         if "deviceId" in fields:
             shaken.device = check_id(fields["deviceId"], "deviceId")

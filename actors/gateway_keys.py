@@ -11,6 +11,7 @@ from carillon.clock import Clock
 from carillon.errors import BusyError, CarillonError, UnavailableError
 from carillon.settings import Settings
 from carillon.token_keys import TokenKeys
+from carillon.tokens import ClientIdentity
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +114,10 @@ class TenantKeys:
         await asyncio.gather(*self._reads, return_exceptions=True)
 
 
+Redeem = Callable[[str], Awaitable[ClientIdentity | None]]
+"""Gives whom a ticket stands for, once; None if it is not valid. Raises CarillonError."""
+
+
 class PostgresKeys:
     """Reads keys from Postgres over one connection, opened at the first read, and from JWK Sets.
 
@@ -125,22 +130,34 @@ class PostgresKeys:
         self._clock = clock
         self._pool: Any = None
         self._source: Any = None
+        self._tickets: Any = None
         self._opening = asyncio.Lock()
 
     async def __call__(self, tenant: str, /, *, refresh: bool = False) -> TokenKeys | None:
         """See `ReadKeys`. Raises StoreUnavailableError."""
+        await self._open()
+        return await self._source(tenant, refresh=refresh)
+
+    async def redeem(self, ticket: str) -> ClientIdentity | None:
+        """See `Redeem`. Raises StoreUnavailableError."""
+        await self._open()
+        return await self._tickets.redeem(ticket, self._clock.now_ms())
+
+    async def _open(self) -> None:
         # Imported here: a gateway under test, or with other keys, needs no database driver.
         from stores.postgres.pool import open_pool
         from stores.postgres.tenants import TenantStore
+        from stores.postgres.tickets import TicketStore
         from stores.token_keys import TokenKeySource
 
         postgres = self._settings.postgres
         async with self._opening:
             if self._pool is None:
-                self._pool = await open_pool(postgres, 1)
-                store = TenantStore(self._pool, postgres.connect_timeout_s)
+                pool = await open_pool(postgres, 1)
+                store = TenantStore(pool, postgres.connect_timeout_s)
                 self._source = TokenKeySource(store.tenant, self._settings.ingress, self._clock)
-        return await self._source(tenant, refresh=refresh)
+                self._tickets = TicketStore(pool, postgres.connect_timeout_s)
+                self._pool = pool
 
     async def close(self) -> None:
         """Close connections."""

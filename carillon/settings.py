@@ -245,6 +245,9 @@ class IngressSettings:
     clock_skew_s: float = setting(5.0, "Tolerance for `exp`, `nbf` and `iat` of a token.", low=0.0, unit="s")
     token_audience: str = setting("", "Required `aud` of client tokens; empty means it is not looked at.")
     token_issuer: str = setting("", "Required `iss` of client tokens; empty means it is not looked at.")
+    ticket_ttl_s: float = setting(
+        30.0, "How long a ticket from POST /api/tickets may be redeemed, once.", low=0.05, unit="s"
+    )
     jwks_ttl_s: float = setting(
         300.0,
         "A tenant's JWK Set is read again after so long.",

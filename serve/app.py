@@ -203,7 +203,7 @@ class IngressApp:
             request.tenant = (await services.auth.service(authorization, route.scope)).tenant
         elif route.door == CLIENT:
             who = await services.auth.client(authorization)
-            request.tenant, request.user = who.tenant, who.user
+            request.tenant, request.user, request.identity = who.tenant, who.user, who
         else:
             assert route.door == OPEN
         return await route.handler(services, request)

@@ -16,6 +16,7 @@ import msgspec
 from carillon.errors import CarillonError, InvalidInputError
 from carillon.events import ProblemError, read_json, refused
 from carillon.problems import CONTENT_TYPE, FieldError, Problem, problem_json, retry_after, shown
+from carillon.tokens import ClientIdentity
 
 Scope = dict[str, Any]
 Header = tuple[bytes, bytes]
@@ -115,6 +116,7 @@ class Request:
         params: path parameters, decoded.
         tenant: of the API key or token; "" on open routes.
         user: `sub` of the token; "" on routes for services.
+        identity: of the token; None on routes for services.
         deadline: monotonic time by which the answer is due.
     """
 
@@ -123,6 +125,7 @@ class Request:
         "_receive",
         "deadline",
         "headers",
+        "identity",
         "limit",
         "params",
         "request_id",
@@ -149,6 +152,7 @@ class Request:
         self.limit = limit
         self.tenant = ""
         self.user = ""
+        self.identity: ClientIdentity | None = None
         self._receive = receive
         self._query: dict[str, str] | None = None
 

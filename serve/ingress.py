@@ -32,6 +32,7 @@ from serve.services import Services
 from stores.postgres.feed import FeedReader
 from stores.postgres.pool import open_pool
 from stores.postgres.tenants import TenantStore
+from stores.postgres.tickets import TicketStore
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ class Ingress:
                 FeedReader(self._pool, settings.postgres.connect_timeout_s),
                 tenants,
                 self.backend,
+                TicketStore(self._pool, settings.postgres.connect_timeout_s),
                 cluster_tag=tag,
             )
             self.app = IngressApp(services)

@@ -13,6 +13,7 @@ from carillon.settings import Settings
 from serve.auth import Authenticator
 from stores.postgres.feed import FeedReader
 from stores.postgres.tenants import TenantStore
+from stores.postgres.tickets import TicketStore
 
 
 class Backend(Protocol):
@@ -51,6 +52,7 @@ class Services:
     feed: FeedReader
     tenants: TenantStore
     backend: Backend
+    tickets: TicketStore
     in_flight: int = 0
     draining: bool = False
     cluster_tag: str = ""

@@ -153,5 +153,6 @@ def ingress_app() -> Any:
         None,  # type: ignore[arg-type]
         None,  # type: ignore[arg-type]
         Cluster(),  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
     )
     return IngressApp(services)

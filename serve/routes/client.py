@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from carillon.change_frames import change_frames
+from carillon.clock import rfc3339
 from carillon.event_rules import MAX_INT, Text, text_error
 from carillon.events import ProblemError, refused
 from carillon.ids import slot_of
@@ -15,7 +16,7 @@ from serve.http import Request, Response, json_response, whole_number
 from serve.routes import users
 from serve.routes.bodies import notification_ids, path_notification
 from serve.routing import CLIENT, Query, Route
-from serve.schemas import IDS_BODY, SUCCESS, WHOLE, nullable, obj, ref, text
+from serve.schemas import IDS_BODY, INSTANT, SUCCESS, WHOLE, nullable, obj, ref, text
 from serve.services import Services
 
 SYNC_LIMIT: Final = 200
@@ -32,6 +33,16 @@ async def _change(services: Services, request: Request, op: str, **more: Any) ->
 async def get_feed(services: Services, request: Request) -> Response:
     """GET /api/notifications."""
     return await users.feed(services, request, request.tenant, request.user)
+
+
+async def post_ticket(services: Services, request: Request) -> Response:
+    """POST /api/tickets."""
+    await request.json_object(())
+    assert request.identity is not None
+    ticket, until_ms = await services.tickets.make(
+        request.identity, services.clock.now_ms(), services.settings.ingress.ticket_ttl_s
+    )
+    return json_response({"ticket": ticket, "expiresAt": rfc3339(until_ms)}, 201)
 
 
 async def get_unread_count(services: Services, request: Request) -> Response:
@@ -222,6 +233,17 @@ ROUTES: Final = (
     Route(
         "DELETE", "/api/devices/{deviceId}", delete_device, CLIENT, "Forget my push target",
         answer=SUCCESS, answer_example={"success": True}, problems=(404, 422), tag=_TAG,
+    ),
+    Route(
+        "POST", "/api/tickets", post_ticket, CLIENT, "A one-time ticket for a URL",
+        doc=(
+            "For clients that can only set a URL: `?ticket=` stands for the token that asked, once, within "
+            "`ingress.ticket_ttl_s`. The connection ends when that token would."
+        ),
+        body=_EMPTY, body_required=False, status=201,
+        answer=obj({"ticket": text(1, 64), "expiresAt": INSTANT}, ["ticket", "expiresAt"]),
+        answer_example={"ticket": "tkt_Zk3...", "expiresAt": "2026-01-01T00:00:30.000Z"},
+        problems=(400, 413, 422), tag=_TAG,
     ),
     Route(
         "GET", "/api/sync", get_sync, CLIENT, "Everything after a position",

@@ -164,13 +164,13 @@ async def running(**sections: dict[str, Any]) -> AsyncIterator[Start]:
     """Gives a function that starts a kit, `await start(shards=2, heartbeat_s=..)`; stops all at the end."""
     kits: list[Kit] = []
 
-    async def start(shards: int = 1, read: Any = read_keys, **gateway: Any) -> Kit:
+    async def start(shards: int = 1, read: Any = read_keys, redeem: Any = None, **gateway: Any) -> Kit:
         settings = fast_settings(
             gateway={"close_timeout_s": 0.5, "attach_retry_s": 0.02, **gateway}, **sections
         )
         coordinator = await FakeCoordinator.start(settings)
         config = actor_config("gateway", f"gateway-{os.urandom(3).hex()}", coordinator, settings=settings)
-        kit = Kit(coordinator, Gateway(config, read_keys=read))
+        kit = Kit(coordinator, Gateway(config, read_keys=read, redeem=redeem))
         kits.append(kit)
         for index in range(shards):
             await kit.add_shard(f"shard-{index}-{os.urandom(3).hex()}")
