@@ -60,6 +60,7 @@ _TABLE: Final[dict[str, tuple[int, str]]] = {
     "not_supported": (422, "Not supported"),
     "idempotency_conflict": (422, "The idempotency key was used with another body"),
     "busy": (429, "Too many requests at once"),
+    "rate_limited": (429, "Too many requests"),
     "internal": (500, "Internal error"),
     "unavailable": (503, "Temporarily unavailable"),
     "store_unavailable": (503, "Temporarily unavailable"),

@@ -245,6 +245,13 @@ class IngressSettings:
     clock_skew_s: float = setting(5.0, "Tolerance for `exp`, `nbf` and `iat` of a token.", low=0.0, unit="s")
     token_audience: str = setting("", "Required `aud` of client tokens; empty means it is not looked at.")
     token_issuer: str = setting("", "Required `iss` of client tokens; empty means it is not looked at.")
+    limit_lease_s: float = setting(
+        0.05,
+        "Seconds of a key's rate limit that a replica takes from Redis ahead.",
+        low=0.0,
+        high=1.0,
+        unit="s",
+    )
     ticket_ttl_s: float = setting(
         30.0, "How long a ticket from POST /api/tickets may be redeemed, once.", low=0.05, unit="s"
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import getpass
 import json
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -46,6 +48,31 @@ def _with_store(settings: Settings, work: Callable[[TenantStore], Awaitable[T]])
     return asyncio.run(run())
 
 
+def _audited(
+    settings: Settings,
+    work: Callable[[TenantStore], Awaitable[T]],
+    tenant: str,
+    action: str,
+    target: str = "",
+    **detail: Any,
+) -> T:
+    """Do something and note who did it. What failed is not noted: it changed nothing."""
+
+    async def both(store: TenantStore) -> T:
+        done = await work(store)
+        await store.record_audit(tenant, f"cli:{_login()}", action, target, **detail)
+        return done
+
+    return _with_store(settings, both)
+
+
+def _login() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a uid without a name
+        return str(os.getuid())
+
+
 def _migrate(options: argparse.Namespace, settings: Settings) -> int:
     applied = asyncio.run(migrate(database(options, settings).postgres.dsn))
     for name in applied:
@@ -74,8 +101,11 @@ def _partitions(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _tenant_create(options: argparse.Namespace, settings: Settings) -> int:
-    tenant = _with_store(
-        database(options, settings), lambda store: store.create_tenant(options.tenant, options.client_secret)
+    tenant = _audited(
+        database(options, settings),
+        lambda store: store.create_tenant(options.tenant, options.client_secret),
+        options.tenant,
+        "tenant.create",
     )
     print(f"tenant {tenant.tenant}")
     if options.client_secret is None:
@@ -91,9 +121,12 @@ def _tenant_list(options: argparse.Namespace, settings: Settings) -> int:
 
 def _tenant_rotate(options: argparse.Namespace, settings: Settings) -> int:
     until_ms = SystemClock().now_ms() + round(options.overlap_s * 1000)
-    secret = _with_store(
+    secret = _audited(
         database(options, settings),
         lambda store: store.rotate_secret(options.tenant, until_ms, options.client_secret),
+        options.tenant,
+        "tenant.rotate_secret",
+        overlapS=options.overlap_s,
     )
     if options.client_secret is None:
         print(f"client secret {secret}")
@@ -111,10 +144,14 @@ def _tenant_jwks(options: argparse.Namespace, settings: Settings) -> int:
             document = json.loads(Path(options.file).read_text())
         except (OSError, ValueError) as exc:
             raise ClusterError(f"cannot read a JWK Set from {options.file}: {exc}") from None
-    _with_store(
-        database(options, settings), lambda store: store.put_jwks(options.tenant, options.url, document)
-    )
     where = options.url or options.file
+    _audited(
+        database(options, settings),
+        lambda store: store.put_jwks(options.tenant, options.url, document),
+        options.tenant,
+        "tenant.jwks",
+        source=where,
+    )
     print(
         f"tokens may be signed with the keys of {where}" if where else "only the client secret signs tokens"
     )
@@ -165,33 +202,88 @@ def policy_set(document: dict[str, Any], assignment: str) -> None:
 
 def _key_create(options: argparse.Namespace, settings: Settings) -> int:
     scopes = options.scope or ["admin"]
-    print(
-        _with_store(
-            database(options, settings),
-            lambda store: store.create_key(options.tenant, options.name, scopes),
-        )
+    key = _audited(
+        database(options, settings),
+        lambda store: store.create_key(
+            options.tenant, options.name, scopes, rate_per_s=options.rate, burst=options.burst
+        ),
+        options.tenant,
+        "key.create",
+        scopes=scopes,
+        name=options.name,
     )
+    print(key)
     return 0
 
 
 def _key_list(options: argparse.Namespace, settings: Settings) -> int:
+    now_ms = SystemClock().now_ms()
     for key in _with_store(database(options, settings), lambda store: store.list_keys(options.tenant)):
-        state = "revoked" if key.revoked else "valid"
+        state = "revoked" if key.revoked else "valid" if key.valid(now_ms) else "ended"
         made = rfc3339(key.created_ms) if key.created_ms else "-"
         used = rfc3339(key.last_used_ms) if key.last_used_ms else "never"
-        print(
-            f"{key.key_id}  {state:<7}  made {made}  used {used}  {','.join(sorted(key.scopes))}  {key.name}"
-        )
+        more = ""
+        if key.expires_ms is not None and state == "valid":
+            more += f"  until {rfc3339(key.expires_ms)}"
+        if key.rotated_to is not None:
+            more += f"  replaced by {key.rotated_to}"
+        if key.rate_per_s is not None:
+            more += f"  {key.rate_per_s:g}/s, {key.burst} at once"
+        scopes = ",".join(sorted(key.scopes))
+        print(f"{key.key_id}  {state:<7}  made {made}  used {used}  {scopes}  {key.name}{more}")
     return 0
 
 
 def _key_revoke(options: argparse.Namespace, settings: Settings) -> int:
-    revoked = _with_store(
-        database(options, settings), lambda store: store.revoke_key(options.tenant, options.key_id)
-    )
-    if not revoked:
-        raise ClusterError(f"tenant {options.tenant!r} has no valid key {options.key_id!r}")
+    async def revoke(store: TenantStore) -> None:
+        if not await store.revoke_key(options.tenant, options.key_id):
+            raise ClusterError(f"tenant {options.tenant!r} has no valid key {options.key_id!r}")
+
+    _audited(database(options, settings), revoke, options.tenant, "key.revoke", options.key_id)
     print(f"{options.key_id} is revoked; replicas forget it within {settings.ingress.auth_cache_s:g} s")
+    return 0
+
+
+def _key_rotate(options: argparse.Namespace, settings: Settings) -> int:
+    now_ms = SystemClock().now_ms()
+    until_ms = now_ms + round(options.overlap_s * 1000)
+    key = _audited(
+        database(options, settings),
+        lambda store: store.rotate_key(options.tenant, options.key_id, now_ms, until_ms),
+        options.tenant,
+        "key.rotate",
+        options.key_id,
+        overlapS=options.overlap_s,
+    )
+    print(key)
+    print(f"{options.key_id} is valid until {rfc3339(until_ms)}")
+    return 0
+
+
+def _key_limit(options: argparse.Namespace, settings: Settings) -> int:
+    rate = None if options.off else options.rate
+    _audited(
+        database(options, settings),
+        lambda store: store.limit_key(options.tenant, options.key_id, rate, options.burst),
+        options.tenant,
+        "key.limit",
+        options.key_id,
+        ratePerS=rate,
+        burst=options.burst,
+    )
+    what = "no limit" if rate is None else f"{rate:g} events per second"
+    print(f"{options.key_id}: {what}; replicas know within {settings.ingress.auth_cache_s:g} s")
+    return 0
+
+
+def _audit(options: argparse.Namespace, settings: Settings) -> int:
+    records = _with_store(
+        database(options, settings), lambda store: store.audit(options.tenant, options.limit)
+    )
+    for one in reversed(records):
+        detail = " ".join(f"{name}={json.dumps(value)}" for name, value in one.detail.items())
+        who = f"{rfc3339(one.at_ms)}  {one.tenant or '-'}  {one.actor}"
+        print(f"{who}  {one.action}  {one.target}  {detail}".rstrip())
     return 0
 
 
@@ -206,5 +298,8 @@ HANDLERS: Final = {
     "key_create": _key_create,
     "key_list": _key_list,
     "key_revoke": _key_revoke,
+    "key_rotate": _key_rotate,
+    "key_limit": _key_limit,
+    "audit": _audit,
 }
 """By the name that cluster/cli.py uses."""

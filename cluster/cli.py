@@ -196,12 +196,59 @@ def _add_admin_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
         choices=list(SCOPES),
         help="what it may do; give it several times for several (default: admin)",
     )
+    make.add_argument(
+        "--rate",
+        type=float,
+        metavar="N",
+        help="events per second that pass, over all replicas (default: all)",
+    )
+    make.add_argument(
+        "--burst", type=int, metavar="N", help="events that pass at once (default: those of one second)"
+    )
+    renew = _command(
+        keys, "rotate", "key_rotate", "Make a key like another one and print it; the other one ends later."
+    )
+    renew.add_argument("tenant", help="the tenant")
+    renew.add_argument("key_id", help="the id of the key to replace, as listed")
+    renew.add_argument(
+        "--overlap-s",
+        type=_seconds,
+        default=86_400.0,
+        metavar="S",
+        help="how long the key to replace stays valid, in seconds (default 86400: a day)",
+    )
+    limit = _command(keys, "limit", "key_limit", "Limit how many events per second an API key may send.")
+    limit.add_argument("tenant", help="the tenant")
+    limit.add_argument("key_id", help="the key's id, as listed")
+    rate = limit.add_mutually_exclusive_group(required=True)
+    rate.add_argument("--rate", type=float, metavar="N", help="events per second, over all replicas")
+    rate.add_argument("--off", action="store_true", help="no limit")
+    limit.add_argument(
+        "--burst", type=int, metavar="N", help="events that pass at once (default: those of one second)"
+    )
+    audit = _command(commands, "audit", "audit", "Show who did what to tenants and keys, oldest first.")
+    audit.add_argument("--tenant", help="of this tenant only")
+    audit.add_argument("--limit", type=int, default=50, metavar="N", help="the latest N acts (default 50)")
     key_list = _command(keys, "list", "key_list", "List the API keys of a tenant.")
     key_list.add_argument("tenant", help="the tenant")
     revoke = _command(keys, "revoke", "key_revoke", "Revoke an API key, for good.")
     revoke.add_argument("tenant", help="the tenant")
     revoke.add_argument("key_id", help="the key's id, as listed")
-    for parser in (migrate, partitions, create, listing, rotate, jwks, policy, make, key_list, revoke):
+    for parser in (
+        migrate,
+        partitions,
+        create,
+        listing,
+        rotate,
+        jwks,
+        policy,
+        make,
+        key_list,
+        revoke,
+        renew,
+        limit,
+        audit,
+    ):
         parser.add_argument(
             "--dsn",
             help="the database (default: CARILLON_POSTGRES_DSN, else that of the system that runs in the "

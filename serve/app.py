@@ -28,7 +28,7 @@ from serve.http import (
     read_body,
 )
 from serve.routes import all_routes
-from serve.routes.events import publish
+from serve.routes.events import admit, publish
 from serve.routing import CLIENT, OPEN, SERVICE, Router
 from serve.services import Services
 from stores.postgres.tenants import ApiKeyRecord
@@ -115,6 +115,7 @@ class IngressApp:
                     known.tenant,
                     started + self._timeout_s,
                     request_id,
+                    known,
                 )
         except Exception as exc:
             response = _failed(exc, request_id, "POST", HOT_PATH)
@@ -140,7 +141,7 @@ class IngressApp:
                 body = await read_body(receive, headers, self._limit)
                 key = headers.get(b"idempotency-key")
                 response = await publish(
-                    services, body, key, known.tenant, started + self._timeout_s, request_id
+                    services, body, key, known.tenant, started + self._timeout_s, request_id, known
                 )
             else:
                 response = await self._dispatch(scope, headers, receive, request_id, started)
@@ -168,7 +169,7 @@ class IngressApp:
         """The key if it is cached and may send events; None means: ask the slow way, which says why not."""
         auth = self.services.auth
         known = auth.known_key(headers.get(b"authorization"))
-        if known is None or known.revoked or not allows(known.scopes, EVENTS_SCOPE):
+        if known is None or not allows(known.scopes, EVENTS_SCOPE):
             return None
         auth.used(known)
         return known
@@ -200,7 +201,10 @@ class IngressApp:
         authorization = headers.get(b"authorization")
         services = self.services
         if route.door == SERVICE:
-            request.tenant = (await services.auth.service(authorization, route.scope)).tenant
+            caller = request.caller = await services.auth.service(authorization, route.scope)
+            request.tenant = caller.tenant
+            if caller.rate_per_s is not None and route.path != HOT_PATH:  # there every event counts
+                await admit(services, caller, 1)
         elif route.door == CLIENT:
             who = await services.auth.client(authorization)
             request.tenant, request.user, request.identity = who.tenant, who.user, who

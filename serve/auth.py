@@ -125,7 +125,8 @@ class Authenticator:
 
     def known_key(self, header: bytes | None) -> ApiKeyRecord | None:
         """The key of an Authorization header if it is cached and good; None means: ask `service`."""
-        return self._keys.fresh(header) if header is not None else None
+        key = self._keys.fresh(header) if header is not None else None
+        return key if key is not None and key.valid(self._clock.now_ms()) else None
 
     async def service(self, header: bytes | None, scope: str) -> ApiKeyRecord:
         """The API key of an Authorization header.
@@ -139,8 +140,8 @@ class Authenticator:
             raise UnauthenticatedError(_MISSING if header is None else "the API key is not known")
         bearer(header)
         key = await self._keys.get(header)
-        if key is None or key.revoked:
-            raise UnauthenticatedError("the API key is not known or was revoked")
+        if key is None or not key.valid(self._clock.now_ms()):
+            raise UnauthenticatedError("the API key is not known, was revoked, or has ended")
         if not allows(key.scopes, scope):
             raise NotPermittedError(f"the API key lacks the scope {scope}", "", f"scope {scope}", "none")
         self._used_ms[key.key_id] = self._clock.now_ms()

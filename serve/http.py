@@ -17,6 +17,7 @@ from carillon.errors import CarillonError, InvalidInputError
 from carillon.events import ProblemError, read_json, refused
 from carillon.problems import CONTENT_TYPE, FieldError, Problem, problem_json, retry_after, shown
 from carillon.tokens import ClientIdentity
+from stores.postgres.tenants import ApiKeyRecord
 
 Scope = dict[str, Any]
 Header = tuple[bytes, bytes]
@@ -116,6 +117,7 @@ class Request:
         params: path parameters, decoded.
         tenant: of the API key or token; "" on open routes.
         user: `sub` of the token; "" on routes for services.
+        caller: the API key; None on routes for clients.
         identity: of the token; None on routes for services.
         deadline: monotonic time by which the answer is due.
     """
@@ -123,6 +125,7 @@ class Request:
     __slots__ = (
         "_query",
         "_receive",
+        "caller",
         "deadline",
         "headers",
         "identity",
@@ -152,6 +155,7 @@ class Request:
         self.limit = limit
         self.tenant = ""
         self.user = ""
+        self.caller: ApiKeyRecord | None = None
         self.identity: ClientIdentity | None = None
         self._receive = receive
         self._query: dict[str, str] | None = None

@@ -33,6 +33,7 @@ from stores.postgres.feed import FeedReader
 from stores.postgres.pool import open_pool
 from stores.postgres.tenants import TenantStore
 from stores.postgres.tickets import TicketStore
+from stores.redis.rate_limiter import RateLimiter
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class Ingress:
                 tenants,
                 self.backend,
                 TicketStore(self._pool, settings.postgres.connect_timeout_s),
+                RateLimiter(settings.redis, settings.ingress.limit_lease_s, self._clock),
                 cluster_tag=tag,
             )
             self.app = IngressApp(services)
@@ -179,6 +181,7 @@ class Ingress:
             with contextlib.suppress(CarillonError):
                 await self.app.services.auth.write_uses()
             await self.app.services.auth.close()
+            await self.app.services.limits.close()
         if self.backend is not None:
             await self.backend.close(leave=True)
         if self._pool is not None:

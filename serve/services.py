@@ -14,6 +14,7 @@ from serve.auth import Authenticator
 from stores.postgres.feed import FeedReader
 from stores.postgres.tenants import TenantStore
 from stores.postgres.tickets import TicketStore
+from stores.redis.rate_limiter import RateLimiter
 
 
 class Backend(Protocol):
@@ -53,6 +54,7 @@ class Services:
     tenants: TenantStore
     backend: Backend
     tickets: TicketStore
+    limits: RateLimiter
     in_flight: int = 0
     draining: bool = False
     cluster_tag: str = ""

@@ -6,8 +6,8 @@ from typing import Final
 
 import msgspec
 
+from carillon.events import ProblemError, refused
 from carillon.events import Request as ParsedEvents
-from carillon.events import refused
 from carillon.ids import uuid_text
 from carillon.messages import Outcome
 from carillon.problems import FieldError, Problem, problem, problem_document
@@ -15,6 +15,7 @@ from serve.http import JSON, Header, Request, Response, problem_response
 from serve.routing import SERVICE, Query, Route
 from serve.schemas import ref
 from serve.services import Services
+from stores.postgres.tenants import ApiKeyRecord
 
 _encode: Final = msgspec.json.Encoder().encode
 _REPLAYED: Final[Header] = (b"idempotent-replayed", b"true")
@@ -34,13 +35,37 @@ async def post_events(services: Services, request: Request) -> Response:
         )
     body = await request.body()
     key = request.header(b"idempotency-key")
-    return await publish(services, body, key, request.tenant, request.deadline, request.request_id)
+    return await publish(
+        services, body, key, request.tenant, request.deadline, request.request_id, request.caller
+    )
+
+
+async def admit(services: Services, caller: ApiKeyRecord, requests: int) -> None:
+    """Let so many requests of a key with a rate limit pass.
+
+    Raises:
+        ProblemError: `rate_limited` (429), with Retry-After: none of them passes.
+    """
+    assert caller.rate_per_s is not None
+    wait_s = await services.limits.take(caller.key_id, caller.rate_per_s, caller.burst, requests)
+    if wait_s:
+        detail = f"this API key may send {caller.rate_per_s:g} a second, {caller.burst} at once"
+        raise ProblemError(problem("rate_limited", detail, retry_after_s=wait_s))
 
 
 async def publish(
-    services: Services, body: bytes, key: bytes | None, tenant: str, deadline: float, request_id: bytes
+    services: Services,
+    body: bytes,
+    key: bytes | None,
+    tenant: str,
+    deadline: float,
+    request_id: bytes,
+    caller: ApiKeyRecord | None = None,
 ) -> Response:
     """Validate, publish and answer. The hot route calls this without a `Request`.
+
+    Args:
+        caller: the API key, for its rate limit; None: there is no limit.
 
     Raises:
         ProblemError: the request as a whole is refused.
@@ -48,6 +73,8 @@ async def publish(
     parsed = services.parser.parse(
         body, tenant, services.clock.now_ms(), None if key is None else key.decode("utf-8", "replace")
     )
+    if caller is not None and caller.rate_per_s is not None and parsed.events:
+        await admit(services, caller, len(parsed.events))
     outcomes = await services.backend.publish(parsed.events, deadline) if parsed.events else []
     if parsed.slots is None:
         outcome = outcomes[0]

@@ -8,6 +8,7 @@ from carillon import policy
 from carillon.events import ProblemError
 from carillon.problems import problem
 from carillon.settings import WHEN_AWAY
+from serve.audit import audited
 from serve.http import Request, Response, json_response
 from serve.routing import SERVICE, Route
 from serve.schemas import obj
@@ -28,6 +29,7 @@ async def put_policy(services: Services, request: Request) -> Response:
     except policy.PolicyError as exc:
         raise ProblemError(problem("invalid", str(exc), exc.errors)) from None
     await services.tenants.put_policy(request.tenant, text)
+    await audited(services, request, "policy.put")
     return json_response(policy.complete(document, policy.cluster_default(services.settings.shard)))
 
 

@@ -23,6 +23,7 @@ from carillon.messages import (
 from carillon.notification import notification_json, user_json_of
 from carillon.preferences import PreferencesError
 from carillon.problems import FieldError, problem, shown
+from serve.audit import audited
 from serve.http import Request, Response, json_response, whole_number
 from serve.routes.bodies import device_put, id_list, path_id, path_notification, valid_id
 from serve.routing import SERVICE, Query, Route
@@ -242,6 +243,7 @@ async def revoke_sessions(services: Services, request: Request) -> Response:
     tenant = request.tenant
     await services.backend.request(SessionsRevoke(tenant, user, slot_of(tenant, user)), request.deadline)
     services.auth.revoked(tenant, user)
+    await audited(services, request, "sessions.revoke", user)
     return json_response({"success": True})
 
 

@@ -5,6 +5,7 @@ Reads are not cached here: the ingress keeps them for `ingress.auth_cache_s`, ga
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -60,6 +61,31 @@ class ApiKeyRecord:
     created_ms: int | None = None
     last_used_ms: int | None = None
     revoked_ms: int | None = None
+    expires_ms: int | None = None
+    """When it ends, ms since the epoch; None: never."""
+    rotated_to: str | None = None
+    """The id of the key that replaces it."""
+    rate_per_s: float | None = None
+    """Events per second over all replicas; None: no limit."""
+    burst: int = 0
+    """Events at once, with `rate_per_s`."""
+
+    def valid(self, now_ms: int) -> bool:
+        """Neither revoked nor at its end."""
+        return not self.revoked and (self.expires_ms is None or now_ms < self.expires_ms)
+
+
+@dataclass(frozen=True)
+class AuditRecord:
+    """One administrative act."""
+
+    id: int
+    at_ms: int
+    tenant: str
+    actor: str
+    action: str
+    target: str
+    detail: Mapping[str, Any]
 
 
 class TenantStore:
@@ -146,23 +172,83 @@ class TenantStore:
         if row is None:
             raise NotFoundError(f"there is no tenant {name!r}", "tenant")
 
-    async def create_key(self, tenant: str, name: str, scopes: Iterable[str]) -> str:
+    async def create_key(
+        self,
+        tenant: str,
+        name: str,
+        scopes: Iterable[str],
+        *,
+        rate_per_s: float | None = None,
+        burst: int | None = None,
+    ) -> str:
         """Create an API key and return it whole: the only time it can be seen.
+
+        Args:
+            rate_per_s: events per second over all replicas; None: no limit.
+            burst: events at once; None: those of one second.
 
         Raises:
             NotFoundError: there is no such tenant.
-            InvalidInputError: a scope is unknown.
+            InvalidInputError: a scope is unknown, or a limit makes no sense.
         """
+        rate_per_s, burst = _check_limit(rate_per_s, burst)
         allowed = check_scopes(scopes)
         key_id, key = make_key()
         try:
             async with acquired(self._pool, self._timeout_s) as connection:
                 await connection.execute(
-                    self._sql["create_key"], key_id, hash_key(key), tenant, name, allowed
+                    self._sql["create_key"], key_id, hash_key(key), tenant, name, allowed, rate_per_s, burst
                 )
         except asyncpg.ForeignKeyViolationError:
             raise NotFoundError(f"there is no tenant {tenant!r}", "tenant") from None
         return key
+
+    async def rotate_key(self, tenant: str, key_id: str, now_ms: int, until_ms: int) -> str:
+        """Make a key like another one, which is valid until `until_ms`; returns the new one, whole.
+
+        Raises:
+            NotFoundError: the tenant has no valid key of that id, or it was rotated before.
+        """
+        new_id, key = make_key()
+        async with acquired(self._pool, self._timeout_s) as connection:
+            made = await connection.fetchval(
+                self._sql["rotate_key"], new_id, hash_key(key), tenant, key_id, until_ms / 1000, now_ms / 1000
+            )
+        if made is None:
+            raise NotFoundError(f"tenant {tenant!r} has no key {key_id!r} that could be rotated", "keyId")
+        return key
+
+    async def limit_key(
+        self, tenant: str, key_id: str, rate_per_s: float | None, burst: int | None = None
+    ) -> None:
+        """Set or (None) lift the rate limit of a key.
+
+        Raises:
+            NotFoundError: the tenant has no such key.
+            InvalidInputError: the limit makes no sense.
+        """
+        rate_per_s, burst = _check_limit(rate_per_s, burst)
+        async with acquired(self._pool, self._timeout_s) as connection:
+            found = await connection.fetchval(self._sql["limit_key"], tenant, key_id, rate_per_s, burst)
+        if found is None:
+            raise NotFoundError(f"tenant {tenant!r} has no key {key_id!r}", "keyId")
+
+    async def record_audit(
+        self, tenant: str, actor: str, action: str, target: str = "", **detail: Any
+    ) -> None:
+        """Note an administrative act. `detail` holds no secret."""
+        async with acquired(self._pool, self._timeout_s) as connection:
+            text = msgspec.json.encode(detail).decode()
+            await connection.execute(self._sql["record_audit"], tenant, actor, action, target, text)
+
+    async def audit(self, tenant: str | None, limit: int, before: int | None = None) -> list[AuditRecord]:
+        """Administrative acts, newest first; of all tenants if None."""
+        async with acquired(self._pool, self._timeout_s) as connection:
+            rows = await connection.fetch(self._sql["audit"], tenant, before, limit)
+        return [
+            AuditRecord(*row[:6], msgspec.json.decode(row["detail"]))  # type: ignore[arg-type]
+            for row in rows
+        ]
 
     async def api_key(self, key_hash: bytes) -> ApiKeyRecord | None:
         """The key with this hash (`carillon.api_keys.hash_key`), revoked ones too, or None."""
@@ -215,6 +301,22 @@ class TenantStore:
             return await connection.fetchval(self._sql["user_security"], tenant, user)
 
 
+def _check_limit(rate_per_s: float | None, burst: int | None) -> tuple[float | None, int | None]:
+    if rate_per_s is None:
+        return None, None
+    if not 0.01 <= rate_per_s <= 1e7:
+        raise InvalidInputError(
+            f"expected a rate of 0.01 to 10,000,000 events per second, got {rate_per_s}",
+            "ratePerS", "0.01 to 1e7", str(rate_per_s),
+        )  # fmt: skip
+    burst = max(1, math.ceil(rate_per_s)) if burst is None else burst
+    if not 1 <= burst <= 10_000_000:
+        raise InvalidInputError(
+            f"expected a burst of 1 to 10,000,000 events, got {burst}", "burst", "1 to 1e7", str(burst)
+        )
+    return rate_per_s, burst
+
+
 def _check_secret(secret: str) -> None:
     if len(secret.encode()) < MIN_SECRET_BYTES or "\0" in secret:
         raise InvalidInputError(
@@ -248,4 +350,8 @@ def _key(row: asyncpg.Record) -> ApiKeyRecord:
         created_ms=row.get("created_ms"),
         last_used_ms=row.get("last_used_ms"),
         revoked_ms=row.get("revoked_ms"),
+        expires_ms=row.get("expires_ms"),
+        rotated_to=row.get("rotated_to"),
+        rate_per_s=row.get("rate_per_s"),
+        burst=row.get("burst") or 0,
     )

@@ -1,1 +1,1 @@
-"""The accelerator: Redis or Valkey. Losing it costs speed, never correctness."""
+"""What Redis is used for: speed, never truth."""

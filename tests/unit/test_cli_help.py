@@ -44,6 +44,9 @@ def test_commands_are_those_promised() -> None:
         "key create",
         "key list",
         "key revoke",
+        "key rotate",
+        "key limit",
+        "audit",
     }
 
 

@@ -26,18 +26,46 @@ where tenant = $1 returning tenant;
 update tenants set jwks_url = $2, jwks = $3::jsonb where tenant = $1 returning tenant;
 
 -- name: create_key
-insert into api_keys (key_id, key_hash, tenant, name, scopes) values ($1, $2, $3, $4, $5);
+insert into api_keys (key_id, key_hash, tenant, name, scopes, rate_per_s, burst) values ($1, $2, $3, $4, $5, $6, $7);
+
+-- name: rotate_key
+-- A key like another one, which ends at $5 (seconds since the epoch). $1 new id, $2 its hash, $3 tenant, $4 old id.
+with old as (
+    update api_keys set expires_at = to_timestamp($5), rotated_to = $1
+    where tenant = $3 and key_id = $4 and revoked_at is null and rotated_to is null
+      and (expires_at is null or expires_at > to_timestamp($6))
+    returning name, scopes, rate_per_s, burst
+)
+insert into api_keys (key_id, key_hash, tenant, name, scopes, rate_per_s, burst)
+select $1, $2, $3, name, scopes, rate_per_s, burst from old
+returning key_id;
+
+-- name: limit_key
+-- $3 events per second (null: no limit), $4 events at once.
+update api_keys set rate_per_s = $3, burst = $4 where tenant = $1 and key_id = $2 returning key_id;
+
+-- name: record_audit
+insert into audit (tenant, actor, action, target, detail) values ($1, $2, $3, $4, $5::jsonb);
+
+-- name: audit
+-- Newest first. $1 tenant (null: all), $2 before this id (null: from the newest), $3 limit.
+select id, (extract(epoch from at) * 1000)::bigint as at_ms, tenant, actor, action, target, detail from audit
+where ($1::text is null or tenant = $1) and ($2::bigint is null or id < $2)
+order by id desc limit $3;
 
 -- name: api_key
 -- The look-up of every request that is not cached: by the unique hash.
-select key_id, tenant, name, scopes, revoked_at is not null as revoked from api_keys where key_hash = $1;
+select key_id, tenant, name, scopes, revoked_at is not null as revoked, rate_per_s, burst,
+       (extract(epoch from expires_at) * 1000)::bigint as expires_ms
+from api_keys where key_hash = $1;
 
 -- name: list_keys
 -- Newest first; revoked ones stay visible.
 select key_id, tenant, name, scopes, revoked_at is not null as revoked,
        (extract(epoch from created_at) * 1000)::bigint as created_ms,
        (extract(epoch from last_used_at) * 1000)::bigint as last_used_ms,
-       (extract(epoch from revoked_at) * 1000)::bigint as revoked_ms
+       (extract(epoch from revoked_at) * 1000)::bigint as revoked_ms,
+       (extract(epoch from expires_at) * 1000)::bigint as expires_ms, rotated_to, rate_per_s, burst
 from api_keys where tenant = $1 order by created_at desc, key_id;
 
 -- name: revoke_key

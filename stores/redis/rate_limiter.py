@@ -1,0 +1,124 @@
+"""Rate limits of API keys, shared by all ingress replicas through Redis.
+
+A token bucket per key lives in Redis, in one script, on Redis' clock. A replica takes a little more than it
+needs (`ingress.limit_lease_s` of the rate), so that most requests ask nobody. While Redis is away each
+replica keeps the rate by itself: with n replicas up to n times the rate passes then, and nobody is turned
+away for lack of Redis (guarantee G12).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Final
+
+import redis.asyncio as aioredis
+from redis.exceptions import RedisError
+
+from carillon.clock import Clock
+from carillon.rate import TokenBucket
+from carillon.settings import RedisSettings
+
+log = logging.getLogger(__name__)
+
+MAX_KEYS: Final = 10_000
+"""Keys with local state; the oldest goes."""
+LEASE_LIFE_S: Final = 1.0
+"""What a replica took ahead and did not use within this time is forgotten."""
+
+# A bucket may go into debt: a batch is never split, and one larger than the burst must pass some time.
+# KEYS[1] the bucket; ARGV rate per second, burst, wanted, extra. Returns {granted, wait in ms}.
+_SCRIPT: Final = """
+local now = redis.call('TIME')
+now = now[1] * 1000 + math.floor(now[2] / 1000)
+local rate, burst = tonumber(ARGV[1]) / 1000, tonumber(ARGV[2])
+local kept = redis.call('HMGET', KEYS[1], 'tokens', 'at')
+local tokens = burst
+if kept[1] then tokens = math.min(burst, tonumber(kept[1]) + (now - tonumber(kept[2])) * rate) end
+local granted, wait = 0, 0
+if tokens < 1 then
+  wait = math.ceil((1 - tokens) / rate)
+else
+  local wanted, extra = tonumber(ARGV[3]), tonumber(ARGV[4])
+  granted = wanted + math.max(0, math.min(extra, math.floor(tokens - wanted)))
+  tokens = tokens - granted
+end
+redis.call('HSET', KEYS[1], 'tokens', tostring(tokens), 'at', now)
+redis.call('PEXPIRE', KEYS[1], math.ceil((burst - tokens) / rate) + 1000)
+return {granted, wait}
+"""
+
+
+class _Key:
+    """One limited key at this replica."""
+
+    __slots__ = ("bucket", "lease", "lease_until", "limit")
+
+    def __init__(self, limit: tuple[float, int], clock: Clock) -> None:
+        self.limit = limit
+        self.bucket = TokenBucket(*limit, clock)  # for times without Redis
+        self.lease = 0
+        self.lease_until = 0.0
+
+
+class RateLimiter:
+    """Admits requests at the rate of their key.
+
+    Args:
+        settings: where Redis is; an empty URL means: every replica by itself.
+        lease_s: seconds of the rate that a replica takes ahead.
+    """
+
+    def __init__(self, settings: RedisSettings, lease_s: float, clock: Clock) -> None:
+        self._lease_s = lease_s
+        self._clock = clock
+        self._keys: dict[str, _Key] = {}
+        self._retry_at = 0.0
+        self._timeout_s = settings.timeout_s
+        self._redis: Any = None
+        if settings.url:
+            self._redis = aioredis.Redis.from_url(
+                settings.url,
+                socket_timeout=settings.timeout_s,
+                socket_connect_timeout=settings.timeout_s,
+                max_connections=16,
+            )
+            self._script: Any = self._redis.register_script(_SCRIPT)
+
+    async def take(self, key_id: str, rate_per_s: float, burst: int, requests: int) -> float:
+        """Admit `requests` of a key, or not: seconds to wait, 0.0 if they may pass. Never raises."""
+        key = self._keys.get(key_id)
+        if key is None or key.limit != (rate_per_s, burst):
+            while len(self._keys) >= MAX_KEYS:
+                del self._keys[next(iter(self._keys))]
+            key = self._keys[key_id] = _Key((rate_per_s, burst), self._clock)
+        now = self._clock.monotonic()
+        if key.lease_until < now:
+            key.lease = 0
+        if key.lease >= requests:
+            key.lease -= requests
+            return 0.0
+        if self._redis is not None and now >= self._retry_at:
+            wanted = requests - key.lease
+            try:
+                granted, wait_ms = await self._script(
+                    keys=[f"carillon:rate:{key_id}"],
+                    args=[rate_per_s, burst, wanted, int(rate_per_s * self._lease_s)],
+                )
+            except (RedisError, OSError, TimeoutError) as exc:
+                log.warning("rate limits are kept by each replica alone: %s: %s", type(exc).__name__, exc)
+                self._retry_at = self._clock.monotonic() + 2 * self._timeout_s
+            else:
+                if not granted:
+                    return max(wait_ms / 1000, 0.001)
+                key.lease = max(0, key.lease + granted - requests)
+                key.lease_until = now + LEASE_LIFE_S
+                return 0.0
+        wait_s = key.bucket.wait_s()
+        if not wait_s:
+            key.bucket.take(requests)
+        return wait_s
+
+    async def close(self) -> None:
+        """Close connections."""
+        if self._redis is not None:
+            await self._redis.aclose()
