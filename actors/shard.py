@@ -431,20 +431,21 @@ class Shard:
             evicted = await self._store.put_target(
                 self._term_now, message.tenant, message.user, target, message.platform, message.locale, now_ms
             )
-            user.has_target = True
+            now_targets = await self._store.load_targets([user.key])
+            user.take_targets(now_targets[user.key])
             for name in evicted:
                 # Its owner may be another shard: there the next push finds no target and is cancelled.
                 other = self._users.get(UserKey(message.tenant, name))
                 if other is not None:
                     left = await self._store.load_targets([other.key])
-                    other.has_target = bool(left[other.key])
+                    other.take_targets(left[other.key])
             return Done()
         if kind is DeviceDelete:
             found = await self._store.delete_target(
                 self._term_now, message.tenant, message.user, message.device
             )
             left = await self._store.load_targets([user.key])
-            user.has_target = bool(left[user.key])
+            user.take_targets(left[user.key])
             return Done(int(found))
         if kind is PreferencesPut:
             await self._store.put_preferences(

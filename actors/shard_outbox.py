@@ -21,11 +21,12 @@ from actors.shard_users import User, UserCache
 from carillon.attention import HELD, SEEN, at_due
 from carillon.clock import Clock
 from carillon.errors import CarillonError, FencedError, StoreUnavailableError
-from carillon.ids import UserKey, uuid7_ms, uuid_text
+from carillon.external import EXTERNAL
+from carillon.ids import UserKey, uuid_text
 from carillon.messages import LEFT, Done, Event, Push, PushJob, PushLeft, PushOutcome, PushResult, PushTarget
 from carillon.metrics import Stats
 from carillon.notification import decode_content
-from carillon.outbox import RETRYABLE, settle
+from carillon.outbox import RETRYABLE, settle, without_target
 from carillon.settings import Settings
 from stores.postgres.shard_store import AttemptRow, Claimed, OutboxRow, ReleaseRow, SettleRow, ShardStore
 
@@ -98,6 +99,7 @@ class Outbox:
         self._tasks: list[asyncio.Task[None]] = []
         self._outcome_wake = asyncio.Event()
         self._fresh_wake = asyncio.Event()
+        self._settle_lock = asyncio.Lock()
         self._returns = Returns(
             store, clock, settings.push, term=term, released=self._released, fenced=fenced
         )  # fmt: skip
@@ -251,6 +253,7 @@ class Outbox:
                         Claimed(
                             row.id, 1, event.slot, user.key, user.shown_unread(), event.id, seq,
                             event.type, event.priority, event.content, event.expires_ms, [],
+                            channel=row.channel, chain=row.chain, step=row.step, since_ms=event.created_ms,
                         ),
                         targets[user.key],
                     )
@@ -269,24 +272,31 @@ class Outbox:
         settled: list[SettleRow] = []
         for row, targets in claimed:
             if row.expires_ms is not None and row.expires_ms <= now_ms:
-                settled.append(SettleRow(row.delivery, row.attempt, "dead", now_ms, "expired"))
+                settled.append(SettleRow(row.delivery, row.attempt, "dead", now_ms, "expired", onward=False))
                 continue
             if row.gate in (HELD, SEEN) and row.attempt == 1:
                 verdict = self._at_due(row, now_ms)
                 if verdict == "drop":
-                    settled.append(SettleRow(row.delivery, row.attempt, "cancelled", now_ms, "active"))
+                    settled.append(
+                        SettleRow(row.delivery, row.attempt, "cancelled", now_ms, "active", onward=False)
+                    )
                     continue
                 if verdict == "hold":
                     self._returns.add([ReleaseRow(row.delivery, row.attempt, row.hold_until_ms, "active")])
                     continue
-            left = [t for t in targets if t.device not in row.sent_to and t.device not in row.shown_on]
+            reaches = EXTERNAL[row.channel].providers
+            mine = [t for t in targets if t.provider in reaches]
+            left = [t for t in mine if t.device not in row.sent_to and t.device not in row.shown_on]
             if not left:
-                state, reason = ("sent", None) if row.sent_to else ("cancelled", "no push target")
-                if targets and not row.sent_to:
-                    reason = "shown on every device"
-                settled.append(SettleRow(row.delivery, row.attempt, state, now_ms, reason))
+                if row.sent_to:
+                    state, reason = "sent", None
+                elif mine:
+                    state, reason = "cancelled", "shown on every device"
+                else:
+                    state, reason = without_target(row.channel, row.step, row.chain)
+                settled.append(SettleRow(row.delivery, row.attempt, state, now_ms, reason, onward=not mine))
                 continue
-            if now_ms - uuid7_ms(row.notification) > self._settings.push.give_up_after_s * 1000:
+            if now_ms - row.since_ms > self._settings.push.give_up_after_s * 1000:
                 # Claimed again and again without a verdict (the provider is away, pools are full): while it
                 # may come back rows wait without using up tries, but not for ever.
                 reason = f"no outcome within {self._settings.push.give_up_after_s:.0f} s"
@@ -300,7 +310,7 @@ class Outbox:
             for provider, some in by_provider.items():
                 jobs.append(job_of(row, members, provider, some))
         if settled:
-            await self._store.record_outcomes(self._term(), [], settled, [], [], now_ms)
+            await self._settle([], settled, [], [], now_ms)
         for at in range(0, len(jobs), 200):
             if not self._send_jobs(Push(jobs[at : at + 200])):
                 log.warning("no router link: %d pushes go back to the outbox", len(jobs) - at)
@@ -394,7 +404,11 @@ class Outbox:
                 jitter=random.random,
                 left=flight.left,
             )
-            settled.append(SettleRow(delivery, flight.attempt, verdict.state, verdict.due_ms, verdict.reason))
+            settled.append(
+                SettleRow(
+                    delivery, flight.attempt, verdict.state, verdict.due_ms, verdict.reason, verdict.onward
+                )
+            )
             if verdict.state in ("failed", "unknown"):
                 heapq.heappush(self._timers, verdict.due_ms)
                 self._wake.set()
@@ -407,7 +421,7 @@ class Outbox:
                     if device in tokens:
                         entry = (key, device, tokens[device])
                         (gone if outcome == "invalid_target" else disabled).append(entry)
-        await self._store.record_outcomes(self._term(), attempts, settled, gone, disabled, now_ms)
+        await self._settle(attempts, settled, gone, disabled, now_ms)
         for delivery, flight in finished:
             if self._flights.get(delivery) is flight:
                 del self._flights[delivery]
@@ -415,7 +429,27 @@ class Outbox:
             user = self._users.get(key)
             if user is not None:
                 taken = {device for other, device, _ in gone + disabled if other == key}
-                user.has_target = any(t.device not in taken for t in present[key])
+                user.take_targets(t for t in present[key] if t.device not in taken)
+
+    async def _settle(
+        self,
+        attempts: Sequence[AttemptRow],
+        settled: Sequence[SettleRow],
+        gone: Sequence[tuple[UserKey, str, str]],
+        disabled: Sequence[tuple[UserKey, str, str]],
+        now_ms: int,
+    ) -> None:
+        """Write outcomes; what falls back to another channel is claimed at once.
+
+        One at a time: two channels of one step that end in two transactions at once would each find the
+        other still at work, and neither would fall back.
+        """
+        async with self._settle_lock:
+            fell = await self._store.record_outcomes(self._term(), attempts, settled, gone, disabled, now_ms)
+        if fell:
+            self._stats.count("pushes_fell_back", fell)
+            heapq.heappush(self._timers, now_ms)
+            self._wake.set()
 
 
 def job_of(row: Claimed, members: dict[str, Any], provider: str, targets: list[PushTarget]) -> PushJob:

@@ -10,10 +10,11 @@ import asyncio
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from carillon.errors import CarillonError, FencedError, UnavailableError
 from carillon.ids import UserKey
+from carillon.messages import PushTarget
 from carillon.session import Head, Session
 from stores.postgres.shard_store import ShardStore, UserRecord
 
@@ -26,7 +27,7 @@ class User:
     """One user in memory."""
 
     __slots__ = (
-        "epoch", "expired", "has_target", "key", "last_seen_ms", "pins", "rev", "seq", "session", "slot",
+        "epoch", "expired", "key", "last_seen_ms", "pins", "providers", "rev", "seq", "session", "slot",
         "stream_id", "unread", "valid_from_ms",
     )  # fmt: skip
 
@@ -39,11 +40,16 @@ class User:
         self.rev = record.rev
         self.unread = record.unread
         self.expired = record.expired
-        self.has_target = bool(record.targets)
+        self.providers: frozenset[str] = frozenset()
+        self.take_targets(record.targets)
         self.last_seen_ms = record.last_seen_ms
         self.valid_from_ms = record.valid_from_ms
         self.session: Session | None = None
         self.pins = 0  # events queued or in a batch: not to be evicted
+
+    def take_targets(self, targets: Iterable[PushTarget]) -> None:
+        """Note at which push providers the user has a target."""
+        self.providers = frozenset(target.provider for target in targets)
 
     def head(self) -> Head:
         """Position as committed; unread as shown."""

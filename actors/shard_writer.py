@@ -19,6 +19,7 @@ from carillon import server_frames
 from carillon.attention import Attention
 from carillon.clock import Clock, rfc3339
 from carillon.errors import CarillonError, FencedError, NotFoundError, UnavailableError
+from carillon.external import IN_APP
 from carillon.ids import UserKey
 from carillon.messages import Event, Outcome
 from carillon.metrics import Stats
@@ -396,12 +397,12 @@ class Writer:
         event = entry.event
         reach, grace_end_ms = self._reach(user)
         attention = Attention.UNKNOWN
-        if reach is Reach.LIVE and wants_push(event, user.has_target):
+        if reach is Reach.LIVE and wants_push(event, user.providers):
             attention = self._attention(user, event, now_ms)
         return plan(
             event,
             reach,
-            has_target=user.has_target,
+            providers=user.providers,
             now_ms=now_ms,
             ack_window_ms=self._window_ms,
             grace_end_ms=grace_end_ms,
@@ -432,13 +433,16 @@ class Writer:
             rows.append(AppendRow(event, stream_id, -counts[stream_id]))  # completed below
             decided = entry.plan = self._plan(entry, now_ms)
             if decided.push_due_ms is not None:
-                row = OutboxRow(
-                    await self._next_delivery_id(), event.id, stream_id, event.slot,
-                    decided.push_now, decided.push_due_ms, decided.gate, decided.hold_until_ms,
-                    decided.reason,
-                )  # fmt: skip
-                outbox.append(row)
-                pushes.append((user, event, row))
+                for channel in decided.channels:
+                    if channel == IN_APP:
+                        continue
+                    row = OutboxRow(
+                        await self._next_delivery_id(), event.id, stream_id, event.slot,
+                        decided.push_now, decided.push_due_ms, decided.gate, decided.hold_until_ms,
+                        decided.reason, channel, ",".join(decided.chain), decided.step,
+                    )  # fmt: skip
+                    outbox.append(row)
+                    pushes.append((user, event, row))
         for row in rows:
             row.back += counts[row.stream_id]
         heads = await self._store.append(

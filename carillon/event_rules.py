@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final, NamedTuple, TypeGuard, cast
 import msgspec
 from msgspec import Meta
 
+from carillon.external import CHANNELS, EXTERNAL
 from carillon.messages import PRIORITIES
 from carillon.problems import FieldError, shown
 
@@ -29,8 +30,9 @@ MAX_URL: Final = 2048
 LAST_EXPIRY_MS: Final = 253_370_764_800_000
 """9999-01-01: PostgreSQL and Python end with that year, and offsets must not carry beyond it."""
 
-SUPPORTED_CHANNELS: Final = ("in_app", "push")
+MAX_CHANNELS: Final = 20
 LATER_CHANNELS: Final = ("email", "sms", "webhook", "chat", "webpush")
+_LISTS: Final = ("userIds", "channels", "fallback", "actions")
 LATER_FIELDS: Final = ("topic", "template", "params", "dedupe", "scheduleAt")
 """Known to the protocol, not built yet: refused unless null."""
 METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
@@ -151,8 +153,6 @@ def later_field(name: str, value: Any) -> FieldError | None:
         return FieldError(name, "absent: not supported yet", shown(value))
     if name == "aggregate" and value is True:
         return FieldError(name, "false: aggregation is not supported yet", "true")
-    if name == "fallback" and is_array(value) and value:
-        return FieldError(name, "empty: fallback is not supported yet", "an array")
     return None
 
 
@@ -191,17 +191,12 @@ def _check_flag(value: Any) -> FieldError | None:
     return None if isinstance(value, bool) else FieldError("aggregate", "true or false", shown(value))
 
 
-def _check_fallback(value: Any) -> FieldError | None:
-    return None if is_array(value) else FieldError("fallback", "an array", shown(value))
-
-
 _OTHERS: Final[dict[str, Callable[[Any], FieldError | None]]] = {
     "body": _check_body,
     "priority": _check_priority,
     "data": _check_data,
     "expiresAt": _check_expires,
     "aggregate": _check_flag,
-    "fallback": _check_fallback,
 }
 
 
@@ -234,7 +229,7 @@ def explain_event(item: Any, *, recipients: bool) -> Refusal | None:
     wrong: list[FieldError] = []
     later: list[FieldError] = []
     for name, value in item.items():
-        if value is None and (name in TEXTS or name in _OTHERS or name in ("userIds", "channels", "actions")):
+        if value is None and (name in TEXTS or name in _OTHERS or name in _LISTS):
             continue  # null means absent
         late = later_field(name, value)
         if late is not None:
@@ -250,7 +245,10 @@ def explain_event(item: Any, *, recipients: bool) -> Refusal | None:
             if error is not None:
                 wrong.append(error)
         elif name == "channels":
-            _explain_channels(value, wrong, later)
+            _explain_channels(name, value, CHANNELS, wrong, later)
+        elif name == "fallback":
+            if value != []:
+                _explain_channels(name, value, tuple(EXTERNAL), wrong, later)
         elif name == "actions":
             _explain_actions(value, wrong)
         elif name == "userIds":
@@ -283,21 +281,20 @@ def _explain_required(item: dict[str, Any], wrong: list[FieldError], later: list
         wrong.append(FieldError(named[1], f"one of {' and '.join(named)}", "several"))
 
 
-def _explain_channels(value: Any, wrong: list[FieldError], later: list[FieldError]) -> None:
+def _explain_channels(
+    name: str, value: Any, known: tuple[str, ...], wrong: list[FieldError], later: list[FieldError]
+) -> None:
     if not is_array(value) or not value:
-        wrong.append(FieldError("channels", f"some of {', '.join(SUPPORTED_CHANNELS)}", shown(value)))
+        wrong.append(FieldError(name, f"some of {', '.join(known)}", shown(value)))
         return
-    for index, channel in enumerate(value[:20]):
-        if channel in LATER_CHANNELS:
-            later.append(
-                FieldError(
-                    f"channels/{index}", f"{' or '.join(SUPPORTED_CHANNELS)}: not supported yet", channel
-                )
-            )
-        elif channel not in SUPPORTED_CHANNELS:
-            wrong.append(FieldError(f"channels/{index}", " or ".join(SUPPORTED_CHANNELS), shown(channel)))
-    if len(value) > 20:
-        wrong.append(FieldError("channels", "at most 20 entries", f"{len(value)} entries"))
+    words = " or ".join(known)
+    for index, channel in enumerate(value[:MAX_CHANNELS]):
+        if isinstance(channel, str) and channel in LATER_CHANNELS:
+            later.append(FieldError(f"{name}/{index}", f"{words}: not supported yet", channel))
+        elif channel not in known:
+            wrong.append(FieldError(f"{name}/{index}", words, shown(channel)))
+    if len(value) > MAX_CHANNELS:
+        wrong.append(FieldError(name, f"at most {MAX_CHANNELS} entries", f"{len(value)} entries"))
 
 
 def _explain_actions(value: Any, wrong: list[FieldError]) -> None:

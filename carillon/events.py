@@ -39,6 +39,7 @@ from carillon.event_rules import (
     text_error,
     tree_errors,
 )
+from carillon.external import ChannelName, ExternalName
 from carillon.ids import Uuid7Source, slot_of
 from carillon.messages import Event
 from carillon.problems import FieldError, Problem, problem, shown
@@ -83,14 +84,14 @@ class EventBody(Struct, rename="camel", forbid_unknown_fields=True, omit_default
     image_url: _Url | None = None
     icon: _Url | None = None
     link: _Url | None = None
-    channels: Annotated[list[Literal["in_app", "push"]], Meta(min_length=1, max_length=20)] | None = None
+    channels: Annotated[list[ChannelName], Meta(min_length=1, max_length=20)] | None = None
     collapse_key: _Label | None = None
     expires_at: Instant | None = None
     campaign_id: _Id | None = None
     source_app: _Name | None = None
     idempotency_key: _Label | None = None
     aggregate: bool | None = None
-    fallback: Annotated[list[str], Meta(max_length=0)] | None = None
+    fallback: Annotated[list[ExternalName], Meta(max_length=20)] | None = None
     topic: None = None
     template: None = None
     params: None = None
@@ -342,6 +343,7 @@ class EventParser:
             None if one.expires_at is None else expiry_ms(one.expires_at),
             None if one.channels is None else list(dict.fromkeys(one.channels)),
             one.collapse_key,
+            fallback=list(dict.fromkeys(one.fallback)) if one.fallback else None,
         )
 
     def _explained(self, document: Any, tenant: str, now_ms: int, key: str | None) -> Request:

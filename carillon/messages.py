@@ -77,6 +77,8 @@ class Event(Struct, array_like=True):
     """SHA-256 of the canonical body; set with `idempotency_key`."""
     retry: bool = False
     """True after an ambiguous failure: the shard looks first whether `id` exists."""
+    fallback: list[str] | None = None
+    """External channels to try, one after the other, when `channels` ended without success."""
 
 
 class Outcome(Struct, array_like=True):

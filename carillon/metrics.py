@@ -31,6 +31,7 @@ HELP: Final[dict[str, str]] = {
     "pushes_failed": "Pushes that a provider refused or did not answer.",
     "pushes_left": "Push jobs left to the outbox because no pool had room.",
     "pushes_handed_back": "Claimed pushes given back to the outbox untried.",
+    "pushes_fell_back": "Outbox rows made because the channel before ended without success.",
     "connections": "Open client connections.",
     "sessions": "Session actors in memory.",
     "outbox_due": "Outbox rows whose time has come.",

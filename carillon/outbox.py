@@ -18,6 +18,8 @@ class Settled:
     state: str
     due_ms: int
     reason: str | None
+    onward: bool = True
+    """False: no other channel can do better (it expired), so the chain ends here too."""
 
 
 def backoff_s(attempt: int, base_s: float, jitter: Callable[[], float]) -> float:
@@ -29,6 +31,15 @@ def backoff_s(attempt: int, base_s: float, jitter: Callable[[], float]) -> float
     """
     step = base_s * 2 ** (attempt - 1)
     return step * (0.5 + jitter() / 2)
+
+
+def without_target(channel: str, step: int, chain: str) -> tuple[str, str]:
+    """(state, reason) of a row whose channel has no target of the user left, and to whom nothing was sent.
+
+    The last channel of a chain is a dead letter: whoever named a fallback wants to know that it failed.
+    """
+    last = step > 0 and not chain
+    return "dead" if last else "cancelled", f"no {channel} target"
 
 
 class Pauses:
@@ -98,7 +109,7 @@ def settle(
             state = "unknown" if any(r.outcome == "unknown" for r in again) else "failed"
             return Settled(state, due_ms, (again[0].error or None) if left is None else left[1])
         if not sent:
-            return Settled("dead", now_ms, "expired before the next try")
+            return Settled("dead", now_ms, "expired before the next try", onward=False)
     if sent:
         return Settled("sent", now_ms, None)
     if not results:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from carillon.event_rules import ACTION_TEXTS, METHODS, PRIORITY_NAMES, SUPPORTED_CHANNELS, TEXTS
+from carillon.event_rules import ACTION_TEXTS, MAX_CHANNELS, METHODS, PRIORITY_NAMES, TEXTS
+from carillon.external import CHANNELS as EVENT_CHANNELS
+from carillon.external import EXTERNAL
 from carillon.preferences import CHANNELS, DAYS, DIGESTS
 
 Schema = dict[str, Any]
@@ -89,13 +91,18 @@ _EVENT_MEMBERS: Final[dict[str, Schema]] = {
     "channels": {
         "type": "array",
         "minItems": 1,
-        "maxItems": 20,
-        "items": {"enum": list(SUPPORTED_CHANNELS)},
+        "maxItems": MAX_CHANNELS,
+        "items": {"enum": list(EVENT_CHANNELS)},
         "description": "Absent: in_app, and push if the user has a target.",
     },
     "expiresAt": {**INSTANT, "description": "From 1970 to 9998, with offset."},
     "aggregate": {"const": False, "description": "true is not supported yet."},
-    "fallback": {"type": "array", "maxItems": 0, "description": "Not supported yet."},
+    "fallback": {
+        "type": "array",
+        "maxItems": MAX_CHANNELS,
+        "items": {"enum": list(EXTERNAL)},
+        "description": "Tried one after the other when `channels` ended without success.",
+    },
 }
 _FOR_ONE: Final = ("userId", "type", "title")
 _FOR_MANY: Final = ("userIds", "type", "title")

@@ -133,6 +133,10 @@ class OutboxRow:
     """What an acknowledgement does to it (carillon/attention.py)."""
     hold_until_ms: int | None = None
     reason: str | None = None
+    channel: str = "push"
+    chain: str = ""
+    """Channels that follow, joined by commas."""
+    step: int = 0
 
 
 @dataclass(slots=True)
@@ -177,6 +181,11 @@ class Claimed:
     hold_until_ms: int = 0
     shown_on: Sequence[str] = ()
     """Devices that have shown the socket copy."""
+    channel: str = "push"
+    chain: str = ""
+    step: int = 0
+    since_ms: int = 0
+    """When the row was planned."""
 
 
 @dataclass(slots=True)
@@ -216,6 +225,8 @@ class SettleRow:
     state: str
     due_ms: int
     reason: str | None
+    onward: bool = True
+    """Without success the next channel of the row's chain follows."""
 
 
 @dataclass(slots=True)
@@ -419,6 +430,9 @@ class ShardStore:
                 [o.gate for o in outbox],
                 [None if o.hold_until_ms is None else o.hold_until_ms / 1000 for o in outbox],
                 [o.reason for o in outbox],
+                [o.channel for o in outbox],
+                [o.chain for o in outbox],
+                [o.step for o in outbox],
             ]
         answer = await connection.fetch(
             self._append_sql[bool(outbox)],
@@ -591,7 +605,7 @@ class ShardStore:
                 r["id"], r["attempts"], r["slot"], UserKey(r["tenant"], r["user_id"]), r["unread"],
                 r["notification_id"].bytes, r["seq"], r["type"], r["priority"], r["content"],
                 r["expires_ms"], r["sent_to"], r["gate"], r["acknowledged"],
-                r["hold_until_ms"] or 0, r["shown_on"],
+                r["hold_until_ms"] or 0, r["shown_on"], r["channel"], r["chain"], r["step"], r["since_ms"],
             )
             for r in rows
         ]  # fmt: skip
@@ -627,12 +641,20 @@ class ShardStore:
         gone: Sequence[tuple[UserKey, str, str]],
         disabled: Sequence[tuple[UserKey, str, str]],
         now_ms: int,
-    ) -> None:
+    ) -> int:
         """Write the history of tries, the rows' new states, and what became of targets, in one transaction.
+
+        A row that ends without success and has a chain is "cancelled", and in the same transaction the row of
+        the next channel is planned, unless another channel of the step may still succeed or the user has it
+        by now. Only the last row of a chain is "dead".
 
         Args:
             gone, disabled: (user, device id, token) of targets to delete or switch off.
+
+        Returns:
+            How many rows of next channels were made; they are due now.
         """
+        fell = 0
         with translated():
             async with (
                 self._open_pool().acquire(timeout=self._settings.connect_timeout_s) as connection,
@@ -650,12 +672,17 @@ class ShardStore:
                         [a.started_ms / 1000 for a in attempts], [a.duration_ms for a in attempts],
                     )  # fmt: skip
                 if settled:
-                    await connection.execute(
+                    failed = await connection.fetch(
                         self._sql["settle"],
                         [s.delivery for s in settled], [s.attempt for s in settled],
                         [s.state for s in settled], [s.due_ms / 1000 for s in settled],
-                        [s.reason for s in settled], now_ms / 1000,
+                        [s.reason for s in settled], now_ms / 1000, [s.onward for s in settled],
                     )  # fmt: skip
+                    if failed:
+                        made = await connection.fetch(
+                            self._sql["fall_back"], [r[0] for r in failed], now_ms / 1000
+                        )
+                        fell = len(made)
                 for name, targets in (("drop_targets", gone), ("disable_targets", disabled)):
                     if not targets:
                         continue
@@ -666,6 +693,7 @@ class ShardStore:
                     if name == "disable_targets":
                         columns += [now_ms / 1000, "the provider says it belongs to another sender"]
                     await connection.execute(self._sql[name], *columns)
+        return fell
 
     # -- per-user documents -----------------------------------------------------------------------------
 

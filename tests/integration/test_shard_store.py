@@ -326,6 +326,100 @@ async def test_a_lapsed_lease_is_due_again(postgres_dsn: str) -> None:
         assert await kit.db.fetchval("select state from deliveries") == "sent"
 
 
+async def chained(kit: Kit, event: Event, *channels: str, chain: str, step: int = 0) -> list[int]:
+    """An event with one claimed row per channel; their ids."""
+    numbers = await kit.store.draw_delivery_ids(len(channels))
+    rows = [
+        OutboxRow(
+            number,
+            event.id,
+            kit.user.stream_id,
+            SLOT,
+            True,
+            NOW + 100,
+            channel=channel,
+            chain=chain,
+            step=step,
+        )
+        for number, channel in zip(numbers, channels, strict=True)
+    ]
+    stream = kit.user.stream_id
+    await kit.store.append(kit.term, {stream: 1}, [AppendRow(event, stream)], rows, NOW)
+    return numbers
+
+
+async def rows_of(kit: Kit) -> list[tuple[Any, ...]]:
+    """(channel, state, reason, chain, step) of every row."""
+    rows = await kit.db.fetch("select channel, state, reason, chain, step from deliveries order by id")
+    return [tuple(row) for row in rows]
+
+
+async def test_a_channel_without_success_plans_the_next_in_the_same_transaction(postgres_dsn: str) -> None:
+    """Ended with a chain: cancelled, saying what follows; the last one is dead; expiry ends all."""
+    async with Kit(postgres_dsn) as kit:
+        event = kit.event()
+        (number,) = await chained(kit, event, "apns", chain="fcm,push")
+        dead = SettleRow(number, 1, "dead", NOW, "invalid_target: Unregistered")
+        assert await kit.store.record_outcomes(kit.term, [], [dead], [], [], NOW) == 1
+        assert await kit.store.record_outcomes(kit.term, [], [dead], [], [], NOW) == 0, "settled already"
+        reason = "invalid_target: Unregistered; falls back to fcm"
+        assert await rows_of(kit) == [
+            ("apns", "cancelled", reason, "fcm,push", 0),
+            ("fcm", "planned", None, "push", 1),
+        ]
+        (second,) = await kit.store.claim_due(kit.term, [SLOT], NOW + 1, 10, NOW + 100)
+        assert (second.channel, second.chain, second.step, second.attempt) == ("fcm", "push", 1, 1)
+        none = SettleRow(second.delivery, 1, "cancelled", NOW, "no fcm target")
+        assert await kit.store.record_outcomes(kit.term, [], [none], [], [], NOW) == 1
+        (third,) = await kit.store.claim_due(kit.term, [SLOT], NOW + 1, 10, NOW + 100)
+        last = SettleRow(third.delivery, 1, "dead", NOW, "gave up")
+        assert await kit.store.record_outcomes(kit.term, [], [last], [], [], NOW) == 0
+        assert (await rows_of(kit))[1:] == [
+            ("fcm", "cancelled", "no fcm target; falls back to push", "push", 1),
+            ("push", "dead", "gave up", "", 2),
+        ]
+        late = kit.event()
+        (number,) = await chained(kit, late, "apns", chain="fcm")
+        expired = SettleRow(number, 1, "dead", NOW, "expired", onward=False)
+        assert await kit.store.record_outcomes(kit.term, [], [expired], [], [], NOW) == 0
+        assert (await rows_of(kit))[3:] == [("apns", "dead", "expired", "fcm", 0)]
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_channels_of_one_step_fall_back_once_when_the_last_of_them_failed(
+    postgres_dsn: str, together: bool
+) -> None:
+    """Two tried at the same time: nothing follows while one may succeed, one row when both have failed."""
+    async with Kit(postgres_dsn) as kit:
+        first, second = await chained(kit, kit.event(), "apns", "fcm", chain="push")
+        rows = [SettleRow(number, 1, "dead", NOW, "x") for number in (first, second)]
+        if together:
+            assert await kit.store.record_outcomes(kit.term, [], rows, [], [], NOW) == 1
+        else:
+            assert await kit.store.record_outcomes(kit.term, [], rows[:1], [], [], NOW) == 0
+            assert await kit.store.record_outcomes(kit.term, [], rows[1:], [], [], NOW) == 1
+        assert [row[:2] for row in await rows_of(kit)] == [
+            ("apns", "cancelled"),
+            ("fcm", "cancelled"),
+            ("push", "planned"),
+        ]
+        ok, bad = await chained(kit, kit.event(), "apns", "fcm", chain="push")
+        sent = [SettleRow(ok, 1, "sent", NOW, None), SettleRow(bad, 1, "dead", NOW, "x")]
+        assert await kit.store.record_outcomes(kit.term, [], sent, [], [], NOW) == 0
+
+
+@pytest.mark.parametrize("op", ["acknowledge", "dismiss", "archive"])
+async def test_nothing_follows_for_what_the_user_has_or_put_away(postgres_dsn: str, op: str) -> None:
+    """The row was on its way when a device dealt with the notification: its failure starts nothing."""
+    async with Kit(postgres_dsn) as kit:
+        event = kit.event()
+        (number,) = await chained(kit, event, "apns", chain="fcm")
+        await WRITES[op](kit, event, number)
+        dead = SettleRow(number, 1, "dead", NOW, "x")
+        assert await kit.store.record_outcomes(kit.term, [], [dead], [], [], NOW) == 0
+        assert await rows_of(kit) == [("apns", "cancelled", "x", "fcm", 0)]
+
+
 async def test_a_released_row_has_not_used_up_a_try(postgres_dsn: str) -> None:
     """Handed back: planned again under the same number of tries; what was claimed since or settled stays."""
     async with Kit(postgres_dsn) as kit:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from carillon.event_rules import LAST_EXPIRY_MS, expiry_ms, explain_event
 from carillon.events import EventBody, EventParser, ProblemError
+from carillon.external import CHANNELS, EXTERNAL
 from carillon.ids import Uuid7Source, slot_of
 from carillon.notification import encode_content
 from carillon.problems import problem_json
@@ -82,7 +83,7 @@ VALID = st.fixed_dictionaries(
             ),
             max_size=10,
         ),
-        "channels": st.lists(st.sampled_from(["in_app", "push"]), min_size=1, max_size=4),
+        "channels": st.lists(st.sampled_from(CHANNELS), min_size=1, max_size=4),
         "collapseKey": PLAIN,
         "expiresAt": st.datetimes(min_value=datetime(1970, 1, 2)).filter(  # noqa: DTZ001  hypothesis wants naive bounds
             lambda at: at.year < 9998
@@ -91,7 +92,7 @@ VALID = st.fixed_dictionaries(
         "sourceApp": PLAIN,
         "idempotencyKey": PLAIN,
         "aggregate": st.just(False),
-        "fallback": st.just([]),
+        "fallback": st.lists(st.sampled_from(tuple(EXTERNAL)), max_size=4),
         "topic": st.none(),
         "template": st.none(),
     },
@@ -147,7 +148,10 @@ def test_valid_events_round_trip(document: dict[str, Any]) -> None:
     [event] = parse(document).events
     content = json.loads(f"{{{event.content}}}")
     for name, value in document.items():
-        if name in ("userId", "idempotencyKey", "aggregate", "fallback", "topic", "template"):
+        if name in ("userId", "idempotencyKey", "aggregate", "topic", "template"):
+            continue
+        if name == "fallback":
+            assert event.fallback == (list(dict.fromkeys(value)) or None)
             continue
         if name == "priority":
             assert content[name] == ("urgent" if value == "critical" else value)
@@ -201,6 +205,25 @@ def test_later_fields_are_not_supported(more: dict[str, Any]) -> None:
     """What is known and not built yet is refused as not_supported, never ignored."""
     told = refusal({**MINIMAL, **more})
     assert (told.status, told.code) == (422, "not_supported")
+
+
+@pytest.mark.parametrize(
+    ("more", "path"),
+    [
+        ({"fallback": ["carrier pigeon"]}, "fallback/0"),
+        ({"fallback": ["push", "in_app"]}, "fallback/1"),
+        ({"fallback": [[]]}, "fallback/0"),
+        ({"fallback": "push"}, "fallback"),
+        ({"fallback": ["push"] * 21}, "fallback"),
+        ({"channels": ["fcm", "pigeon"]}, "channels/1"),
+        ({"channels": []}, "channels"),
+    ],
+)
+def test_an_unknown_channel_is_named(more: dict[str, Any], path: str) -> None:
+    """422 invalid with the place; in_app is no channel to fall back to."""
+    told = refusal({**MINIMAL, **more})
+    assert (told.status, told.code) == (422, "invalid")
+    assert told.errors[0].path == path
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from carillon.messages import PushResult
-from carillon.outbox import RETRYABLE, Pauses, Settled, backoff_s, settle
+from carillon.outbox import RETRYABLE, Pauses, Settled, backoff_s, settle, without_target
 
 NOW = 1_700_000_000_000
 OUTCOMES = ("sent", "unknown", "failed", "dead", "invalid_target", "disabled_target")
@@ -70,7 +70,7 @@ def test_tries_are_bounded() -> None:
 
 def test_nothing_is_tried_after_it_expired() -> None:
     """The next try would come too late."""
-    expired = Settled("dead", NOW, "expired before the next try")
+    expired = Settled("dead", NOW, "expired before the next try", onward=False)
     assert decide(result("failed"), expires_ms=NOW + 750) == expired
     assert decide(result("failed"), expires_ms=NOW + 751).state == "failed"
 
@@ -79,6 +79,14 @@ def test_final_refusals_are_not_repeated() -> None:
     """dead, invalid and disabled targets: never again."""
     assert decide(result("dead", error="PayloadTooLarge")) == Settled("dead", NOW, "dead: PayloadTooLarge")
     assert decide(result("invalid_target")).state == "dead"
+
+
+def test_only_the_end_of_a_chain_is_dead_for_lack_of_a_target() -> None:
+    """A plain push without target is nobody's failure; a fallback that reaches nobody is."""
+    assert without_target("push", 0, "") == ("cancelled", "no push target")
+    assert without_target("apns", 0, "fcm") == ("cancelled", "no apns target")
+    assert without_target("fcm", 1, "push") == ("cancelled", "no fcm target")
+    assert without_target("push", 2, "") == ("dead", "no push target")
 
 
 def test_without_targets_it_is_cancelled() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from carillon.attention import ALWAYS, ANY, SEEN, Attention
+from carillon.external import CHANNELS, EXTERNAL, choose
 from carillon.messages import Event
 from carillon.plan import Plan, Reach, plan
 from carillon.policy import Policy
@@ -17,21 +21,22 @@ NOW = 1_700_000_000_000
 PUSH_AFTER = Policy("push_after", 20_000, 0)
 
 
-def event(channels: list[str] | None = None, priority: int = 1) -> Event:
-    return Event(bytes(16), "t", "u", 1, "x", None, priority, "", NOW, channels=channels)
+def event(channels: list[str] | None = None, priority: int = 1, fallback: list[str] | None = None) -> Event:
+    return Event(bytes(16), "t", "u", 1, "x", None, priority, "", NOW, channels=channels, fallback=fallback)
 
 
 def decide(
     reach: Reach,
-    has_target: bool = True,
+    providers: Collection[str] = ("fcm",),
     channels: list[str] | None = None,
     *,
+    fallback: list[str] | None = None,
     priority: int = 1,
     attention: Attention = Attention.VISIBLE,
     policy: Policy = PUSH_AFTER,
 ) -> Plan:
     return plan(
-        event(channels, priority), reach, has_target=has_target, now_ms=NOW, ack_window_ms=5000,
+        event(channels, priority, fallback), reach, providers=providers, now_ms=NOW, ack_window_ms=5000,
         grace_end_ms=NOW + 3000, lease_ms=30_000, attention=attention, policy=policy,
     )  # fmt: skip
 
@@ -53,9 +58,9 @@ def test_offline_is_pushed_at_once() -> None:
 
 def test_without_a_target_nothing_is_pushed() -> None:
     """No push target: the sockets if somebody is there, else the feed alone."""
-    assert decide(Reach.LIVE, has_target=False) == Plan("delivered", ("in_app",))
-    assert decide(Reach.GRACE, has_target=False) == Plan("stored", ("in_app",))
-    assert decide(Reach.OFFLINE, has_target=False) == Plan("stored", ("in_app",))
+    assert decide(Reach.LIVE, providers=()) == Plan("delivered", ("in_app",))
+    assert decide(Reach.GRACE, providers=()) == Plan("stored", ("in_app",))
+    assert decide(Reach.OFFLINE, providers=()) == Plan("stored", ("in_app",))
 
 
 def test_in_app_alone_is_never_pushed() -> None:
@@ -91,28 +96,46 @@ def test_an_item_on_screen_is_told_so() -> None:
     assert (found.reason, found.push_due_ms, found.hold_until_ms) == ("viewing", NOW + 5000, NOW + 60_000)
 
 
+names = st.lists(st.sampled_from(CHANNELS), min_size=1, max_size=4)
+fallbacks = st.one_of(st.none(), st.lists(st.sampled_from(tuple(EXTERNAL)), max_size=4))
+targets = st.sets(st.sampled_from(["fcm", "apns"]))
+
+
+def reached(channel: str, providers: Collection[str]) -> bool:
+    return any(EXTERNAL[channel].reaches(provider) for provider in providers)
+
+
 @given(
     st.sampled_from(Reach),
-    st.booleans(),
-    st.one_of(st.none(), st.lists(st.sampled_from(["in_app", "push"]), unique=True)),
+    targets,
+    st.one_of(st.none(), names),
+    fallbacks,
     st.integers(0, 3),
     st.sampled_from([a for a in Attention if a is not Attention.OFFLINE]),
     st.builds(Policy, st.sampled_from(WHEN_AWAY), st.integers(0, 90_000), st.integers(0, 90_000)),
 )
 def test_a_push_is_planned_exactly_where_it_is_wanted_and_possible(
     reach: Reach,
-    has_target: bool,
+    providers: set[str],
     channels: list[str] | None,
+    fallback: list[str] | None,
     priority: int,
     attention: Attention,
     policy: Policy,
 ) -> None:
     """Liveness, attention and policy move only the time of a push and what may cancel it, never whether there
     is one (G6): unknown never silences, urgent always goes, suppression is bounded."""
-    found = decide(reach, has_target, channels, priority=priority, attention=attention, policy=policy)
-    wanted = has_target and (channels is None or "push" in channels)
-    assert (found.push_due_ms is not None) == wanted == ("push" in found.channels)
-    assert found.push_now <= wanted
+    options: dict[str, Any] = {"fallback": fallback, "priority": priority, "policy": policy}
+    found = decide(reach, providers, channels, attention=attention, **options)
+    external = [name for name in found.channels if name != "in_app"]
+    asked = ["push"] if channels is None else [name for name in channels if name != "in_app"]
+    possible = any(reached(name, providers) for name in [*asked, *(fallback or ())])
+    assert (found.push_due_ms is not None) == bool(external) == (possible or bool(fallback))
+    assert found.push_now <= bool(external)
+    for other in Reach:
+        again = decide(other, providers, channels, **options)
+        assert [name for name in again.channels if name != "in_app"] == external
+        assert (again.chain, again.step) == (found.chain, found.step)
     assert found.status in {"delivered", "queued", "stored"}
     assert (found.status == "delivered") <= (reach is Reach.LIVE)
     assert (found.reason == "viewing") <= (attention is Attention.VIEWING)
@@ -132,3 +155,54 @@ def test_a_push_is_planned_exactly_where_it_is_wanted_and_possible(
     if found.gate == SEEN:
         assert attention in (Attention.HIDDEN, Attention.IDLE)
         assert policy.when_away == "push_after"
+
+
+@given(targets, st.one_of(st.none(), names), fallbacks)
+def test_a_chain_goes_on_where_it_was_begun(
+    providers: set[str], asked: list[str] | None, fallback: list[str] | None
+) -> None:
+    """No channel twice, in the order asked; what is skipped has no target, unless nothing has one."""
+    channels, chain, step = choose(asked, fallback, providers)
+    first = {"push"} if asked is None else set(asked) - {"in_app"}
+    assert len({*channels, *chain}) == len([*channels, *chain])
+    assert (step == 0) == (not channels or set(channels) <= first)
+    rest = [name for name in dict.fromkeys(fallback or ()) if name not in first]
+    skipped = rest[: max(0, step - 1)]
+    assert list(chain) == rest[step:]
+    if step:
+        assert list(channels) == [rest[step - 1]]
+    if any(reached(name, providers) for name in [*first, *rest]):
+        assert all(reached(name, providers) for name in channels)
+        assert not any(reached(name, providers) for name in skipped)
+    elif fallback and (first or rest):
+        assert channels == (tuple(channels) if first else (rest[0],))
+        assert step == (0 if first else 1)
+    else:
+        assert channels == ()
+
+
+def test_push_covers_the_channels_of_its_providers() -> None:
+    """Naming push and fcm is no wish for the same push twice; fcm and apns are two."""
+    both = {"fcm", "apns"}
+    assert choose(["fcm", "push"], None, both) == (("push",), (), 0)
+    assert choose(["apns", "fcm"], None, both) == (("apns", "fcm"), (), 0)
+    assert choose(["apns", "fcm"], ["push"], {"fcm"}) == (("fcm",), ("push",), 0)
+
+
+def test_in_app_falls_back_when_nobody_acknowledges() -> None:
+    """The chain of an in-app event begins at the end of the window, or at once with nobody there."""
+    asked: dict[str, Any] = {"channels": ["in_app"], "fallback": ["push", "apns"]}
+    assert decide(Reach.LIVE, **asked) == Plan(
+        "delivered", ("in_app", "push"), NOW + 5000, False, chain=("apns",), step=1
+    )
+    assert decide(Reach.OFFLINE, **asked).push_now
+
+
+def test_the_first_channel_without_target_is_skipped() -> None:
+    """Planned directly with the next one that has a target; with none at all from the first one on."""
+    asked: dict[str, Any] = {"channels": ["apns"], "fallback": ["fcm", "push"]}
+    assert decide(Reach.OFFLINE, **asked) == Plan(
+        "queued", ("fcm",), NOW + 30_000, True, chain=("push",), step=1
+    )
+    nobody = decide(Reach.OFFLINE, providers=(), **asked)
+    assert nobody == Plan("queued", ("apns",), NOW + 30_000, True, chain=("fcm", "push"))

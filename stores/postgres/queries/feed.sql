@@ -104,7 +104,7 @@ select d.id, d.channel, d.state, d.attempts, d.reason,
 from deliveries d
 left join delivery_attempts a on a.delivery_id = d.id
 where d.notification_id = $1
-order by d.id, a.attempt, a.device_id;
+order by d.created_at, d.step, d.id, a.attempt, a.device_id;
 
 -- name: device
 -- One push target. $1 tenant, $2 user, $3 device.

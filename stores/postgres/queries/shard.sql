@@ -37,7 +37,7 @@ order by d.tenant, d.user_id, d.device_id;
 -- name: append
 -- The group commit: positions, notifications and outbox in one statement, hence one transaction.
 -- $3,$4 stream ids and how many each gets; $5..$13 the notifications, `back` counting from the stream's last;
--- a batch with outbox rows has `append_planned` behind `stored`: $14..$19, $21..$23 the rows, $20 now.
+-- a batch with outbox rows has `append_planned` behind `stored`: $14..$19, $21..$26 the rows, $20 now.
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
 moved as (
     update streams s set seq = s.seq + u.n, rev = s.rev + u.n, unread = s.unread + u.n
@@ -64,13 +64,13 @@ select 0, term, 0, 0 from fence;
 planned as (
     insert into deliveries
         (id, notification_id, stream_id, slot, channel, state, due_at, attempts, created_at, updated_at, gate,
-         hold_until, reason)
-    select d.id, d.notification_id, d.stream_id, d.slot, 'push', d.state, to_timestamp(d.due_s),
+         hold_until, reason, chain, step)
+    select d.id, d.notification_id, d.stream_id, d.slot, d.channel, d.state, to_timestamp(d.due_s),
            (d.state = 'sending')::int, to_timestamp($20), to_timestamp($20), d.gate, to_timestamp(d.hold_s),
-           d.reason
+           d.reason, d.chain, d.step
     from unnest($14::bigint[], $15::uuid[], $16::bigint[], $17::smallint[], $18::text[], $19::float8[],
-                $21::text[], $22::float8[], $23::text[])
-         as d (id, notification_id, stream_id, slot, state, due_s, gate, hold_s, reason)
+                $21::text[], $22::float8[], $23::text[], $24::text[], $25::text[], $26::smallint[])
+         as d (id, notification_id, stream_id, slot, state, due_s, gate, hold_s, reason, channel, chain, step)
     join moved m on m.stream_id = d.stream_id
 )
 
@@ -270,6 +270,7 @@ returning d.id;
 -- What a push needs to know of claimed rows. $1 ids of outbox rows.
 select d.id, d.attempts, d.slot, s.tenant, s.user_id, s.unread, n.id as notification_id, n.seq, n.type, n.priority,
        n.content, (extract(epoch from n.expires_at) * 1000)::bigint as expires_ms, d.gate,
+       d.channel, d.chain, d.step, (extract(epoch from d.created_at) * 1000)::bigint as since_ms,
        n.delivered_at is not null as acknowledged, (extract(epoch from d.hold_until) * 1000)::bigint as hold_until_ms,
        coalesce(d.shown_on, '{}') as shown_on,
        array(select a.device_id from delivery_attempts a where a.delivery_id = d.id and a.outcome = 'sent') as sent_to
@@ -306,11 +307,50 @@ on conflict do nothing;
 
 -- name: settle
 -- The state of claimed rows after a try. A row claimed again since (another attempt) is left alone.
--- $1 ids, $2 attempts, $3 states, $4 due, $5 reasons, $6 now.
-update deliveries d
-set state = t.state, due_at = to_timestamp(t.due_s), reason = t.reason, updated_at = to_timestamp($6)
-from unnest($1::bigint[], $2::smallint[], $3::text[], $4::float8[], $5::text[]) as t (id, attempt, state, due_s, reason)
-where d.id = t.id and d.attempts = t.attempt and d.state = 'sending';
+-- $1 ids, $2 attempts, $3 states, $4 due, $5 reasons, $6 now, $7 true: the next channel may follow.
+-- Answers the rows that ended without success and have a next channel: `fall_back` is for them. These are
+-- cancelled, never dead: only the end of a chain is a dead letter.
+with done as (
+    update deliveries d
+    set state = case when t.state = 'dead' and t.onward and d.chain <> '' then 'cancelled' else t.state end,
+        due_at = to_timestamp(t.due_s), reason = t.reason, updated_at = to_timestamp($6)
+    from unnest($1::bigint[], $2::smallint[], $3::text[], $4::float8[], $5::text[], $7::boolean[])
+         as t (id, attempt, state, due_s, reason, onward)
+    where d.id = t.id and d.attempts = t.attempt and d.state = 'sending'
+    returning d.id, t.state in ('dead', 'cancelled') and t.onward and d.chain <> '' as falls
+)
+select id from done where falls;
+
+-- name: fall_back
+-- The next channel of the chain, due now, once per notification: if no other channel of the same step may
+-- still succeed and none follows already, and unless a device has it by now or nobody wants it any more.
+-- $1 rows that ended without success, $2 now.
+with ready as materialized (
+    select distinct on (d.notification_id)
+           d.notification_id, d.stream_id, d.slot, d.step, d.shown_on,
+           -- Not only received but to be seen, or urgent: an acknowledgement does not stop the next one either.
+           case when d.gate in ('seen', 'always') then 'always' end as gate, split_part(d.chain, ',', 1) as next,
+           substr(d.chain, length(split_part(d.chain, ',', 1)) + 2) as chain
+    from deliveries d
+    join notifications n on n.id = d.notification_id
+    where d.id = any ($1::bigint[])
+      and (n.delivered_at is null or d.gate in ('seen', 'always')) and n.seen_at is null
+      and n.archived_at is null and n.dismissed_at is null and n.retracted_at is null
+      and not exists (select from deliveries o
+                      where o.notification_id = d.notification_id
+                        and (o.step > d.step or o.state not in ('dead', 'cancelled')))
+),
+told as (
+    update deliveries d set reason = concat_ws('; ', d.reason, 'falls back to ' || r.next)
+    from ready r
+    where d.id = any ($1::bigint[]) and d.notification_id = r.notification_id
+)
+insert into deliveries
+    (notification_id, stream_id, slot, channel, state, due_at, created_at, updated_at, chain, step, gate, shown_on)
+select r.notification_id, r.stream_id, r.slot, r.next, 'planned', to_timestamp($2), to_timestamp($2), to_timestamp($2),
+       r.chain, r.step + 1, r.gate, r.shown_on
+from ready r
+returning id;
 
 -- name: drop_targets
 -- Targets the provider calls gone, unless registered again since. $1 tenants, $2 users, $3 devices, $4 tokens.

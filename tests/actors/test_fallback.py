@@ -1,0 +1,174 @@
+"""Fallback chains end to end: a shard on real Postgres, a router, two pools, local FCM and APNs on HTTP/2."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from actors.push_pool import PushPool
+from actors.router import Router
+from carillon.ids import slot_of, uuid_text
+from carillon.messages import ClientAck, DevicePut, Event
+from carillon.testing.apns_server import ApnsServer
+from carillon.testing.fcm_server import FcmServer
+from carillon.testing.provider_credentials import write_demo_credentials
+from tests.actors.fakes import actor_config
+from tests.actors.shard_kit import Kit, make_event
+from tests.push_kit import folder, script
+from tests.support import eventually
+
+FCM_TOKEN = "fcm-token"
+APNS_TOKEN = "ab" * 32
+
+
+class World(Kit):
+    """A shard, a router and the pools of both providers."""
+
+    fcm: FcmServer
+    apns: ApnsServer
+
+    async def devices(self, *names: str) -> None:
+        """Register the user's phone (fcm) and tablet (apns)."""
+        phone = ("phone", "android", "fcm", "token", FCM_TOKEN)
+        tablet = ("tablet", "ios", "apns", "token", APNS_TOKEN)
+        for device in (phone, tablet):
+            if device[2] in names:
+                await self.router.link.request(DevicePut("t", "u", slot_of("t", "u"), *device))
+
+    async def rows(self) -> list[tuple[str, str, str | None]]:
+        """(channel, state, reason) of the one notification's deliveries, in the order they were made."""
+        rows = await self.db.fetch("select channel, state, reason from deliveries order by created_at, step")
+        return [tuple(row) for row in rows]
+
+    async def settled(self, count: int) -> list[tuple[str, str, str | None]]:
+        """The rows once there are so many and nothing is left to do."""
+
+        async def done() -> bool:
+            rows = await self.rows()
+            return len(rows) == count and all(row[1] in ("sent", "dead", "cancelled") for row in rows)
+
+        await eventually(done, what=f"{count} settled rows")
+        return await self.rows()
+
+
+@contextlib.asynccontextmanager
+async def world(dsn: str, **shard: Any) -> AsyncIterator[World]:
+    """Everything started; the pools talk to local providers."""
+    fcm, apns = FcmServer(folder() / "fcm"), ApnsServer(folder() / "apns")
+    values: dict[str, Any] = dict(
+        write_demo_credentials(folder() / "settings", await fcm.start(), await apns.start())
+    )
+    push = values | {"timeout_s": 3.0, "max_senders": 1, "backoff_s": 0.01, "max_attempts": 2}
+    kit = World(dsn, push=push, **shard)
+    kit.fcm, kit.apns = fcm, apns
+    async with kit:
+        kit.coordinator.forget("router-1")  # jobs go to the real one
+        router = Router(actor_config("router", "router-2", kit.coordinator, settings=kit.settings))
+        actors: list[Any] = [router]
+        for provider in ("fcm", "apns"):
+            config = actor_config(
+                "pool", f"{provider}-1", kit.coordinator, settings=kit.settings, labels={"provider": provider}
+            )
+            actors.append(PushPool(config))
+        for actor in actors:
+            await actor.start()
+
+        async def linked() -> bool:
+            pools = (await actors[0].status())["pools"].values()
+            return len(pools) == 2 and all(pool["open"] for pool in pools)
+
+        await eventually(linked)
+        try:
+            yield kit
+        finally:
+            for actor in reversed(actors):
+                await actor.stop()
+            await fcm.close()
+            await apns.close()
+
+
+def chained(*fallback: str, channels: list[str], **more: Any) -> Event:
+    return make_event(channels=channels, fallback=list(fallback), **more)
+
+
+async def test_a_dead_apns_target_falls_back_to_fcm(postgres_dsn: str) -> None:
+    """APNs says 410: the target is deleted and the phone gets it through FCM, for the same notification."""
+    async with world(postgres_dsn) as w:
+        await w.devices("fcm", "apns")
+        script(w.apns, APNS_TOKEN, error="Unregistered")
+        (outcome,) = await w.publish(chained("fcm", channels=["apns"], title="ring"))
+        assert (outcome.status, outcome.channels) == ("queued", ["apns"])
+        reason = "invalid_target: Unregistered; falls back to fcm"
+        assert await w.settled(2) == [("apns", "cancelled", reason), ("fcm", "sent", None)]
+        assert [(p.target, p.notification_id) for p in w.fcm.pushes] == [
+            (FCM_TOKEN, str(await w.db.fetchval("select id from notifications")))
+        ]
+        assert await w.db.fetchval("select array_agg(device_id) from devices") == ["phone"]
+
+
+async def test_a_provider_that_gives_up_falls_back(postgres_dsn: str) -> None:
+    """503 until the tries are used up: then the other provider."""
+    async with world(postgres_dsn) as w:
+        await w.devices("fcm", "apns")
+        script(w.fcm, FCM_TOKEN, error="UNAVAILABLE")
+        await w.publish(chained("apns", channels=["in_app", "fcm"]))
+        first, second = await w.settled(2)
+        assert first == ("fcm", "cancelled", "gave up after 2 tries: UNAVAILABLE; falls back to apns")
+        assert second == ("apns", "sent", None)
+        assert [p.target for p in w.apns.pushes] == [APNS_TOKEN]
+
+
+async def test_a_chain_ends_in_a_dead_letter(postgres_dsn: str) -> None:
+    """Every channel failed or reaches nobody: the last row is dead and says why."""
+    async with world(postgres_dsn) as w:
+        await w.devices("apns")
+        script(w.apns, APNS_TOKEN, error="Unregistered")
+        await w.publish(chained("fcm", channels=["apns"]))
+        assert (await w.settled(2))[1] == ("fcm", "dead", "no fcm target")
+        assert not w.fcm.pushes
+        await w.publish(chained("push", channels=["fcm"]))
+        assert (await w.settled(4))[2:] == [
+            ("fcm", "cancelled", "no fcm target; falls back to push"),
+            ("push", "dead", "no push target"),
+        ]
+
+
+async def test_an_unacknowledged_in_app_notification_falls_back_to_push(postgres_dsn: str) -> None:
+    """in_app alone, then push: an acknowledgement in time stops the chain, silence starts it."""
+    async with world(postgres_dsn, ack_window_s=0.4, hold_s=0.0) as w:
+        await w.devices("fcm")
+        await w.gateway.attach_ready(1)
+        kept = chained("push", channels=["in_app"], title="kept")
+        lost = chained("push", channels=["in_app"], title="lost")
+        outcomes = await w.publish(kept, lost)
+        assert [(o.status, o.channels) for o in outcomes] == [("delivered", ["in_app", "push"])] * 2
+        w.gateway.link.send_nowait(ClientAck(1, ids=[kept.id]))
+        assert await w.settled(2) == [("push", "cancelled", "acknowledged"), ("push", "sent", None)]
+        assert [p.payload["notification"]["title"] for p in w.fcm.pushes] == ["lost"]
+
+
+async def test_a_restarted_shard_goes_on_with_the_chain(postgres_dsn: str) -> None:
+    """The next channel is a row in Postgres, planned in the transaction that ended the one before."""
+    async with world(postgres_dsn) as w:
+        await w.devices("apns")
+        for link in w.links:
+            link.close()
+        await w.shard.stop()
+        stream = await w.db.fetchval("select stream_id from streams")
+        event = chained("apns", channels=["fcm"])
+        # As the process before left it: stored, its first channel given up, the next one not yet claimed.
+        await w.db.execute(
+            "insert into notifications"
+            " (id, stream_id, seq, rev, position, priority, type, content, created_at)"
+            " values ($1, $2, 1, 1, 1, 1, 'test', $3, now())",
+            uuid_text(event.id), stream, event.content,
+        )  # fmt: skip
+        await w.db.execute("update streams set seq = 1, rev = 1, unread = 1")
+        await w.db.execute(
+            "insert into deliveries (notification_id, stream_id, slot, channel, due_at, step, created_at,"
+            " updated_at) select id, stream_id, $1, 'apns', now(), 1, now(), now() from notifications",
+            event.slot,
+        )
+        await w.start_shard("shard-a")
+        assert await w.settled(1) == [("apns", "sent", None)]
