@@ -286,7 +286,8 @@ class Writer:
             user = known[record.key]
             if (record.seq, record.rev) == (user.seq, user.rev):
                 continue
-            user.seq, user.rev, user.unread = record.seq, record.rev, record.unread
+            user.seq, user.rev = record.seq, record.rev
+            user.unread, user.expired = record.unread, record.expired
             if user.session is not None:
                 self._run_effects(user, user.session.heal(user.head()))
 
@@ -600,6 +601,7 @@ class Writer:
             wanted = [(c.user.stream_id, list(dict.fromkeys(c.ids))) for c in changes if c.ids]
             if wanted:
                 results = await self._store.change(self._term(), op, wanted, now_ms)
+        await self._recount([c.user for c in changes if c.user.expired and c.user.stream_id in results])
         unknown = await self._unknown([c for c in changes if c.strict and c.user.stream_id not in results])
         for change in changes:
             user = change.user
@@ -617,6 +619,21 @@ class Writer:
                 frames = change_frames(op, result, now_ms, upto.get(user.stream_id, 0))
                 self._run_effects(user, session.state_changed(result.rev, user.shown_unread(), frames))
             self._finish([change], (result.changed, user.rev, user.shown_unread()))
+
+    async def _recount(self, users: list[User]) -> None:
+        """Count expired rows anew: those that were read are part of `unread` no more, nor to be left out."""
+        if not users:
+            return
+        known = {user.key: user for user in users}
+        try:
+            records = await self._store.load_users(
+                self._term(), [(user.key, user.slot, user.epoch) for user in users]
+            )
+        except CarillonError as exc:
+            log.info("%d users show an old count of unread: %s", len(users), exc)
+            return
+        for record in records:
+            known[record.key].expired = record.expired
 
     async def _unknown(self, changes: list[ChangeEntry]) -> list[ChangeEntry]:
         """Which of the changes that did nothing name no notification of their user."""

@@ -20,6 +20,7 @@ from carillon.messages import (
     DeviceDelete,
     DevicePut,
     PresenceQuery,
+    Publish,
     PushLeft,
     PushOutcome,
     PushResult,
@@ -411,6 +412,23 @@ async def test_slots_given_away_are_refused(postgres_dsn: str) -> None:
         assert outcome.status == "moved"
         kit.gateway.attach(2)
         await eventually(lambda: kit.gateway.refused == [1, 2])
+
+
+async def test_expired_rows_that_are_read_are_left_out_of_unread_once(postgres_dsn: str) -> None:
+    """A user who had expired rows when loaded reads everything: what comes next counts from zero."""
+    async with Kit(postgres_dsn) as kit:
+        past_ms = clock.now_ms() - 1000
+        await kit.publish(make_event(expires_ms=past_ms), make_event(expires_ms=past_ms), make_event())
+        await kit.shard.stop()
+        await kit.start_shard("shard-a")
+        gateway = await kit.dial("shard-a", "gateway-1")
+        welcome = await gateway.attach_ready(1)
+        assert welcome["unreadCount"] == 1
+        gateway.link.send_nowait(ClientChange(1, "read_all", ref="r"))
+        await gateway.seen(1, 3)
+        router = await kit.dial("shard-a", "router-1")
+        await router.link.request(Publish([make_event()]))
+        assert (await gateway.attach_ready(2))["unreadCount"] == 1
 
 
 async def test_presence_follows_attachments_visibility_and_grace(postgres_dsn: str) -> None:
