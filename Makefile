@@ -52,6 +52,10 @@ test: $(STAMP) ## everything: check and all test suites, with a summary
 bench: $(STAMP) ## measure a running system (ARGS="--help" explains the options)
 	@$(BIN)/python -m benchmarks $(ARGS)
 
+.PHONY: simulate
+simulate: $(STAMP) ## simulate thousands of clusters under faults, each from a seed (ARGS="--help" explains)
+	@$(BIN)/python -m tests.simulation $(ARGS)
+
 .PHONY: chaos
 chaos: $(STAMP) ## break a whole system for ten minutes, judge what it promised (ARGS="--help" explains)
 	@$(BIN)/python -m tests.chaos run $(ARGS)

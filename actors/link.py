@@ -45,7 +45,7 @@ class LinkServer:
         self._name = name
         self._secret = secret
         self._servers: list[asyncio.Server] = []
-        self._links: set[Link] = set()
+        self._links: dict[Link, None] = {}  # in order of arrival: closing them has an order
         self._unix_path = ""
         self._unix_inode = 0
 
@@ -75,10 +75,13 @@ class LinkServer:
             self._name,
             self._secret,
             dialled=False,
-            forget=self._links.discard,
+            forget=self._forget,
         )
-        self._links.add(link)
+        self._links[link] = None
         return link
+
+    def _forget(self, link: Link) -> None:
+        self._links.pop(link, None)
 
     async def close(self) -> None:
         """Stop listening, close every accepted link, remove the Unix socket."""

@@ -101,7 +101,7 @@ class Sessions:
         self._acks = acks
         self._take = take
         self._peers: dict[Link, Peer] = {}
-        self._dirty: set[Peer] = set()
+        self._dirty: dict[Peer, None] = {}
         self._flush_scheduled = False
         self._loop = asyncio.get_running_loop()
         self._deadlines: list[tuple[float, int, User]] = []
@@ -254,7 +254,7 @@ class Sessions:
         peer = self._peers.pop(link, None)
         if peer is None:
             return
-        self._dirty.discard(peer)
+        self._dirty.pop(peer, None)
         peer.early.clear()
         for user, attachment in list(peer.attached.values()):
             self._detach(user, attachment, False)
@@ -345,7 +345,7 @@ class Sessions:
             self._mark(peer)
 
     def _mark(self, peer: Peer) -> None:
-        self._dirty.add(peer)
+        self._dirty[peer] = None
         if not self._flush_scheduled:
             self._flush_scheduled = True
             self._loop.call_soon(self.flush)
@@ -353,7 +353,7 @@ class Sessions:
     def flush(self) -> None:
         """Send what was written this turn."""
         self._flush_scheduled = False
-        dirty, self._dirty = self._dirty, set()
+        dirty, self._dirty = self._dirty, {}
         for peer in dirty:
             self._flush_peer(peer)
 

@@ -1,0 +1,272 @@
+"""The simulation's model of the shard store does what the real one does: the same calls, the same answers."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import inspect
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import asyncpg
+import pytest
+
+from carillon.attention import ACTIVE, ALWAYS, ANY, AWAY, DONE, HELD, KEEP, RECEIVED, SEEN, SILENT
+from carillon.clock import SystemClock
+from carillon.errors import FencedError
+from carillon.ids import UserKey, Uuid7Source, slot_of
+from carillon.messages import Event, PushTarget
+from carillon.settings import PostgresSettings
+from stores.postgres.cluster import ClusterStore, ShardRow
+from stores.postgres.shard_store import (
+    OPERATIONS,
+    AppendRow,
+    AttemptRow,
+    KeysTakenError,
+    OutboxRow,
+    PoisonError,
+    ReleaseRow,
+    SettleRow,
+    ShardStore,
+    SignalRow,
+)
+from tests.simulation.store import Database, ModelClusterStore, ModelShardStore
+
+USERS = [UserKey("t", name) for name in ("ann", "bob", "cat")]
+SIGNALS = (ACTIVE, AWAY, DONE, KEEP, RECEIVED, SILENT)
+EXPECTED = (FencedError, KeysTakenError, PoisonError)
+
+
+@pytest.mark.parametrize(
+    ("model", "real"),
+    [(ModelShardStore, ShardStore), (ModelClusterStore, ClusterStore)],
+)
+def test_the_model_takes_the_same_calls(model: type, real: type) -> None:
+    """Every public method of the model is one of the real store, with its parameters."""
+    for name, method in inspect.getmembers(model, inspect.isfunction):
+        if not name.startswith("_"):
+            theirs = inspect.signature(getattr(real, name)).parameters
+            assert list(inspect.signature(method).parameters) == list(theirs), name
+    lacking = {
+        name
+        for name, _ in inspect.getmembers(real, inspect.isfunction)
+        if not name.startswith("_") and not hasattr(model, name)
+    }
+    assert not lacking, f"the simulation does not know {lacking}"
+
+
+class Pair:
+    """Both stores; every call goes to both, and their answers must be equal."""
+
+    def __init__(self, real: ShardStore, rng: random.Random, db: asyncpg.Connection) -> None:
+        self.db = Database(asyncio.get_running_loop(), SystemClock(), random.Random(1))  # type: ignore[arg-type]
+        self.db.shards["shard-a"] = ShardRow("shard-a", 1, "local", "x")
+        self.db.owners = ["shard-a"] * 1024
+        self.real, self.model = real, ModelShardStore(self.db, "shard-a")
+        self.sql = db
+        self.rng = rng
+        self.ids = Uuid7Source()
+        self.now_ms = SystemClock().now_ms()
+        self.streams: dict[UserKey, int] = {}
+        self.notes: list[tuple[int, bytes]] = []
+        self.claimed: list[tuple[int, int]] = []
+        self.made = 0
+
+    def term(self) -> int:
+        """The present one, now and then an old one."""
+        return 1 if self.rng.random() < 0.93 else 0
+
+    async def both(self, name: str, *args: Any, order: Callable[[Any], Any] | None = None) -> Any:
+        """Call `name` at both; answers or errors must agree. Returns the answer, None for an error."""
+        answers = []
+        for store in (self.real, self.model):
+            call: Callable[..., Awaitable[Any]] = getattr(store, name)
+            try:
+                answer = await call(*args)
+                answers.append(order(answer) if order is not None else answer)
+            except EXPECTED as exc:
+                answers.append(type(exc).__name__)
+        assert answers[0] == answers[1], f"{name}{args}"
+        return None if isinstance(answers[0], str) and answers[0].endswith("Error") else answers[0]
+
+    # -- one random step --------------------------------------------------------------------------------
+
+    async def step(self) -> None:
+        """One call."""
+        self.now_ms += self.rng.randrange(1, 2000)
+        steps = (
+            self.append, self.append, self.append, self.change, self.change, self.acknowledge, self.claim,
+            self.settle, self.replay, self.look, self.targets, self.load,
+        )  # fmt: skip
+        await self.rng.choice(steps)()
+
+    async def load(self) -> None:
+        key = self.rng.choice(USERS)
+        records = await self.both("load_users", self.term(), [(key, slot_of(*key), f"e-{key.user}")])
+        for record in records or ():
+            self.streams[key] = record.stream_id
+
+    async def append(self) -> None:
+        rng = self.rng
+        if not self.streams:
+            await self.load()
+            return
+        counts: dict[int, int] = {}
+        rows: list[AppendRow] = []
+        outbox: list[OutboxRow] = []
+        keyed: list[Event] = []
+        for _ in range(rng.choice((1, 1, 2, 5))):
+            key = rng.choice(list(self.streams))
+            stream, slot = self.streams[key], slot_of(*key)
+            twice = bool(self.notes) and rng.random() < 0.05
+            raw = rng.choice(self.notes)[1] if twice else self.ids.next(self.now_ms)
+            event = Event(
+                raw, key.tenant, key.user, slot, "test", None, 1, f'"title":"{self.made}"', self.now_ms,
+                self.now_ms + 3000 if rng.random() < 0.2 else None,
+            )  # fmt: skip
+            if any(row.event.id == raw for row in rows):
+                continue
+            self.made += 1
+            if rng.random() < 0.2:
+                name = f"k{rng.randrange(8)}"
+                if all(other.idempotency_key != name for other in keyed):
+                    event.idempotency_key = name
+                    event.body_hash = hashlib.sha256(name.encode()).digest()
+                    keyed.append(event)
+            counts[stream] = counts.get(stream, 0) + 1
+            rows.append(AppendRow(event, stream, -counts[stream]))
+            if rng.random() < 0.6:
+                (number,) = await self.both("draw_delivery_ids", 1)
+                claimed = rng.random() < 0.3
+                gate = rng.choice((None, ANY, SEEN, HELD, ALWAYS))
+                hold_ms = rng.choice((None, self.now_ms + rng.randrange(9000)))
+                due_ms = self.now_ms + rng.randrange(4000)
+                outbox.append(OutboxRow(number, raw, stream, slot, claimed, due_ms, gate, hold_ms))
+        for row in rows:
+            row.back += counts[row.stream_id]
+        since_ms = self.now_ms - 60_000
+        done = await self.both("append", self.term(), counts, rows, outbox, self.now_ms, keyed, since_ms)
+        if done is not None:
+            self.notes += [(row.stream_id, row.event.id) for row in rows]
+        if keyed:
+            pairs = [(e.tenant, e.idempotency_key or "") for e in keyed]
+            await self.both("find_keys", pairs, since_ms)
+
+    def some(self) -> list[tuple[int, bytes]]:
+        """Some notifications, one perhaps with a stream that is not its own."""
+        found = self.rng.sample(self.notes, min(len(self.notes), self.rng.choice((1, 2, 4))))
+        if found and self.rng.random() < 0.1:
+            found[0] = (self.rng.choice(list(self.streams.values())), found[0][1])
+        return found
+
+    async def change(self) -> None:
+        if self.rng.random() < 0.2 and self.streams:
+            stream = self.rng.choice(list(self.streams.values()))
+            await self.both("read_all", self.term(), [(stream, self.rng.randrange(1, 40))], self.now_ms)
+            return
+        wanted: dict[int, list[bytes]] = {}
+        for stream, raw in self.some():
+            wanted.setdefault(stream, []).append(raw)
+        op = self.rng.choice(list(OPERATIONS))
+        if wanted:
+            await self.both(
+                "change", self.term(), op, list(wanted.items()), self.now_ms,
+                order=lambda done: {k: (d.rev, d.unread, sorted(d.ids), d.changed) for k, d in done.items()},
+            )  # fmt: skip
+
+    async def acknowledge(self) -> None:
+        told = [
+            SignalRow(stream, raw, self.rng.choice(SIGNALS), self.rng.choice(("", "phone", "phone\npad")))
+            for stream, raw in self.some()
+        ]
+        await self.both("acknowledge", self.term(), told, self.now_ms)
+
+    async def claim(self) -> None:
+        slots = [slot_of(*key) for key in USERS if self.rng.random() < 0.7]
+        due_ms = self.now_ms + self.rng.choice((0, 5000))
+        lease_ms = due_ms + 3000 + self.made
+        claimed = await self.both(
+            "claim_due", self.term(), slots, due_ms, 1000, lease_ms,
+            order=lambda rows: sorted(rows, key=lambda c: c.delivery),
+        )  # fmt: skip
+        self.claimed += [(c.delivery, c.attempt) for c in claimed or ()]
+
+    async def settle(self) -> None:
+        rng, now_ms = self.rng, self.now_ms
+        if not self.claimed:
+            return
+        delivery, attempt = rng.choice(self.claimed)
+        if rng.random() < 0.3:
+            due_ms = now_ms + 7 * delivery
+            await self.both("release", self.term(), [ReleaseRow(delivery, attempt, due_ms, "full")], now_ms)
+            return
+        state = rng.choice(("sent", "failed", "unknown", "dead"))
+        outcome = {"dead": "invalid_target"}.get(state, state)
+        tried = AttemptRow(delivery, attempt, "phone", "fcm", outcome, "", 200, "", now_ms, 1.0)
+        row = SettleRow(delivery, attempt, state, now_ms + 11 * delivery, None)
+        key = rng.choice(USERS)
+        lost = [(key, "phone", f"token-{rng.randrange(3)}")]
+        gone, disabled = (lost, []) if rng.random() < 0.5 else ([], lost)
+        await self.both("record_outcomes", self.term(), [tried], [row], gone, disabled, now_ms)
+
+    async def replay(self) -> None:
+        if self.streams:
+            stream = self.rng.choice(list(self.streams.values()))
+            a, b, c = (self.rng.randrange(30) for _ in range(3))
+            await self.both("notifications_after", stream, a, self.rng.choice((1, 5, 100)))
+            await self.both("changes_after", stream, a, b, c, self.rng.choice((1, 5, 100)))
+
+    async def look(self) -> None:
+        await self.both("find_ids", [raw for _, raw in self.some()])
+        await self.both("existing", self.some())
+        await self.both("policies", ["t", "nobody"])
+        if self.streams:
+            stream = self.rng.choice(list(self.streams.values()))
+            after = self.rng.randrange(20)
+            await self.both("ids_between", [(stream, after, after + self.rng.randrange(30))], order=sorted)
+            await self.both("save_last_seen", self.term(), [(stream, self.now_ms)])
+            await self.both("last_seen", "t", ["ann", "bob", "nobody"])
+
+    async def targets(self) -> None:
+        rng, key = self.rng, self.rng.choice(USERS)
+        if rng.random() < 0.7:
+            name = rng.choice(("phone", "pad"))
+            token = f"token-{rng.randrange(3)}"
+            target = PushTarget(name, "fcm", "token", token, "app", "production", self.now_ms)
+            await self.both("put_target", self.term(), *key, target, "android", None, self.now_ms)
+        else:
+            await self.both("delete_target", self.term(), *key, "phone")
+        await self.both("load_targets", USERS)
+
+    async def compare_outbox(self) -> None:
+        """The outbox, row by row."""
+        rows = await self.sql.fetch(
+            "select id, state, attempts, reason, gate, coalesce(shown_on, '{}'),"
+            " round(extract(epoch from due_at) * 1000)::bigint from deliveries order by id"
+        )
+        model = sorted(self.db.deliveries.values(), key=lambda d: d.id)
+        assert [tuple(r) for r in rows] == [
+            (d.id, d.state, d.attempts, d.reason, d.gate, d.shown_on, d.due_ms) for d in model
+        ]
+
+
+@pytest.mark.parametrize("seed", range(1, 9))
+async def test_the_model_answers_as_postgres_does(postgres_dsn: str, seed: int) -> None:
+    """A hundred and fifty random calls: equal answers, equal refusals, and the same outbox at the end."""
+    real = ShardStore(PostgresSettings(dsn=postgres_dsn), "shard-a")
+    db = await asyncpg.connect(postgres_dsn)
+    await real.open()
+    try:
+        await db.execute(
+            "insert into shards (shard, term, node, incarnation) values ('shard-a', 1, 'n', 'x')"
+        )
+        pair = Pair(real, random.Random(seed), db)
+        for _ in range(150):
+            await pair.step()
+        await pair.compare_outbox()
+        assert not pair.db.wrong
+        assert len(pair.notes) > 20
+    finally:
+        await real.close()
+        await db.close()

@@ -1,0 +1,220 @@
+"""The promises of G1-G9 as checks of a world: what must hold at the end, once everything works again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+from carillon.ids import uuid_text
+from tests.simulation.devices import Device
+from tests.simulation.store import PENDING
+from tests.simulation.world import TENANT, World
+from tests.unit.session_model import STATES
+
+OPEN = (*PENDING, "sending")
+DEAD_PEER_S = 36.0
+"""Pings find a dead peer within 33 s; grace follows."""
+
+
+def settled(world: World) -> list[str]:
+    """What is still on its way; empty when the world has come to rest."""
+    left = []
+    for device in world.devices:
+        if not device.connected:
+            left.append(f"{device.name} is not connected")
+        elif device.view.last_seq < (upto := _last_visible(device)):
+            left.append(f"{device.name} is at seq {device.view.last_seq} of {upto}")
+    open_ = [d for d in world.db.deliveries.values() if d.state in OPEN]
+    left += [f"push {d.id} is {d.state}, due {d.due_ms - world.clock.now_ms()} ms" for d in open_]
+    unanswered = sum(entry.outcome is None for entry in world.published)
+    if unanswered:
+        left.append(f"{unanswered} events have no outcome")
+    return left[:5]
+
+
+def _last_visible(device: Device) -> int:
+    feed = device.view.store
+    return next((row.seq for row in reversed(feed.rows) if not feed.hidden(row.seq)), 0)
+
+
+async def check_end(world: World) -> None:
+    """Judge a world at rest."""
+    for what in world.db.wrong:
+        world.violated(what)
+    _durable(world)
+    _idempotent(world)
+    _streams(world)
+    _views(world)
+    _pushes(world)
+    await _fresh_look(world)
+
+
+def _durable(world: World) -> None:
+    """G1: what was acknowledged is there, once, as it was told."""
+    for entry in world.published:
+        if not entry.acknowledged:
+            continue
+        assert entry.outcome is not None
+        note = world.db.notes.get(entry.outcome.id)
+        who = f"{entry.event.user} {entry.event.id.hex()[-6:]}"
+        if note is None:
+            world.violated(f"G1: {who} was acknowledged and is not there")
+        elif note.stream.key.user != entry.event.user and not entry.outcome.replayed:
+            world.violated(f"G1: {who} is {note.stream.key.user}'s")
+        elif entry.outcome.seq and note.row.seq != entry.outcome.seq:
+            world.violated(f"G1: {who} was told seq {entry.outcome.seq}, has {note.row.seq}")
+        elif entry.outcome.id != entry.event.id and entry.event.idempotency_key is None:
+            world.violated(f"G1: {who} was answered with another id")
+
+    titles = Counter(note.event.content for note in world.db.notes.values())
+    for content, count in titles.items():
+        if count > 1:
+            world.violated(f"G1: one event was stored {count} times: {content[:40]}")
+
+
+def _idempotent(world: World) -> None:
+    """G2: one key, one effect, one id."""
+    by_key: dict[str, set[bytes]] = {}
+    for entry in world.published:
+        key = entry.event.idempotency_key
+        if key is not None:
+            by_key.setdefault(key, set()).add(entry.event.id)
+    for key, ids in by_key.items():
+        there = [raw for raw in ids if raw in world.db.notes]
+        if len(there) > 1:
+            world.violated(f"G2: key {key} made {len(there)} notifications")
+    for entry in world.published:
+        key = entry.event.idempotency_key
+        if key is not None and entry.acknowledged:
+            assert entry.outcome is not None
+            if world.db.keys.get((TENANT, key), (b"", b"", 0))[1] != entry.outcome.id:
+                world.violated(f"G2: key {key} was answered with two ids")
+
+
+def _streams(world: World) -> None:
+    """G3: seq without gap, rev strictly increasing, unread as the rows say; one notification per event."""
+    for stream in world.db.streams.values():
+        seqs = [n.row.seq for n in stream.notes]
+        if seqs != list(range(1, stream.seq + 1)):
+            world.violated(f"G3: {stream.key.user} has seqs {seqs}, head {stream.seq}")
+        if stream.unread != sum(n.counted for n in stream.notes):
+            world.violated(f"G3: {stream.key.user} counts {stream.unread} unread")
+
+
+def _views(world: World) -> None:
+    """G4, G5: what every device shows is what the store has."""
+    for device in world.devices:
+        feed, notes = device.view.store, device.view.notes
+        for row in feed.rows:
+            shown = notes.get(uuid_text(row.id))
+            if shown is None:
+                if not feed.hidden(row.seq):
+                    world.violated(f"G5: {device.name} does not show seq {row.seq}")
+                continue
+            states = {name for name in STATES if getattr(row, f"{name}_ms") is not None}
+            if shown.states != states:
+                world.violated(f"G5: {device.name} shows seq {row.seq} as {shown.states}, it is {states}")
+        if len(notes) > len(feed.rows):
+            world.violated(f"G5: {device.name} shows {len(notes)} of {len(feed.rows)} notifications")
+
+
+def _pushes(world: World) -> None:
+    """G6, G7: every notification whose push was planned was pushed, or somebody has it, or it is dead."""
+    acked: dict[str, set[bytes]] = {}
+    for device in world.devices:
+        acked.setdefault(device.user, set()).update(device.acked)
+    received = world.provider.received
+    for stream in world.db.streams.values():
+        user = stream.key.user
+        for note in stream.notes:
+            who = f"{user} seq {note.row.seq}"
+            planned = world.db.of_note.get(note.row.id, [])
+            asked = note.event.channels
+            wants = asked is None or "push" in asked
+            if len(planned) > 1:
+                world.violated(f"G7: {who} has {len(planned)} pushes")
+            if not planned:
+                has_phone = (TENANT, user, f"{user}-phone") in world.db.devices
+                if wants and has_phone and user not in world.lost_targets:
+                    world.violated(f"G6: {who} has no push although the user has a phone")
+                continue
+            delivery = planned[0]
+            taken = received.get((note.row.id, f"{user}-phone"), 0)
+            expires = note.row.expires_ms is not None
+            if delivery.state == "sent" and not taken:
+                world.violated(f"G7: push of {who} is called sent, the provider never got it")
+            elif delivery.state == "dead" and not expires and delivery.attempts < 8:
+                world.violated(
+                    f"G7: push of {who} is dead after {delivery.attempts} tries: {delivery.reason}"
+                )
+            elif delivery.state == "cancelled":
+                if delivery.reason == "no push target":
+                    if user not in world.lost_targets:
+                        world.violated(f"G6: push of {who} is cancelled: {delivery.reason}")
+                elif delivery.reason == "read" and user in world.read_all:
+                    continue  # MARK_ALL_READ means what is committed when it is applied
+                elif note.row.id not in acked.get(user, ()):
+                    world.violated(f"G6: push of {who} is cancelled ({delivery.reason}), nobody has it")
+            if taken > 1 and not world.faults:
+                world.violated(f"G7: {who} was pushed {taken} times without any fault")
+
+
+async def _fresh_look(world: World) -> None:
+    """A new device sees the same head and the same count; presence tells who is there."""
+    present = await world.presence()
+    for user, status in present.items():
+        if status == "offline":
+            world.violated(f"G8: {user} is connected and offline")
+    looks = []
+    for user in sorted({device.user for device in world.devices}):
+        look = Device(world, user, 99)
+        look.acks = "never"
+        look.come()
+        looks.append(look)
+    await asyncio.sleep(3.0)
+    now_ms = world.clock.now_ms()
+    for look in looks:
+        stream = world.db.streams.get(world.key(look.user))
+        if not look.welcome or stream is None:
+            world.violated(f"G5: {look.name} could not connect")
+            continue
+        expired = sum(
+            n.counted and n.row.expires_ms is not None and n.row.expires_ms <= now_ms for n in stream.notes
+        )
+        seen = look.welcome
+        if (seen["lastSeq"], seen["rev"]) != (stream.seq, stream.rev):
+            world.violated(
+                f"G5: {look.user} is welcomed at {seen['lastSeq']}/{seen['rev']}, "
+                f"the store is at {stream.seq}/{stream.rev}"
+            )
+        if not stream.unread - expired <= seen["unreadCount"] <= stream.unread:
+            world.violated(f"G3: {look.user} is told {seen['unreadCount']} unread, has {stream.unread}")
+    for device in (*world.devices, *looks):
+        device.leave(clean=False)
+    # A connection whose end was lost on the way is found dead by its pings.
+    deadline = world.loop.now + DEAD_PEER_S
+    while (there := await _there(world)) and world.loop.now < deadline:
+        await asyncio.sleep(1.5)
+    for user in there:
+        world.violated(f"G8: {user} has left {DEAD_PEER_S:.0f} s ago and is not offline")
+
+
+async def _there(world: World) -> list[str]:
+    return [user for user, status in (await world.presence()).items() if status != "offline"]
+
+
+def summary(world: World) -> Counter[str]:
+    """Figures of one run, to see that simulations do something."""
+    states = Counter(f"push {d.state}" for d in world.db.deliveries.values())
+    return states + Counter(
+        {
+            "events": len(world.published),
+            "acknowledged": sum(e.acknowledged for e in world.published),
+            "stored": len(world.db.notes),
+            "frames": world.frames,
+            "faults": world.faults,
+            "unrecovered": world.unrecovered,
+            "fenced": world.db.fenced,
+            "moves": world.db.moves,
+        }
+    )

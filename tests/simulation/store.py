@@ -1,0 +1,752 @@
+"""PostgreSQL as the shards and the coordinator see it: tables in memory, one statement at a time.
+
+`tests/conformance/test_shard_store_model.py` holds it against the real store. A statement that was sent runs
+whatever becomes of its sender; its answer may be lost, and nobody knows then whether it ran.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from actors.slot_table import SlotTable
+from carillon.attention import ACKNOWLEDGED, ALWAYS, DONE, HELD, on_signal
+from carillon.clock import Clock
+from carillon.errors import FencedError, StoreUnavailableError
+from carillon.ids import SLOTS, UserKey
+from carillon.messages import Event, Member, PushTarget
+from carillon.notification import NotificationRow
+from carillon.settings import Settings
+from stores.postgres.cluster import ShardRow, StoredMap
+from stores.postgres.shard_store import (
+    AppendRow,
+    AttemptRow,
+    ChangeDone,
+    Claimed,
+    KeysTakenError,
+    OutboxRow,
+    PoisonError,
+    ReleaseRow,
+    SettleRow,
+    SignalRow,
+    StoredKey,
+    UserRecord,
+)
+from tests.simulation.loop import Node, SimLoop
+
+PENDING = ("planned", "failed", "unknown")
+CLAIMABLE = (*PENDING, "sending")
+
+
+@dataclass(slots=True)
+class Note:
+    """A row of `notifications`."""
+
+    stream: StreamRow
+    event: Event
+    row: NotificationRow
+    changed: bool = False
+
+    @property
+    def counted(self) -> bool:
+        """Part of the stream's unread."""
+        r = self.row
+        return (
+            r.read_ms is None and r.archived_ms is None and r.dismissed_ms is None and r.retracted_ms is None
+        )
+
+
+@dataclass(slots=True)
+class StreamRow:
+    """A row of `streams` with its notifications."""
+
+    id: int
+    key: UserKey
+    slot: int
+    epoch: str
+    seq: int = 0
+    rev: int = 0
+    unread: int = 0
+    last_seen_ms: int | None = None
+    valid_from_ms: int | None = None
+    notes: list[Note] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Delivery:
+    """A row of `deliveries`."""
+
+    id: int
+    note: Note
+    slot: int
+    state: str
+    due_ms: int
+    attempts: int
+    reason: str | None = None
+    gate: str | None = None
+    hold_until_ms: int | None = None
+    shown_on: list[str] = field(default_factory=list)
+
+
+class Database:
+    """The tables, and what is wrong with the server.
+
+    Attributes:
+        down: no statement runs and no answer arrives.
+        lose_answers: probability that a statement runs and its answer is lost.
+        slow_s: longest extra time of a statement.
+        wrong: what a commit broke that must never be broken.
+        on_commit: called with (kind, detail) of what was committed, for the trace.
+    """
+
+    def __init__(self, loop: SimLoop, clock: Clock, rng: random.Random) -> None:
+        self.loop = loop
+        self.clock = clock
+        self.rng = rng
+        self.node = Node("postgres")
+        self.down = False
+        self.lose_answers = 0.0
+        self.slow_s = 0.0
+        self.fences = True
+        self.fenced = 0  # statements that the fence refused
+        self.moves = 0
+        self.wrong: list[str] = []
+        self.on_commit: Callable[[str, str], None] | None = None
+        self.epoch = 0
+        self.members: list[Member] = []
+        self.owners: list[str | None] = [None] * SLOTS
+        self.shards: dict[str, ShardRow] = {}
+        self.streams: dict[UserKey, StreamRow] = {}
+        self.by_id: dict[int, StreamRow] = {}
+        self.notes: dict[bytes, Note] = {}
+        self.deliveries: dict[int, Delivery] = {}
+        self.of_note: dict[bytes, list[Delivery]] = {}
+        self.attempts: dict[tuple[int, int, str], AttemptRow] = {}
+        self.devices: dict[tuple[str, str, str], PushTarget] = {}
+        self.disabled: set[tuple[str, str, str]] = set()
+        self.keys: dict[tuple[str, str], tuple[bytes, bytes, int]] = {}
+        self.policies: dict[str, dict[str, Any] | None] = {}  # by tenant
+        self._next_delivery = 1
+        self._next_stream = 1
+
+    def run(self, statement: Callable[[], Any]) -> asyncio.Future[Any]:
+        """Send a statement; the future of its answer."""
+        answer = self.loop.create_future()
+        self.loop.call_later(self._delay(), self._execute, answer, statement, context=self.node.context)
+        return answer
+
+    def _delay(self) -> float:
+        return self.rng.uniform(0.0002, 0.0012) + (self.rng.uniform(0, self.slow_s) if self.slow_s else 0.0)
+
+    def _execute(self, answer: asyncio.Future[Any], statement: Callable[[], Any]) -> None:
+        result: Any = None
+        error: Exception | None = None
+        if self.down:
+            error = StoreUnavailableError("PostgreSQL does not answer: simulated")
+        else:
+            try:
+                result = statement()
+            except Exception as exc:
+                error = exc
+            if self.lose_answers and self.rng.random() < self.lose_answers:
+                error = StoreUnavailableError("PostgreSQL does not answer: the connection broke")
+        self.loop.call_later(self._delay(), self._tell, answer, result, error, context=self.node.context)
+
+    def _tell(self, answer: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
+        if answer.done():
+            return  # its sender gave up
+        if error is None and self.down:
+            error = StoreUnavailableError("PostgreSQL does not answer: it went away after the commit")
+        if error is not None:
+            answer.set_exception(error)
+        else:
+            answer.set_result(result)
+
+    def draw(self) -> int:
+        """The next outbox id."""
+        self._next_delivery += 1
+        return self._next_delivery - 1
+
+    def stream_of(self, key: UserKey, slot: int, epoch: str) -> StreamRow:
+        """The stream of a user, made where missing."""
+        stream = self.streams.get(key)
+        if stream is None:
+            stream = self.streams[key] = StreamRow(self._next_stream, key, slot, epoch)
+            self.by_id[stream.id] = stream
+            self._next_stream += 1
+        return stream
+
+    def check_owner(self, shard: str, slot: int, what: str) -> None:
+        """A write of a user is made by the shard that owns the user's slot."""
+        owner = self.owners[slot]
+        if owner != shard:
+            self.wrong.append(f"G9: {shard} committed {what} in slot {slot}, which is {owner}'s")
+
+
+class ModelShardStore:
+    """`stores.postgres.shard_store.ShardStore` over a `Database`."""
+
+    def __init__(self, db: Database, shard: str) -> None:
+        self._db = db
+        self._shard = shard
+
+    async def open(self) -> None:
+        await self._db.run(lambda: None)
+
+    async def close(self) -> None:
+        pass
+
+    def _fence(self, term: int) -> None:
+        row = self._db.shards.get(self._shard)
+        if self._db.fences and (row is None or row.term != term):
+            self._db.fenced += 1
+            self._told("is fenced", f"term {term}")
+            raise FencedError(f"term {term} of {self._shard} is over")
+
+    def _told(self, kind: str, detail: str) -> None:
+        if self._db.on_commit is not None:
+            self._db.on_commit(f"{self._shard} {kind}", detail)
+
+    # -- users ------------------------------------------------------------------------------------------
+
+    async def load_users(self, term: int, users: Sequence[tuple[UserKey, int, str]]) -> list[UserRecord]:
+        def statement() -> list[UserRecord]:
+            self._fence(term)
+            now_ms = self._db.clock.now_ms()
+            records = []
+            for key, slot, epoch in users:
+                s = self._db.stream_of(key, slot, epoch)
+                expired = sum(
+                    n.row.read_ms is None and n.row.expires_ms is not None and n.row.expires_ms <= now_ms
+                    and n.row.archived_ms is None and n.row.dismissed_ms is None
+                    and n.row.retracted_ms is None
+                    for n in s.notes
+                )  # fmt: skip
+                targets = self._targets(key)
+                records.append(
+                    UserRecord(
+                        key, s.id, s.epoch, s.seq, s.rev, s.unread, expired, s.last_seen_ms, s.valid_from_ms,
+                        targets,
+                    )
+                )  # fmt: skip
+            return records
+
+        return await self._db.run(statement)
+
+    def _targets(self, key: UserKey) -> list[PushTarget]:
+        found = [
+            target
+            for (tenant, user, device), target in self._db.devices.items()
+            if (tenant, user) == tuple(key) and (tenant, user, device) not in self._db.disabled
+        ]
+        return sorted(found, key=lambda t: t.device)
+
+    # -- the group commit -------------------------------------------------------------------------------
+
+    async def append(
+        self,
+        term: int,
+        counts: dict[int, int],
+        rows: Sequence[AppendRow],
+        outbox: Sequence[OutboxRow],
+        now_ms: int,
+        keys: Sequence[Event] = (),
+        keys_since_ms: int = 0,
+    ) -> dict[int, tuple[int, int, int]]:
+        rows = [AppendRow(copy.copy(r.event), r.stream_id, r.back) for r in rows]
+        outbox = [copy.copy(row) for row in outbox]
+        counts = dict(counts)
+        return await self._db.run(
+            lambda: self._append(term, counts, rows, outbox, now_ms, keys, keys_since_ms)
+        )
+
+    def _append(
+        self,
+        term: int,
+        counts: dict[int, int],
+        rows: Sequence[AppendRow],
+        outbox: Sequence[OutboxRow],
+        now_ms: int,
+        keys: Sequence[Event],
+        keys_since_ms: int,
+    ) -> dict[int, tuple[int, int, int]]:
+        db = self._db
+        self._fence(term)
+        for event in keys:
+            known = db.keys.get((event.tenant, event.idempotency_key or ""))
+            if known is not None and known[2] >= keys_since_ms:
+                raise KeysTakenError
+        moved = {stream: db.by_id[stream] for stream in counts if stream in db.by_id}
+        for row in rows:
+            if row.event.id in db.notes:
+                raise PoisonError(f"PostgreSQL refuses the data: duplicate key {row.event.id.hex()}")
+        for event in keys:
+            assert event.body_hash is not None
+            db.keys[event.tenant, event.idempotency_key or ""] = (event.body_hash, event.id, now_ms)
+        for stream in moved.values():
+            n = counts[stream.id]
+            stream.seq, stream.rev, stream.unread = stream.seq + n, stream.rev + n, stream.unread + n
+            db.check_owner(self._shard, stream.slot, "an append")
+        for row in rows:
+            found = moved.get(row.stream_id)
+            if found is None:
+                continue
+            e = row.event
+            seq, rev = found.seq - row.back, found.rev - row.back
+            shown = NotificationRow(e.id, seq, rev, rev, e.content, expires_ms=e.expires_ms)
+            note = db.notes[e.id] = Note(found, e, shown)
+            found.notes.append(note)
+            self._told("appends", f"{found.key.user} seq {seq} {e.id.hex()[-6:]}")
+        for planned in outbox:
+            if planned.stream_id not in moved:
+                continue
+            state = "sending" if planned.claimed else "planned"
+            delivery = Delivery(
+                planned.id, db.notes[planned.notification], planned.slot, state, planned.due_ms,
+                int(planned.claimed), planned.reason, planned.gate, planned.hold_until_ms,
+            )  # fmt: skip
+            db.deliveries[planned.id] = delivery
+            db.of_note.setdefault(planned.notification, []).append(delivery)
+        for stream in moved.values():
+            stream.notes.sort(key=lambda n: n.row.seq)
+        return {s.id: (s.seq, s.rev, s.unread) for s in moved.values()}
+
+    async def find_keys(
+        self, keys: Sequence[tuple[str, str]], since_ms: int
+    ) -> dict[tuple[str, str], StoredKey]:
+        def statement() -> dict[tuple[str, str], StoredKey]:
+            found = {}
+            for key in keys:
+                known = self._db.keys.get(key)
+                if known is not None and known[2] >= since_ms:
+                    note = self._db.notes.get(known[1])
+                    found[key] = StoredKey(known[0], known[1], note.row.seq if note else None)
+            return found
+
+        return await self._db.run(statement)
+
+    async def prune_keys(self, since_ms: int) -> None:
+        def statement() -> None:
+            for key in [key for key, known in self._db.keys.items() if known[2] < since_ms]:
+                del self._db.keys[key]
+
+        await self._db.run(statement)
+
+    async def find_ids(self, ids: Sequence[bytes]) -> dict[bytes, tuple[int, int]]:
+        def statement() -> dict[bytes, tuple[int, int]]:
+            notes = self._db.notes
+            return {raw: (notes[raw].row.seq, notes[raw].stream.id) for raw in ids if raw in notes}
+
+        return await self._db.run(statement)
+
+    async def draw_delivery_ids(self, count: int) -> list[int]:
+        return await self._db.run(lambda: [self._db.draw() for _ in range(count)])
+
+    # -- changes ----------------------------------------------------------------------------------------
+
+    def _cancel(self, raw: bytes, reason: str) -> None:
+        for delivery in self._db.of_note.get(raw, ()):
+            if delivery.state in PENDING:
+                delivery.state, delivery.reason = "cancelled", reason
+
+    async def change(
+        self, term: int, op: str, wanted: Sequence[tuple[int, Sequence[bytes]]], now_ms: int
+    ) -> dict[int, ChangeDone]:
+        def statement() -> dict[int, ChangeDone]:
+            self._fence(term)
+            done: dict[int, ChangeDone] = {}
+            for stream_id, ids in wanted:
+                hit = [n for raw in ids if (n := self._db.notes.get(raw)) and n.stream.id == stream_id]
+                column = {"archive": "archived", "dismiss": "dismissed", "click": "clicked"}.get(op, op)
+                hit = [
+                    n for n in hit if n.row.retracted_ms is None and getattr(n.row, f"{column}_ms") is None
+                ]
+                if not hit:
+                    continue
+                stream = hit[0].stream
+                self._db.check_owner(self._shard, stream.slot, f"a change ({op})")
+                stream.rev += 1
+                if op != "seen":
+                    stream.unread -= sum(n.counted for n in hit)
+                for n in hit:
+                    self._set(n, column, now_ms, stream.rev)
+                    self._cancel(n.row.id, "read" if op == "read" else column)
+                done[stream_id] = ChangeDone(stream.rev, stream.unread, [n.row.id for n in hit], len(hit))
+                self._told(op, f"{stream.key.user} {[n.row.seq for n in hit]} rev {stream.rev}")
+            return done
+
+        return await self._db.run(statement)
+
+    def _set(self, note: Note, column: str, now_ms: int, rev: int) -> None:
+        row = note.row
+        setattr(row, f"{column}_ms", now_ms)
+        if column in ("clicked", "read"):
+            row.read_ms = now_ms if row.read_ms is None else row.read_ms
+        if column in ("clicked", "read", "seen"):
+            row.seen_ms = now_ms if row.seen_ms is None else row.seen_ms
+            row.delivered_ms = now_ms if row.delivered_ms is None else row.delivered_ms
+        row.rev = rev
+        note.changed = True
+
+    async def read_all(
+        self, term: int, wanted: Sequence[tuple[int, int]], now_ms: int
+    ) -> dict[int, ChangeDone]:
+        def statement() -> dict[int, ChangeDone]:
+            self._fence(term)
+            done: dict[int, ChangeDone] = {}
+            for stream_id, upto in wanted:
+                stream = self._db.by_id[stream_id]
+                hit = [n for n in stream.notes if n.row.seq <= upto and n.counted]
+                if not hit:
+                    continue
+                self._db.check_owner(self._shard, stream.slot, "a change (read_all)")
+                stream.rev += 1
+                stream.unread -= len(hit)
+                for n in hit:
+                    self._set(n, "read", now_ms, stream.rev)
+                    self._cancel(n.row.id, "read")
+                done[stream_id] = ChangeDone(stream.rev, stream.unread, [], len(hit))
+                self._told("read_all", f"{stream.key.user} up to {upto} rev {stream.rev}")
+            return done
+
+        return await self._db.run(statement)
+
+    async def existing(self, wanted: Sequence[tuple[int, bytes]]) -> set[bytes]:
+        def statement() -> set[bytes]:
+            notes = self._db.notes
+            return {raw for stream, raw in wanted if raw in notes and notes[raw].stream.id == stream}
+
+        return await self._db.run(statement)
+
+    async def acknowledge(self, term: int, told: Sequence[SignalRow], now_ms: int) -> int:
+        rows = [copy.copy(row) for row in told]
+
+        def statement() -> int:
+            self._fence(term)
+            new = 0
+            for t in rows:
+                note = self._db.notes.get(t.notification)
+                if note is None or note.stream.id != t.stream_id:
+                    continue
+                if note.row.delivered_ms is None and t.signal in ACKNOWLEDGED:
+                    note.row.delivered_ms = now_ms
+                    new += 1
+                for delivery in self._db.of_note.get(t.notification, ()):
+                    self._follow(delivery, t, now_ms)
+            return new
+
+        return await self._db.run(statement)
+
+    def _follow(self, delivery: Delivery, told: SignalRow, now_ms: int) -> None:
+        holdable = delivery.hold_until_ms is not None and delivery.hold_until_ms > now_ms
+        done = on_signal(told.signal, delivery.state, delivery.gate, holdable)
+        if done == "none":
+            return
+        shown = told.shown_on.split("\n") if told.shown_on else []
+        if done == "cancel":
+            delivery.state = "cancelled"
+            delivery.reason = (delivery.reason or "active") if told.signal == DONE else "acknowledged"
+        elif done == "hold":
+            assert delivery.hold_until_ms is not None
+            delivery.gate, delivery.due_ms = HELD, delivery.hold_until_ms
+        elif done == "due":
+            delivery.gate, delivery.due_ms = ALWAYS, now_ms
+        if not set(shown) <= set(delivery.shown_on):
+            delivery.shown_on = [*delivery.shown_on, *shown]
+        self._told("follows", f"push {delivery.id}: {told.signal} -> {done}")
+
+    async def ids_between(self, ranges: Sequence[tuple[int, int, int]]) -> list[tuple[bytes, int, int]]:
+        def statement() -> list[tuple[bytes, int, int]]:
+            return [
+                (n.row.id, stream, n.row.seq)
+                for stream, after, upto in ranges
+                for n in self._db.by_id[stream].notes
+                if after < n.row.seq <= upto
+                and (
+                    n.row.delivered_ms is None
+                    or any(d.state in PENDING for d in self._db.of_note.get(n.row.id, ()))
+                )
+            ]
+
+        return await self._db.run(statement)
+
+    async def policies(self, tenants: Sequence[str]) -> dict[str, dict[str, Any] | None]:
+        return await self._db.run(
+            lambda: {t: self._db.policies[t] for t in tenants if t in self._db.policies}
+        )
+
+    async def save_last_seen(self, term: int, wanted: Sequence[tuple[int, int]]) -> None:
+        def statement() -> None:
+            with contextlib.suppress(FencedError):
+                self._fence(term)
+                for stream, ms in wanted:
+                    self._db.by_id[stream].last_seen_ms = ms
+
+        await self._db.run(statement)
+
+    async def last_seen(self, tenant: str, users: Sequence[str]) -> dict[str, int | None]:
+        def statement() -> dict[str, int | None]:
+            streams = self._db.streams
+            return {u: streams[UserKey(tenant, u)].last_seen_ms for u in users if (tenant, u) in streams}
+
+        return await self._db.run(statement)
+
+    # -- outbox -----------------------------------------------------------------------------------------
+
+    async def claim_due(
+        self, term: int, slots: Sequence[int], now_ms: int, limit: int, lease_end_ms: int
+    ) -> list[Claimed]:
+        asked = frozenset(slots)
+
+        def statement() -> list[Claimed]:
+            with contextlib.suppress(FencedError):
+                self._fence(term)
+                return self._claim(asked, now_ms, limit, lease_end_ms)
+            return []
+
+        return await self._db.run(statement)
+
+    def _claim(self, slots: frozenset[int], now_ms: int, limit: int, lease_end_ms: int) -> list[Claimed]:
+        due = [
+            d
+            for d in self._db.deliveries.values()
+            if d.state in CLAIMABLE and d.due_ms <= now_ms and d.slot in slots
+        ]
+        due.sort(key=lambda d: d.due_ms)
+        claimed = []
+        for d in due[:limit]:
+            self._db.check_owner(self._shard, d.slot, "a claim")
+            d.state, d.due_ms = "sending", lease_end_ms
+            d.attempts += 1
+            sent_to = [
+                a.device
+                for (id_, _, _), a in self._db.attempts.items()
+                if id_ == d.id and a.outcome == "sent"
+            ]
+            n, e = d.note, d.note.event
+            self._told("claims", f"push {d.id} of {n.stream.key.user} seq {n.row.seq}, try {d.attempts}")
+            claimed.append(
+                Claimed(
+                    d.id, d.attempts, d.slot, n.stream.key, n.stream.unread, n.row.id, n.row.seq, e.type,
+                    e.priority, n.row.content, n.row.expires_ms, sent_to, d.gate,
+                    n.row.delivered_ms is not None, d.hold_until_ms or 0, list(d.shown_on),
+                )
+            )  # fmt: skip
+        return claimed
+
+    async def release(self, term: int, rows: Sequence[ReleaseRow], now_ms: int) -> int:
+        def statement() -> int:
+            self._fence(term)
+            released = 0
+            for r in rows:
+                d = self._db.deliveries.get(r.delivery)
+                if d is not None and d.attempts == r.attempt and d.state == "sending":
+                    d.state, d.due_ms, d.reason = "planned", r.due_ms, r.reason
+                    d.attempts -= 1
+                    released += 1
+                    self._told("releases", f"push {r.delivery}: {r.reason}")
+            return released
+
+        return await self._db.run(statement)
+
+    async def load_targets(self, keys: Sequence[UserKey]) -> dict[UserKey, list[PushTarget]]:
+        return await self._db.run(lambda: {key: self._targets(key) for key in keys})
+
+    async def record_outcomes(
+        self,
+        term: int,
+        attempts: Sequence[AttemptRow],
+        settled: Sequence[SettleRow],
+        gone: Sequence[tuple[UserKey, str, str]],
+        disabled: Sequence[tuple[UserKey, str, str]],
+        now_ms: int,
+    ) -> None:
+        def statement() -> None:
+            self._fence(term)
+            db = self._db
+            for a in attempts:
+                db.attempts.setdefault((a.delivery, a.attempt, a.device), a)
+            for s in settled:
+                d = db.deliveries.get(s.delivery)
+                if d is not None and d.attempts == s.attempt and d.state == "sending":
+                    d.state, d.due_ms, d.reason = s.state, s.due_ms, s.reason
+                    self._told("settles", f"push {s.delivery}: {s.state} {s.reason or ''}")
+            for key, device, token in gone:
+                target = db.devices.get((*key, device))
+                if target is not None and target.token == token:
+                    del db.devices[(*key, device)]
+            for key, device, token in disabled:
+                target = db.devices.get((*key, device))
+                if target is not None and target.token == token:
+                    db.disabled.add((*key, device))
+
+        await self._db.run(statement)
+
+    # -- per-user documents -----------------------------------------------------------------------------
+
+    async def put_target(
+        self,
+        term: int,
+        tenant: str,
+        user: str,
+        target: PushTarget,
+        platform: str,
+        locale: str | None,
+        now_ms: int,
+    ) -> list[str]:
+        def statement() -> list[str]:
+            self._fence(term)
+            evicted = []
+            for (t, u, device), known in list(self._db.devices.items()):
+                same = (known.provider, known.app_id, known.token) == (
+                    target.provider, target.app_id, target.token,
+                )  # fmt: skip
+                if t == tenant and same and (u, device) != (user, target.device):
+                    del self._db.devices[t, u, device]
+                    evicted.append(u)
+            self._db.devices[tenant, user, target.device] = target
+            self._db.disabled.discard((tenant, user, target.device))
+            return [u for u in evicted if u != user]
+
+        return await self._db.run(statement)
+
+    async def delete_target(self, term: int, tenant: str, user: str, device: str) -> bool:
+        def statement() -> bool:
+            self._fence(term)
+            return self._db.devices.pop((tenant, user, device), None) is not None
+
+        return await self._db.run(statement)
+
+    async def put_preferences(self, term: int, tenant: str, user: str, document: str, now_ms: int) -> None:
+        await self._db.run(lambda: self._fence(term))
+
+    async def revoke_tokens(self, term: int, stream_id: int, now_ms: int) -> None:
+        def statement() -> None:
+            self._fence(term)
+            self._db.by_id[stream_id].valid_from_ms = now_ms
+
+        await self._db.run(statement)
+
+    # -- replay -----------------------------------------------------------------------------------------
+
+    async def notifications_after(self, stream_id: int, after_seq: int, limit: int) -> list[NotificationRow]:
+        def statement() -> list[NotificationRow]:
+            rows = [n.row for n in self._db.by_id[stream_id].notes if n.row.seq > after_seq]
+            return [copy.copy(row) for row in rows[:limit]]
+
+        return await self._db.run(statement)
+
+    async def changes_after(
+        self, stream_id: int, after_rev: int, upto_seq: int, or_after_rev: int, limit: int
+    ) -> list[NotificationRow]:
+        def statement() -> list[NotificationRow]:
+            rows = [
+                n.row
+                for n in self._db.by_id[stream_id].notes
+                if n.changed and n.row.rev > after_rev and (n.row.seq <= upto_seq or n.row.rev > or_after_rev)
+            ]
+            rows.sort(key=lambda r: (r.rev, r.seq))
+            return [copy.copy(row) for row in rows[:limit]]
+
+        return await self._db.run(statement)
+
+
+class ModelClusterStore:
+    """`stores.postgres.cluster.ClusterStore` over a `Database`."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    async def close(self) -> None:
+        pass
+
+    async def take_epoch(self) -> int:
+        def statement() -> int:
+            self._db.epoch += 1
+            return self._db.epoch
+
+        return await self._db.run(statement)
+
+    def _check(self, epoch: int) -> None:
+        if epoch != self._db.epoch:
+            raise FencedError(f"coordinator epoch {epoch} is over: the present one is {self._db.epoch}")
+
+    async def load(self) -> StoredMap:
+        def statement() -> StoredMap:
+            db = self._db
+            terms = {name: row.term for name, row in db.shards.items()}
+            members = []
+            for member in db.members:
+                if member.kind == "shard" and member.name not in terms:
+                    continue
+                fields = {name: getattr(member, name) for name in member.__struct_fields__}
+                members.append(Member(**(fields | {"term": terms.get(member.name, 0)})))
+            return StoredMap(list(db.owners), dict(db.shards), members)
+
+        return await self._db.run(statement)
+
+    async def register_shard(self, epoch: int, shard: str, node: str, incarnation: str) -> int:
+        def statement() -> int:
+            self._check(epoch)
+            known = self._db.shards.get(shard)
+            term = 1 if known is None else known.term + (known.incarnation != incarnation)
+            self._db.shards[shard] = ShardRow(shard, term, node, incarnation)
+            return term
+
+        return await self._db.run(statement)
+
+    async def move_slots(self, epoch: int, moves: Any) -> dict[str, int]:
+        moves = dict(moves)
+
+        def statement() -> dict[str, int]:
+            self._check(epoch)
+            db = self._db
+            losers = sorted(
+                {old for slot, new in moves.items() if (old := db.owners[slot]) is not None and old != new}
+            )
+            terms = {}
+            for name in losers:
+                row = db.shards[name]
+                terms[name] = row.term + 1
+                db.shards[name] = ShardRow(name, row.term + 1, row.node, row.incarnation)
+            for slot, new in moves.items():
+                db.owners[slot] = new
+            db.moves += 1
+            if db.on_commit is not None:
+                db.on_commit("coordinator moves", f"{len(moves)} slots, new terms {terms}")
+            return terms
+
+        return await self._db.run(statement)
+
+    async def save_members(self, epoch: int, members: Sequence[Member]) -> None:
+        kept = list(members)
+
+        def statement() -> None:
+            self._check(epoch)
+            self._db.members = kept
+
+        await self._db.run(statement)
+
+    async def forget_old_shards(self, epoch: int, keep: Any = ()) -> None:
+        await self._db.run(lambda: self._check(epoch))
+
+
+class ModelSlotTable(SlotTable):
+    """The coordinator's table with the model behind it."""
+
+    def __init__(self, settings: Settings, clock: Clock, db: Database) -> None:
+        super().__init__(settings, clock)
+        self._store = ModelClusterStore(db)  # type: ignore[assignment]
+
+    async def maintain(self, shards: Any) -> None:
+        await self.store.forget_old_shards(self.epoch, shards)
+
+
+def users_of(db: Database) -> Iterator[StreamRow]:
+    """Every stream, in order of making."""
+    yield from db.streams.values()
