@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--rate", type=float, default=50.0, help="operations offered a second (default 50)")
     run.add_argument("--report", type=Path, default=None, help="folder for history and report")
     run.add_argument("--short", action="store_true", help="shrunk timeouts, short faults")
+    run.add_argument("--pairs", type=float, default=0.25, help="share of faults two at once (default 0.25)")
     run.add_argument("--count", type=int, default=0, help="stop after so many faults")
     run.add_argument("--keep-data", action="store_true", help="leave databases and logs of the system there")
     check = commands.add_parser("check", help="judge a history again")
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> int:
     run = Run(
         Options(
             seed, options.duration, kinds, options.rate, folder.absolute(), options.short,
-            (0.3, 1.0) if options.short else (1.0, 4.0), options.count,
+            (0.3, 1.0) if options.short else (1.0, 4.0), options.pairs, options.count,
         ),
         data,
         lambda text: print(f"chaos: {text}", flush=True),

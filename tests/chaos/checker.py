@@ -260,6 +260,7 @@ class Checker:
     def _connection(self, connection: Connection) -> None:
         position = connection.dialled["position"]
         last: int | None = None
+        early = 0
         before: Record | None = None
         for event in connection.events:
             if event["op"] == "welcome":
@@ -279,6 +280,12 @@ class Checker:
             elif event["op"] == "receive":
                 self.looked("G3")
                 where = f"{connection.device} (connection {connection.number})"
+                if last is None and position is not None:
+                    # The RESUME came too late, or is on its way: the position stands until it is answered.
+                    if event["seq"] <= early:
+                        self.wrong("G3", "rising", f"{where}: seq {event['seq']} after {early}", event)
+                    early = event["seq"]
+                    continue
                 if last is None:
                     self.wrong(
                         "G5", "welcome first", f"{where}: seq {event['seq']} before its position", event

@@ -58,6 +58,7 @@ class Device:
         self._epoch = ""
         self._seq = self._rev = 0
         self._conn = self._noted = 0
+        self._answered = True
         self._late: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -85,6 +86,7 @@ class Device:
         """One connection, from dialling to its end; True if it got a WELCOME."""
         self._conn = next(_numbers)
         position = [self._epoch, self._seq, self._rev] if self._epoch else None
+        self._answered = position is None
         how = "none" if position is None else self._rng.choice(["url", "frame"])
         token = jwt.encode(claims(self.user, time.time()), self._plant.client_secret, algorithm="HS256")
         url = f"{self._plant.ws_url}?token={token}&deviceId={self.name}"
@@ -128,12 +130,14 @@ class Device:
         """Receive until the connection ends or the habit says to leave; returns who ended it."""
         if self.habit.ghost:
             receiving = asyncio.ensure_future(self._receive(socket))
-            while not receiving.done() and not self.settling:
-                await asyncio.wait({receiving}, timeout=0.2)
-            if receiving.done():
-                receiving.result()
-            receiving.cancel()
-            await asyncio.gather(receiving, return_exceptions=True)
+            try:
+                while not receiving.done() and not self.settling:
+                    await asyncio.wait({receiving}, timeout=0.2)
+                if receiving.done():
+                    receiving.result()
+            finally:
+                receiving.cancel()
+                await asyncio.gather(receiving, return_exceptions=True)
             self.gone = True
             await self._vanish(socket, float("inf"))
         if not self.habit.leaves:
@@ -189,12 +193,16 @@ class Device:
             )
             self.received.setdefault(note["id"], record["t"])
             self.labels.setdefault(note["title"], record["t"])
-            self._seq = note["seq"]
+            if self._answered:
+                self._seq = note["seq"]
         elif kind == "WELCOME":
             self._history.add(
                 "welcome", conn=self._conn, recovered=frame["recovered"], epoch=frame["epoch"],
                 lastSeq=frame["lastSeq"], rev=frame["rev"],
             )  # fmt: skip
+            # A position stays as it is until it is answered, whatever comes before (the server may have
+            # gone live by itself: then RESUME is too late, and the next connection asks again).
+            self._answered = self._answered or frame["recovered"] is not None
             if not self._epoch or frame["recovered"] is False:
                 self._epoch, self._seq, self._rev = frame["epoch"], frame["lastSeq"], frame["rev"]
         elif "rev" in frame:
@@ -202,7 +210,8 @@ class Device:
             self._history.add(
                 "state", conn=self._conn, kind=kind, ids=ids, upto=frame.get("upToSeq", 0), rev=frame["rev"]
             )
-            self._rev = frame["rev"]
+            if self._answered:
+                self._rev = frame["rev"]
         elif kind == "ERROR":
             self._history.add("error", conn=self._conn, code=frame["code"], message=frame["message"])
 

@@ -129,6 +129,15 @@ async def _kill_valkey(plant: Plant) -> Injected | None:
     return Injected("SIGKILL", plant.valkey.restart_async)
 
 
+async def _kill_node(plant: Plant) -> Injected | None:
+    if not await plant.join_worker():
+        plant.kill_worker()
+        raise RuntimeError(f"the second node did not join; see {plant.folder}/worker.log")
+    # Long enough for slots to move to it and for clients to come to its gateway.
+    await asyncio.sleep(5.0)
+    return Injected(f"kill -9 of {plant.kill_worker()} processes", _nothing)
+
+
 async def _power_loss(plant: Plant) -> Injected | None:
     count = await plant.power_loss()
     return Injected(f"SIGKILL of {count} processes", plant.power_on)
@@ -169,9 +178,13 @@ def _all() -> dict[str, FaultKind]:
     for kind in KINDS:
         found.append(
             FaultKind(
-                f"stop-{kind}", f"SIGSTOP of a {kind}, later SIGCONT", _stop(kind), (1.0, 6.0), (2.0, 60.0)
+                f"stop-{kind}", f"SIGSTOP of a {kind}, later SIGCONT", _stop(kind), (1.0, 6.0), (2.0, 30.0)
             )
         )
+    # Long enough for everything about it to lapse: lease, term, links, Ray's own patience.
+    found.append(
+        FaultKind("freeze-shard", "SIGSTOP of a shard for a minute", _stop("shard"), (8.0, 8.0), (60.0, 60.0))
+    )
     held = ((0.5, 3.0), (2.0, 15.0))
     for name, which, title in (
         ("clients", _front, "clients and gateway"),
@@ -237,6 +250,7 @@ def _all() -> dict[str, FaultKind]:
             (5.0, 20.0),
         ),
         FaultKind("provider-goaway", "GOAWAY and REFUSED_STREAM", _goaway, (1.0, 3.0), (5.0, 20.0)),
+        FaultKind("kill-node", "a second Ray node joins, works, and is killed with -9", _kill_node),
         FaultKind(
             "power-loss",
             "kill -9 of everything, PostgreSQL too; start on the same data",
@@ -249,12 +263,26 @@ def _all() -> dict[str, FaultKind]:
 FAULTS = _all()
 GROUPS = {
     "kill": [name for name in FAULTS if name.startswith("kill-")],
-    "stop": [name for name in FAULTS if name.startswith("stop-")],
+    "stop": [name for name in FAULTS if name.startswith(("stop-", "freeze-"))],
     "net": [name for name in FAULTS if name.startswith("net-")],
     "stores": ["kill-postgres", "kill-valkey"],
     "provider": [name for name in FAULTS if name.startswith("provider-")],
     "all": list(FAULTS),
 }
+
+
+ALONE = frozenset(("quiet", "power-loss", "kill-node", "freeze-shard"))
+
+
+def go_together(one: FaultKind, other: FaultKind) -> bool:
+    """Whether two faults may be under way at once: of different groups, none that needs all the rest."""
+    if {one.name, other.name} & ALONE:
+        return False
+    part = [kind.name.split("-")[0] + ("-" + kind.name.split("-")[1] if "net" in kind.name else "")
+            for kind in (one, other)]  # fmt: skip
+    # Two faults of one database tell no more than the worse of them.
+    database = [kind.name.startswith("net-postgres") or kind.name == "kill-postgres" for kind in (one, other)]
+    return part[0] != part[1] and not all(database)
 
 
 def chosen(names: str) -> list[FaultKind]:

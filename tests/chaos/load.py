@@ -19,7 +19,9 @@ from tests.chaos.population import Person, claims
 
 MAX_OPEN = 400
 """Operations that wait for their answer at once; beyond it nothing is offered, and nothing made up for."""
-RETRIED = frozenset({409, 429, 503})
+NO_ROUTE = 1404
+"""Stands for the 404 of a Serve proxy that has no routes yet."""
+RETRIED = frozenset({409, 429, 503, NO_ROUTE})
 """Answers that promise nothing and ask for another try."""
 
 
@@ -199,7 +201,7 @@ class Load:
                 return
             await asyncio.sleep(self._rng.uniform(wait_s / 2, wait_s))
             wait_s = min(1.0, wait_s * 2)
-        if key is not None and not self._stopping:
+        if key is not None and record["outcome"] == "ok" and not self._stopping:
             await self._afterwards(client, number, attempt, shape, body, items, key)
 
     async def _afterwards(
@@ -254,6 +256,9 @@ class Load:
                     else {"error": result["error"].get("code"), "status": result["error"].get("status")}
                     for result in results
                 ]
+            elif response.status == 404 and b"/-/routes" in response.body:
+                # Serve's proxy before it knows the application: not an answer of Carillon's.
+                members["outcome"], members["status"] = "refused", NO_ROUTE
             else:
                 members["outcome"] = "refused"
                 if response.status not in RETRIED:

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -39,12 +40,13 @@ from cluster.processes import (
     reap_zombies,
     spawn,
 )
-from cluster.ray_env import ROOT
+from cluster.ray_env import ROOT, client_environment
+from cluster.run_folder import RunFolder
 from stores.postgres.migrate import migrate
 from stores.postgres.pool import open_pool
 from stores.postgres.tenants import TenantStore
 from tests.chaos.history import History
-from tests.chaos.proxy import Proxy
+from tests.chaos.proxy import Backend, Proxy
 
 TENANT = "chaos"
 TITLES = {
@@ -101,10 +103,13 @@ class Plant:
         self.postgres = EmbeddedPostgres(folder / "postgres")
         self.valkey = EmbeddedValkey(folder / "valkey")
         self.database = Proxy("postgres", lambda: [("127.0.0.1", self.postgres.port)], rng)
-        self.front = Proxy("clients", lambda: [("127.0.0.1", self.ws_port)], rng)
+        self.front = Proxy("clients", self._gateways, rng)
         self.providers: dict[str, Provider] = {}
         self.up: Popen[bytes] | None = None
-        self.http_port, self.direct_port, self.ws_port = free_port(), free_port(), free_port()
+        self.http_port, self.direct_port = free_port(), free_port()
+        self._gateway_ports: dict[ProcessId, int] = {}
+        self._gateways_at = float("-inf")
+        self.worker: Popen[bytes] | None = None
         self.api_key = self.client_secret = ""
         self.settings: Settings = load_settings(dict(timings))
         self._timings = dict(timings)
@@ -166,6 +171,7 @@ class Plant:
             "CARILLON_PUSH_MIN_SENDERS": "2",  # so that senders are processes, too
             **self._timings,
             **{f"CARILLON_PUSH_{name.upper()}": str(value) for name, value in push.items()},
+            "CARILLON_GATEWAY_PORT": "0",  # any free one for each: two nodes share this machine
             "CARILLON_POSTGRES_DSN": self.dsn.replace(direct, f":{self.database.port}/"),
             "CARILLON_REDIS_URL": self.valkey.url,
             "PYTHONPATH": str(ROOT),
@@ -182,7 +188,7 @@ class Plant:
             [
                 *(sys.executable, "-m", "cluster", "up", "--no-demo", "--data-dir", str(folder)),
                 *("--shards", str(self.shards), "--http-port", str(self.http_port)),
-                *("--direct-port", str(self.direct_port), "--ws-port", str(self.ws_port)),
+                *("--direct-port", str(self.direct_port)),
             ],
             env=self._environ,
             cwd=ROOT,
@@ -213,11 +219,53 @@ class Plant:
     # -- victims --------------------------------------------------------------------------------------------
 
     def actors(self, kind: str) -> list[ProcessId]:
-        """Living processes of a kind of actor."""
-        assert self.up is not None
+        """Living processes of a kind of actor, on every node."""
         title = TITLES[kind]
-        found = [info.id for info in descendants(self.up.pid)]
+        found = [info.id for info in descendants(os.getpid())]
         return [process for process in found if command_of(process.pid).startswith(title)]
+
+    def _gateways(self) -> list[Backend]:
+        """Where gateways take clients: any free port each, for two nodes share this machine."""
+        if time.monotonic() - self._gateways_at > 0.2:
+            self._gateways_at = time.monotonic()
+            known, self._gateway_ports = self._gateway_ports, {}
+            for process in self.actors("gateway"):
+                port = known.get(process) or _http_port(process.pid)
+                if port is not None:
+                    self._gateway_ports[process] = port
+        return [("127.0.0.1", port) for port in self._gateway_ports.values()]
+
+    # -- the second node ----------------------------------------------------------------------------------
+
+    async def join_worker(self) -> bool:
+        """Start a second Ray node; True once its shards and its gateway run."""
+        folder = RunFolder(self.folder / "up")
+        run = folder.run()
+        assert run is not None
+        shards, gateways = len(self.actors("shard")), len(self.actors("gateway"))
+        self.worker = spawn(
+            [sys.executable, "-m", "tests.chaos.worker_node", run["rayAddress"]],
+            env=self._environ | client_environment(folder.ray_token_file(), True),
+            cwd=ROOT,
+            log=self.folder / "worker.log",
+        )
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            self._gateways()
+            if len(self.actors("shard")) >= shards + self.shards and len(self._gateway_ports) > gateways:
+                return True
+            await asyncio.sleep(0.2)
+        return False
+
+    def kill_worker(self) -> int:
+        """kill -9 of the second node: the raylet and everything under it; returns how many processes."""
+        assert self.worker is not None
+        family = [info.id.pid for info in descendants(self.worker.pid)]
+        for pid in (self.worker.pid, *family):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.worker.wait()
+        return len(family) + 1
 
     def victim(self, kind: str) -> ProcessId | None:
         """One of them, by the seed."""
@@ -275,3 +323,26 @@ class Plant:
     def facts(self) -> dict[str, Any]:
         """For the header of the history."""
         return json.loads(json.dumps({"shards": self.shards, "timings": self._timings}))
+
+
+def _http_port(pid: int) -> int | None:
+    """The port at which a process answers HTTP (links speak something else); None if there is none yet."""
+    inodes: set[str] = set()
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                inodes.add(os.readlink(f"/proc/{pid}/fd/{name}"))
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] != "0A" or f"socket:[{fields[9]}]" not in inodes:
+            continue
+        port = int(fields[1].rsplit(":", 1)[1], 16)
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(("127.0.0.1", port), timeout=0.3) as probe,
+        ):
+            probe.settimeout(0.3)
+            probe.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            if probe.recv(5) == b"HTTP/":
+                return port
+    return None

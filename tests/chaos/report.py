@@ -82,6 +82,9 @@ def document(facts: Facts, verdicts: dict[str, Verdict]) -> dict[str, Any]:
         "counts": {
             "requests": len(facts.publishes),
             "outcomes": dict(outcomes),
+            "refusals": dict(
+                collections.Counter(str(r["status"]) for r in facts.publishes if r["outcome"] == "refused")
+            ),
             "acknowledgedEvents": len({entry.id for entry in facts.accepted}),
             "rows": len(facts.rows),
             "users": len(facts.streams),

@@ -14,7 +14,7 @@ from typing import Any
 import asyncpg
 
 from tests.chaos.devices import Device
-from tests.chaos.faults import FaultKind
+from tests.chaos.faults import FaultKind, Injected, go_together
 from tests.chaos.history import History
 from tests.chaos.load import Load
 from tests.chaos.plant import Plant
@@ -49,6 +49,8 @@ class Options:
     folder: Path
     short: bool = False
     calm_s: tuple[float, float] = (1.0, 4.0)
+    pairs: float = 0.0
+    """Share of faults that come two at once."""
     count: int = 0
     """Stop after so many faults; 0: only the time counts."""
 
@@ -137,53 +139,81 @@ class Run:
     # -- faults -------------------------------------------------------------------------------------------
 
     async def _break_things(self, watched: list[asyncio.Future[None]]) -> None:
-        """One fault after the other, in an order of the seed, each at least once if there is time."""
-        options, number = self.options, 0
+        """Faults in an order of the seed, some two at once: until the time is over and each was there."""
+        options, schedule = self.options, self.schedule
         deadline = time.monotonic() + options.duration_s
         deck: list[FaultKind] = []
-        while options.faults and time.monotonic() < deadline:
+        number, decks = 0, 0
+        while options.faults:
             if not deck:
-                deck = list(options.faults)
-                self.schedule.shuffle(deck)
-            number += 1
-            await self._fault(number, deck.pop())
+                if decks and time.monotonic() >= deadline:
+                    return
+                deck, decks = list(options.faults), decks + 1
+                schedule.shuffle(deck)
+            if decks > 1 and time.monotonic() >= deadline:
+                return
+            kinds = [deck.pop()]
+            if schedule.random() < options.pairs:
+                other = next((kind for kind in reversed(deck) if go_together(kinds[0], kind)), None)
+                if other is not None:
+                    deck.remove(other)
+                    kinds.append(other)
+            await self._faults(number + 1, kinds)
+            number += len(kinds)
             for task in watched:
                 if task.done() and not task.cancelled() and task.exception() is not None:
                     raise RuntimeError("the load ended") from task.exception()
             if options.count and number >= options.count:
                 return
-            await asyncio.sleep(self.schedule.uniform(*options.calm_s))
-        if not options.faults:
-            await asyncio.sleep(options.duration_s)
+            await asyncio.sleep(schedule.uniform(*options.calm_s))
+        await asyncio.sleep(options.duration_s)
 
-    async def _fault(self, number: int, kind: FaultKind) -> None:
+    async def _faults(self, number: int, kinds: list[FaultKind]) -> None:
+        """Inject, hold and heal, one fault or two at once; then wait until everything flows again."""
         history = self.history
-        low, high = kind.short_s if self.options.short else kind.long_s
-        hold_s = self.schedule.uniform(low, high)
-        if kind.name == "quiet":  # no fault, but what the others are measured against
+        holds_s = [self._hold_s(kind) for kind in kinds]
+        if kinds[0].name == "quiet":  # no fault, but what the others are measured against
             self.say(f"{history.now():7.1f} s quiet")
-            await asyncio.sleep(hold_s + self.bounds["presence_s"])
+            await asyncio.sleep(holds_s[0] + self.bounds["presence_s"])
             return
-        began = history.now()
-        injected = await kind.inject(self.plant)
-        if injected is None:
-            self.say(f"{kind.name}: nothing there to break")
+        active: list[tuple[int, FaultKind, Injected, float]] = []
+        for kind, hold_s in zip(kinds, holds_s, strict=True):
+            began = history.now()
+            injected = await kind.inject(self.plant)
+            if injected is None:
+                self.say(f"{kind.name}: nothing there to break")
+                continue
+            here = number + len(active)
+            detail = f"{injected.detail}; held {hold_s:.1f} s"
+            history.add("fault", number=here, name=kind.name, detail=detail, t=began)
+            self.say(f"{began:7.1f} s {kind.name} ({detail})")
+            active.append((here, kind, injected, hold_s))
+        if not active:
             return
-        detail = f"{injected.detail}; held {hold_s:.1f} s"
-        history.add("fault", number=number, name=kind.name, detail=detail, t=began)
-        await asyncio.sleep(hold_s)
-        await injected.heal()
-        healed = history.add("healed", number=number, name=kind.name)["t"]
+
+        async def heal(here: int, kind: FaultKind, injected: Injected, hold_s: float) -> None:
+            await asyncio.sleep(hold_s)
+            await injected.heal()
+            history.add("healed", number=here, name=kind.name)
+
+        await asyncio.gather(*(heal(*each) for each in active))
+        healed = history.now()
         flowing = await self._flowing(healed, RECOVERY_S)
         flowed = history.now()
-        whole = flowing and await injected.whole()
-        if flowing and whole:
-            history.add("recovered", number=number, name=kind.name, flowing=flowed)
+        whole = flowing and all([await injected.whole() for _, _, injected, _ in active])
+        for here, kind, _, _ in active:
+            if flowing and whole:
+                history.add("recovered", number=here, name=kind.name, flowing=flowed)
         self.say(
-            f"{began:7.1f} s {kind.name} ({detail}): "
-            + (f"flowing {flowed - healed:.1f} s after healing" if flowing else "DOES NOT FLOW AGAIN")
+            (f"          flowing {flowed - healed:.1f} s after healing" if flowing else "DOES NOT FLOW AGAIN")
             + ("" if whole else "; WHAT WAS KILLED IS NOT BACK")
         )
+
+    def _hold_s(self, kind: FaultKind) -> float:
+        low, high = kind.short_s if self.options.short else kind.long_s
+        if low > 0 and high > 5 * low:  # short holds are as interesting as long ones
+            return low * (high / low) ** self.schedule.random()
+        return self.schedule.uniform(low, high)
 
     async def _flowing(self, since: float, timeout_s: float) -> bool:
         """Wait until every steady device got an event first sent after `since`, and a push of one arrived

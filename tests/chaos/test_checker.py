@@ -230,9 +230,11 @@ def test_a_broken_promise_is_found(guarantee: str, rule: str, spoil: Callable[[l
              change("delivery", {"state": "dead", "reason": "gave up"}, delivery=5)),
         change("push", {"t": 13.9}, id=ID[4]),
         both(change("conflict", {"outcome": "ambiguous"}), drop("feed")),
+        both(add(dial(9, "ben", ["e", 0, 0], 30.0), welcome(9, None, 0, 30.1), receive(9, ID[4], 1, 30.2),
+                 {"op": "closed", "t": 30.3, "conn": 9, "code": 4213, "by": "server"})),
         both(change("presence", {"start": 8.9, "end": 8.95, "statuses": {"ann": "offline"}})),
     ],
-    ids=["unknown", "no record", "dead", "in time", "ambiguous", "not quiet"],
+    ids=["unknown", "no record", "dead", "in time", "ambiguous", "resume too late", "not quiet"],
 )  # fmt: skip
 def test_what_the_promises_allow_is_no_violation(excuse: Callable[[list[Record]], None]) -> None:
     """Duplicates behind unknown outcomes, dead letters with a reason, presence right after a fault."""
