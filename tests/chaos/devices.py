@@ -109,8 +109,8 @@ class Device:
                     await self._send(
                         socket, type="RESUME", epoch=self._epoch, lastSeq=position[1], lastRev=position[2]
                     )  # type: ignore[index]
-                elif how == "none":
-                    await self._send(socket, type="VISIBILITY", state="visible")
+                if how == "none" or self.habit.attention != "visible":
+                    await self._send(socket, type="VISIBILITY", state=self._attention())
                 self.connected = True
                 by = await self._live(socket)
                 code = 1000
@@ -224,6 +224,8 @@ class Device:
             task = asyncio.ensure_future(self._acknowledge_later(socket, note, self._conn, delay_s))
             self._late.add(task)
             task.add_done_callback(self._late.discard)
+        if self.habit.attention == "wander" and self._rng.random() < 0.3:
+            await self._send(socket, type="VISIBILITY", state=self._attention())
         if self._rng.random() < self.habit.reads:
             began = self._history.now()
             await self._send(socket, type="MARK_READ", notificationIds=[note["id"]])
@@ -232,6 +234,11 @@ class Device:
                 "read", user=self.user, ids=[note["id"]], via="frame", ok=False, start=began,
                 end=self._history.now(),
             )  # fmt: skip
+
+    def _attention(self) -> str:
+        if self.habit.attention == "wander":
+            return self._rng.choice(["focused", "visible", "hidden", "idle"])
+        return self.habit.attention
 
     async def _acknowledge(self, socket: ClientConnection, note: dict[str, Any]) -> None:
         # Noted first: it may take effect although sending fails.

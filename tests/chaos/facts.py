@@ -186,6 +186,8 @@ class Facts:
         self.rows_of[record["user"]].append(record)
 
     def _delivery(self, record: Record) -> None:
+        if record["channel"] != "push":
+            return
         self.deliveries[record["notification"]].append(record)
 
     def _attempt(self, record: Record) -> None:

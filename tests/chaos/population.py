@@ -17,6 +17,8 @@ class Habit:
     """now, late (after the acknowledgement window, sometimes) or never (deaf)."""
     leaves: bool = False
     """Drops its connection again and again, in every way there is, and comes back."""
+    attention: str = "visible"
+    """What its devices tell: visible, hidden, or wander: another state now and then."""
     ghost: bool = False
     """At the end of the run it vanishes without a word: half-open for good."""
     slow: bool = False
@@ -58,6 +60,8 @@ def people(rng: random.Random, scale: int = 1) -> list[Person]:
     add("quiet", 2, Habit(), 1, "none")
     add("late", 2, Habit(ack="late"), 1, "one")
     add("deaf", 2, Habit(ack="never"), 1, "one")
+    add("hidden", 1, Habit(attention="hidden"), 1, "one")
+    add("wander", 2, Habit(attention="wander", reads=0.05), 1, "one")
     add("slow", 1, Habit(slow=True), 1, "none")
     add("ghost", 1, Habit(ghost=True), 1, "one")
     add("leaver", 4, Habit(leaves=True, reads=0.02), 1, "one")

@@ -23,6 +23,8 @@ from tests.chaos.population import Person, people
 SHORT = {
     "CARILLON_SHARD_ACK_WINDOW_S": "1.5",
     "CARILLON_SHARD_GRACE_S": "1.0",
+    "CARILLON_SHARD_HOLD_S": "2",
+    "CARILLON_SHARD_WHEN_AWAY_DELAY_S": "3",
     "CARILLON_SHARD_SWEEP_S": "0.5",
     "CARILLON_SHARD_DELIVERY_LEASE_S": "6",
     "CARILLON_GATEWAY_HEARTBEAT_S": "3",
@@ -90,9 +92,9 @@ class Run:
             for name in person.devices
         ]  # fmt: skip
         backoffs_s = sum(push.backoff_s * 2**index for index in range(push.max_attempts))
+        wait_s = max(shard.ack_window_s, shard.when_away_delay_s) + shard.grace_s + 3 * shard.sweep_s
         self.bounds = {
-            "push_s": shard.ack_window_s + shard.grace_s + shard.delivery_lease_s + push.timeout_s
-            + backoffs_s + 3 * shard.sweep_s + 5.0,
+            "push_s": wait_s + shard.delivery_lease_s + push.timeout_s + backoffs_s + 5.0,
             # A socket that is gone without a word is found by a ping; then the grace period.
             "presence_s": silence_s + shard.grace_s + 3.0,
         }  # fmt: skip
