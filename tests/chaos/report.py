@@ -183,7 +183,7 @@ def markdown(facts: Facts, verdicts: dict[str, Verdict], facts_document: dict[st
         "Events answered a second before, during and after; longest pause of answers and of receipts"
         " anywhere;"
         " seconds from healing until events reached every device and both providers again (and what was"
-        " killed ran).",
+        " killed ran); of two faults at once both times count from the healing of each.",
         "",
         "| # | at | fault | before | during | after | no answer | no receipt | recovered |",
         "|--:|--:|---|--:|--:|--:|--:|--:|--:|",
