@@ -141,8 +141,13 @@ class Pair:
                 claimed = rng.random() < 0.3
                 gate = rng.choice((None, ANY, SEEN, HELD, ALWAYS))
                 hold_ms = rng.choice((None, self.now_ms + rng.randrange(9000)))
+                if gate == SEEN and hold_ms is None:
+                    gate = ALWAYS  # KEEP is told only of what may be held
                 due_ms = self.now_ms + rng.randrange(4000)
-                outbox.append(OutboxRow(number, raw, stream, slot, claimed, due_ms, gate, hold_ms))
+                chain = rng.choice(("", "", "apns", "apns,push"))
+                row = OutboxRow(number, raw, stream, slot, claimed, due_ms, gate, hold_ms)
+                row.channel, row.chain = "fcm", chain
+                outbox.append(row)
         for row in rows:
             row.back += counts[row.stream_id]
         since_ms = self.now_ms - 60_000
@@ -201,10 +206,11 @@ class Pair:
             due_ms = now_ms + 7 * delivery
             await self.both("release", self.term(), [ReleaseRow(delivery, attempt, due_ms, "full")], now_ms)
             return
-        state = rng.choice(("sent", "failed", "unknown", "dead"))
+        state = rng.choice(("sent", "failed", "unknown", "dead", "dead"))
         outcome = {"dead": "invalid_target"}.get(state, state)
         tried = AttemptRow(delivery, attempt, "phone", "fcm", outcome, "", 200, "", now_ms, 1.0)
-        row = SettleRow(delivery, attempt, state, now_ms + 11 * delivery, None)
+        reason = rng.choice((None, "gone"))
+        row = SettleRow(delivery, attempt, state, now_ms + 11 * delivery, reason, rng.random() < 0.8)
         key = rng.choice(USERS)
         lost = [(key, "phone", f"token-{rng.randrange(3)}")]
         gone, disabled = (lost, []) if rng.random() < 0.5 else ([], lost)
@@ -242,12 +248,13 @@ class Pair:
     async def compare_outbox(self) -> None:
         """The outbox, row by row."""
         rows = await self.sql.fetch(
-            "select id, state, attempts, reason, gate, coalesce(shown_on, '{}'),"
+            "select id, state, attempts, reason, gate, coalesce(shown_on, '{}'), channel, chain,"
             " round(extract(epoch from due_at) * 1000)::bigint from deliveries order by id"
         )
         model = sorted(self.db.deliveries.values(), key=lambda d: d.id)
         assert [tuple(r) for r in rows] == [
-            (d.id, d.state, d.attempts, d.reason, d.gate, d.shown_on, d.due_ms) for d in model
+            (d.id, d.state, d.attempts, d.reason, d.gate, d.shown_on, d.channel, d.chain, d.due_ms)
+            for d in model
         ]
 
 

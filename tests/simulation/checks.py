@@ -7,11 +7,11 @@ from collections import Counter
 
 from carillon.ids import uuid_text
 from tests.simulation.devices import Device
-from tests.simulation.store import PENDING
-from tests.simulation.world import TENANT, World
+from tests.simulation.store import CLAIMABLE, Delivery
+from tests.simulation.world import SETTINGS, TENANT, World
 from tests.unit.session_model import STATES
 
-OPEN = (*PENDING, "sending")
+MAX_ATTEMPTS = SETTINGS.push.max_attempts
 DEAD_PEER_S = 36.0
 """Pings find a dead peer within 33 s; grace follows."""
 
@@ -24,7 +24,7 @@ def settled(world: World) -> list[str]:
             left.append(f"{device.name} is not connected")
         elif device.view.last_seq < (upto := _last_visible(device)):
             left.append(f"{device.name} is at seq {device.view.last_seq} of {upto}")
-    open_ = [d for d in world.db.deliveries.values() if d.state in OPEN]
+    open_ = [d for d in world.db.deliveries.values() if d.state in CLAIMABLE]
     left += [f"push {d.id} is {d.state}, due {d.due_ms - world.clock.now_ms()} ms" for d in open_]
     unanswered = sum(entry.outcome is None for entry in world.published)
     if unanswered:
@@ -131,32 +131,43 @@ def _pushes(world: World) -> None:
             planned = world.db.of_note.get(note.row.id, [])
             asked = note.event.channels
             wants = asked is None or "push" in asked
-            if len(planned) > 1:
-                world.violated(f"G7: {who} has {len(planned)} pushes")
+            if len({delivery.channel for delivery in planned}) < len(planned):
+                world.violated(f"G7: {who} has one channel twice")
             if not planned:
                 has_phone = (TENANT, user, f"{user}-phone") in world.db.devices
                 if wants and has_phone and user not in world.lost_targets:
                     world.violated(f"G6: {who} has no push although the user has a phone")
                 continue
-            delivery = planned[0]
-            taken = received.get((note.row.id, f"{user}-phone"), 0)
-            expires = note.row.expires_ms is not None
-            if delivery.state == "sent" and not taken:
-                world.violated(f"G7: push of {who} is called sent, the provider never got it")
-            elif delivery.state == "dead" and not expires and delivery.attempts < 8:
-                world.violated(
-                    f"G7: push of {who} is dead after {delivery.attempts} tries: {delivery.reason}"
-                )
-            elif delivery.state == "cancelled":
-                if delivery.reason == "no push target":
-                    if user not in world.lost_targets:
-                        world.violated(f"G6: push of {who} is cancelled: {delivery.reason}")
-                elif delivery.reason == "read" and user in world.read_all:
-                    continue  # MARK_ALL_READ means what is committed when it is applied
-                elif note.row.id not in acked.get(user, ()):
-                    world.violated(f"G6: push of {who} is cancelled ({delivery.reason}), nobody has it")
-            if taken > 1 and not world.faults:
+            taken = [received.get((note.row.id, f"{user}-{name}"), 0) for name in ("phone", "pad")]
+            for delivery in planned:
+                wrong = _wrong_end(world, delivery, any(taken), note.row.id in acked.get(user, ()))
+                if wrong:
+                    world.violated(
+                        f"{wrong}: {delivery.channel} of {who}, {delivery.state}: {delivery.reason}"
+                    )
+            if max(taken) > 1 and not world.faults:
                 world.violated(f"G7: {who} was pushed {taken} times without any fault")
+
+
+def _wrong_end(world: World, delivery: Delivery, taken: bool, acked: bool) -> str:
+    """Why a row must not have ended as it did; empty if it may."""
+    note, reason = delivery.note, delivery.reason or ""
+    user = note.stream.key.user
+    excused = user in world.lost_targets or bool(note.event.fallback)
+    if delivery.state == "sent":
+        return "" if taken else "G7: the provider never got it"
+    if delivery.state == "dead":
+        allowed = note.row.expires_ms is not None or delivery.attempts >= MAX_ATTEMPTS or excused
+        return "" if allowed else f"G7: given up after {delivery.attempts} tries"
+    if "falls back to" in reason:
+        follows = any(other.step > delivery.step for other in world.db.of_note[note.row.id])
+        return "" if follows else "G7: nothing follows"
+    if reason.startswith("no "):
+        return "" if excused else "G6: the user has a phone"
+    if delivery.chain and any(other.state == "sent" for other in world.db.of_note[note.row.id]):
+        return ""  # another channel of the same step succeeded
+    # MARK_ALL_READ means what is committed when it is applied.
+    return "" if acked or (reason == "read" and user in world.read_all) else "G6: nobody has it"
 
 
 async def _fresh_look(world: World) -> None:

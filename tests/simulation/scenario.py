@@ -44,6 +44,7 @@ async def scenario(world: World) -> None:
 async def bring_up(world: World) -> None:
     """A cluster that serves."""
     rng = world.rng
+    pads = rng.random() < 0.4
     for user in USERS[: rng.choice((1, 2, 3, 4))]:
         for number in range(rng.choice((1, 1, 2))):
             device = Device(world, user, number)
@@ -54,6 +55,8 @@ async def bring_up(world: World) -> None:
             world.devices.append(device)
         if rng.random() < 0.75:
             world.give_phone(user)
+        if pads and rng.random() < 0.5:
+            world.give_pad(user)
     away = rng.choice((None, "in_app", "both", "push_after"))
     world.db.policies[TENANT] = None if away is None else {"whenAway": away, "holdS": rng.choice((0, 6))}
     world.add("coordinator", "coordinator")
@@ -64,6 +67,8 @@ async def bring_up(world: World) -> None:
         world.add("gateway", f"gateway-{index + 1}")
     world.add("router", "router-1")
     world.add("pool", "pool-fcm")
+    if pads:
+        world.add("pool", "pool-apns")
     world.add("ingress", "ingress-1")
     await asyncio.sleep(1.0)
     for device in world.devices:
@@ -108,7 +113,9 @@ async def traffic(world: World) -> None:
             rng.choice(world.devices).look(rng.choice(LOOKS))
         else:
             user = rng.choice(users)
-            if rng.random() < 0.6:
+            if rng.random() < 0.3:
+                world.lose_phone(user)
+            elif rng.random() < 0.6:
                 world.register(user, f"token-{rng.choice(users)}-{rng.randrange(2)}")
             else:
                 world.unregister(user)
@@ -132,6 +139,9 @@ def publish(world: World, users: list[str]) -> None:
             more["channels"] = ["in_app"]
         elif asked < 0.2:
             more["channels"] = ["push"]
+        elif asked < 0.4:
+            more["channels"] = rng.choice((["fcm"], ["apns"], ["in_app"], ["in_app", "fcm"], ["fcm", "apns"]))
+            more["fallback"] = rng.choice((["apns"], ["fcm"], ["push"], ["apns", "push"]))
         events.append(world.make_event(rng.choice(users), **more))
     world.publish(events)
 

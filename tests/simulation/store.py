@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from actors.slot_table import SlotTable
-from carillon.attention import ACKNOWLEDGED, ALWAYS, DONE, HELD, on_signal
+from carillon.attention import ACKNOWLEDGED, ALWAYS, DONE, HELD, SEEN, on_signal
 from carillon.clock import Clock
 from carillon.errors import FencedError, StoreUnavailableError
 from carillon.ids import SLOTS, UserKey
@@ -91,6 +91,10 @@ class Delivery:
     gate: str | None = None
     hold_until_ms: int | None = None
     shown_on: list[str] = field(default_factory=list)
+    channel: str = "push"
+    chain: str = ""
+    step: int = 0
+    created_ms: int = 0
 
 
 class Database:
@@ -309,6 +313,7 @@ class ModelShardStore:
             delivery = Delivery(
                 planned.id, db.notes[planned.notification], planned.slot, state, planned.due_ms,
                 int(planned.claimed), planned.reason, planned.gate, planned.hold_until_ms,
+                [], planned.channel, planned.chain, planned.step, now_ms,
             )  # fmt: skip
             db.deliveries[planned.id] = delivery
             db.of_note.setdefault(planned.notification, []).append(delivery)
@@ -535,6 +540,7 @@ class ModelShardStore:
                     d.id, d.attempts, d.slot, n.stream.key, n.stream.unread, n.row.id, n.row.seq, e.type,
                     e.priority, n.row.content, n.row.expires_ms, sent_to, d.gate,
                     n.row.delivered_ms is not None, d.hold_until_ms or 0, list(d.shown_on),
+                    d.channel, d.chain, d.step, d.created_ms,
                 )
             )  # fmt: skip
         return claimed
@@ -565,17 +571,21 @@ class ModelShardStore:
         gone: Sequence[tuple[UserKey, str, str]],
         disabled: Sequence[tuple[UserKey, str, str]],
         now_ms: int,
-    ) -> None:
-        def statement() -> None:
+    ) -> int:
+        def statement() -> int:
             self._fence(term)
             db = self._db
+            failed: list[Delivery] = []
             for a in attempts:
                 db.attempts.setdefault((a.delivery, a.attempt, a.device), a)
             for s in settled:
                 d = db.deliveries.get(s.delivery)
                 if d is not None and d.attempts == s.attempt and d.state == "sending":
                     d.state, d.due_ms, d.reason = s.state, s.due_ms, s.reason
-                    self._told("settles", f"push {s.delivery}: {s.state} {s.reason or ''}")
+                    if s.onward and d.chain and s.state in ("dead", "cancelled"):
+                        d.state = "cancelled"
+                        failed.append(d)
+                    self._told("settles", f"push {s.delivery}: {d.state} {s.reason or ''}")
             for key, device, token in gone:
                 target = db.devices.get((*key, device))
                 if target is not None and target.token == token:
@@ -584,8 +594,35 @@ class ModelShardStore:
                 target = db.devices.get((*key, device))
                 if target is not None and target.token == token:
                     db.disabled.add((*key, device))
+            return self._fall_back(failed, now_ms)
 
-        await self._db.run(statement)
+        return await self._db.run(statement)
+
+    def _fall_back(self, failed: list[Delivery], now_ms: int) -> int:
+        ready: dict[bytes, Delivery] = {}
+        for d in failed:
+            row = d.note.row
+            wanted = row.delivered_ms is None or d.gate in (SEEN, ALWAYS)
+            touched = (row.seen_ms, row.archived_ms, row.dismissed_ms, row.retracted_ms)
+            others = self._db.of_note[row.id]
+            ended = all(o.step <= d.step and o.state in ("dead", "cancelled") for o in others)
+            if wanted and touched == (None,) * 4 and ended:
+                ready.setdefault(row.id, d)
+        for raw, d in ready.items():
+            following, _, chain = d.chain.partition(",")
+            for other in failed:
+                if other.note.row.id == raw:
+                    told = f"falls back to {following}"
+                    other.reason = f"{other.reason}; {told}" if other.reason is not None else told
+            new = Delivery(
+                self._db.draw(), d.note, d.slot, "planned", now_ms, 0, None,
+                ALWAYS if d.gate in (SEEN, ALWAYS) else None, None, list(d.shown_on), following, chain,
+                d.step + 1, now_ms,
+            )  # fmt: skip
+            self._db.deliveries[new.id] = new
+            self._db.of_note[raw].append(new)
+            self._told("falls back", f"push {d.id} -> {new.id} ({following})")
+        return len(ready)
 
     # -- per-user documents -----------------------------------------------------------------------------
 

@@ -218,7 +218,7 @@ class World:
 
     async def _start(self, name: str, node: Node) -> None:
         kind = self.kinds[name]
-        labels = {"provider": "fcm"} if kind == "pool" else {}
+        labels = {"provider": name.removeprefix("pool-")} if kind == "pool" else {}
         config = ActorConfig(kind, name, "local", SETTINGS, LINK_SECRET, labels, COORDINATOR)
         if kind == "coordinator":
             actor: Any = Coordinator(config, self.clock, spawn=False)
@@ -231,7 +231,7 @@ class World:
         elif kind == "gateway":
             actor = Gateway(config, self.clock, read_keys=_read_keys)
         elif kind == "pool":
-            actor = PushPool(config, self.clock, make=lambda *_: SimChannel(self, "fcm"))
+            actor = PushPool(config, self.clock, make=lambda provider, *_: SimChannel(self, provider))
         else:
             actor = RouterBackend(config, Stats(), clock=self.clock)
         self.actors[name] = actor
@@ -369,6 +369,19 @@ class World:
         """A phone that is registered from the beginning."""
         target = PushTarget(f"{user}-phone", "fcm", "token", f"token-{user}", "", "production", START_MS)
         self.db.devices[TENANT, user, target.device] = target
+
+    def give_pad(self, user: str) -> None:
+        """A second device, at another provider."""
+        target = PushTarget(f"{user}-pad", "apns", "token", f"pad-{user}", "", "production", START_MS)
+        self.db.devices[TENANT, user, target.device] = target
+
+    def lose_phone(self, user: str) -> None:
+        """The app is deleted: the provider says so at the next push."""
+        self.say("provider", f"does not know {user}'s phone any more")
+        self.lost_targets.add(user)
+        target = self.db.devices.get((TENANT, user, f"{user}-phone"))
+        if target is not None:
+            self.dead_tokens.add(target.token)
 
     async def presence(self) -> dict[str, str]:
         """Everybody's status as the API tells it."""
