@@ -14,7 +14,7 @@ export PYTHONPATH := $(CURDIR)
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(STAMP): requirements.lock deploy/setup.sh
+$(STAMP): requirements.lock deploy/setup.sh clients/python/pyproject.toml
 	@PYTHON="$(PYTHON)" sh deploy/setup.sh $(VENV)
 	@touch $(STAMP)
 

@@ -65,4 +65,7 @@ fi
 echo "setup: installing what requirements.lock names"
 # Compiled here once, on all cores: else the first start compiles in twenty processes at the same time.
 "$uv" pip sync -q --compile-bytecode -p "$venv/bin/python" requirements.lock
+# The Python client, in place, as its users install it: `carillon` and `import carillon_client`. uv builds it by itself and its
+# dependencies are in the lock: nothing is asked for.
+"$uv" pip install -q --no-deps --no-index -p "$venv/bin/python" -e clients/python
 echo "setup: done in $(($(date +%s) - began)) s"

@@ -14,7 +14,7 @@ from tests.unit.test_errors import tree
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-PACKAGES = ("carillon", "stores", "channels", "actors", "serve", "cluster")
+PACKAGES = ("carillon", "stores", "channels", "actors", "serve", "cluster", "clients/python/src")
 
 
 def read(name: str) -> str:

@@ -1,0 +1,145 @@
+"""Every call of the service API except sending: what goes out, how the answer is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import msgspec
+
+from carillon_client.core.codec import encode_json, notification_of
+from carillon_client.core.exchange import Call
+from carillon_client.errors import InvalidRequestError
+from carillon_client.models import (
+    DeliveryRecord,
+    Device,
+    FeedPage,
+    NotificationHistory,
+    Presence,
+    Token,
+)
+
+MAX_PRESENCE = 1000
+"""User ids in one presence query."""
+
+T = TypeVar("T")
+
+
+def _segment(name: str, value: str) -> str:
+    if not value or value in (".", ".."):
+        # An empty or dotted segment would be another path.
+        raise InvalidRequestError(
+            0, "invalid", f"expected {name} to be text that can stand in a path, got {value!r}"
+        )
+    return quote(value, safe="")
+
+
+def _user(user_id: str, rest: str = "") -> str:
+    return f"/v1/users/{_segment('userId', user_id)}{rest}"
+
+
+def _typed(kind: type[T]) -> Callable[[Any], T]:
+    def parse(document: Any) -> T:
+        return msgspec.convert(document, kind)
+
+    return parse
+
+
+def presence(user_id: str) -> Call[Presence]:
+    """GET /v1/presence/{userId}."""
+    return Call("GET", f"/v1/presence/{_segment('userId', user_id)}", _typed(Presence))
+
+
+def presence_of_many(user_ids: Sequence[str]) -> Call[list[Presence]]:
+    """POST /v1/presence/query, at most `MAX_PRESENCE` ids."""
+
+    def parse(document: Any) -> list[Presence]:
+        return msgspec.convert(document["users"], list[Presence])
+
+    return Call("POST", "/v1/presence/query", parse, encode_json({"userIds": list(user_ids)}))
+
+
+def token(user_id: str, ttl_s: float | None) -> Call[Token]:
+    """POST /v1/tokens."""
+    body: dict[str, Any] = {"userId": user_id}
+    if ttl_s is not None:
+        body["ttlS"] = ttl_s
+    return Call("POST", "/v1/tokens", _typed(Token), encode_json(body))
+
+
+def put_device(user_id: str, device_id: str, device: Device) -> Call[Device]:
+    """PUT /v1/users/{userId}/devices/{deviceId}."""
+    members: dict[str, Any] = msgspec.to_builtins(device)
+    for name in ("deviceId", "registeredAt", "disabledAt", "disabledReason"):
+        members.pop(name, None)
+    path = _user(user_id, f"/devices/{_segment('deviceId', device_id)}")
+    return Call("PUT", path, _typed(Device), encode_json(members))
+
+
+def get_device(user_id: str, device_id: str) -> Call[Device | None]:
+    """GET /v1/users/{userId}/devices/{deviceId}; None if there is none."""
+    path = _user(user_id, f"/devices/{_segment('deviceId', device_id)}")
+    parse: Callable[[Any], Device | None] = _typed(Device)
+    return Call("GET", path, parse, absent=lambda: None)
+
+
+def delete_device(user_id: str, device_id: str) -> Call[bool]:
+    """DELETE /v1/users/{userId}/devices/{deviceId}; False if there was none.
+
+    404 is no error: a repeated try finds what the first one did.
+    """
+    path = _user(user_id, f"/devices/{_segment('deviceId', device_id)}")
+    return Call("DELETE", path, lambda _: True, absent=lambda: False)
+
+
+def feed(
+    user_id: str,
+    *,
+    limit: int | None = None,
+    cursor: str | None = None,
+    status: str | None = None,
+    type: str | None = None,
+    category: str | None = None,
+    q: str | None = None,
+) -> Call[FeedPage]:
+    """GET /v1/users/{userId}/notifications."""
+    given = {"limit": limit, "cursor": cursor, "status": status, "type": type, "category": category, "q": q}
+    query = tuple((name, str(value)) for name, value in given.items() if value is not None)
+    return Call("GET", _user(user_id, "/notifications"), feed_page, query=query)
+
+
+def feed_page(document: Any) -> FeedPage:
+    """A page of a feed."""
+    return FeedPage(
+        notifications=[notification_of(one) for one in document["notifications"]],
+        next_cursor=document.get("nextCursor"),
+    )
+
+
+def notification(id: str) -> Call[NotificationHistory]:
+    """GET /v1/notifications/{id}."""
+
+    def parse(document: Any) -> NotificationHistory:
+        return NotificationHistory(
+            notification=notification_of(document["notification"]),
+            delivery_state=document["deliveryState"],
+            deliveries=msgspec.convert(document.get("deliveries") or [], list[DeliveryRecord]),
+        )
+
+    return Call("GET", f"/v1/notifications/{_segment('id', id)}", parse)
+
+
+def get_preferences(user_id: str) -> Call[dict[str, Any]]:
+    """GET /v1/users/{userId}/preferences."""
+    return Call("GET", _user(user_id, "/preferences"), dict)
+
+
+def put_preferences(user_id: str, document: Mapping[str, Any]) -> Call[dict[str, Any]]:
+    """PUT /v1/users/{userId}/preferences."""
+    return Call("PUT", _user(user_id, "/preferences"), dict, encode_json(document))
+
+
+def revoke_sessions(user_id: str) -> Call[None]:
+    """POST /v1/users/{userId}/sessions/revoke."""
+    return Call("POST", _user(user_id, "/sessions/revoke"), lambda _: None, b"{}")

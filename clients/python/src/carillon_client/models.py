@@ -1,0 +1,317 @@
+"""What goes in and what comes out.
+
+Names are snake_case here and camelCase on the wire. Texts that a newer server may extend (status, priority)
+are plain `str`; members that this version does not know are kept in `raw`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from carillon_client.errors import CarillonError
+
+
+def _nothing() -> dict[str, Any]:
+    return {}
+
+
+class _Wire(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """Base: camelCase on the wire, unknown members ignored."""
+
+
+class Event(_Wire, frozen=True, omit_defaults=True):
+    """One event. `None` means absent. docs/reference/http.md has the limits.
+
+    A mapping with the wire's camelCase names is accepted wherever an `Event` is.
+    """
+
+    type: str
+    title: str | None = None
+    user_id: str | None = None
+    body: str | None = None
+    category: str | None = None
+    priority: str | None = None
+    """low, normal, high, urgent; absent is normal."""
+    actor_id: str | None = None
+    target_type: str | None = None
+    target_id: str | None = None
+    image_url: str | None = None
+    icon: str | None = None
+    link: str | None = None
+    actions: list[dict[str, Any]] | None = None
+    data: dict[str, Any] | None = None
+    channels: list[str] | None = None
+    collapse_key: str | None = None
+    expires_at: str | None = None
+    """RFC 3339 with offset."""
+    campaign_id: str | None = None
+    source_app: str | None = None
+    idempotency_key: str | None = None
+    """Absent: this library makes one."""
+    more: dict[str, Any] | None = msgspec.field(name="__more__", default=None)
+    """Members that this version does not know, by their wire names."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """An event that was stored.
+
+    Attributes:
+        id: of the notification.
+        seq: its number in the user's stream.
+        status: delivered, queued, stored, deferred, merged, duplicate or suppressed.
+        channels: where it goes.
+        idempotency_key: what it was sent with.
+        reason: why, if suppressed.
+        user_id: the recipient, for an event to many.
+        replayed: the server said that this had been stored by an earlier try; never True for a part of a
+            batch.
+    """
+
+    id: str
+    seq: int
+    status: str
+    channels: tuple[str, ...]
+    idempotency_key: str
+    reason: str | None = None
+    user_id: str | None = None
+    replayed: bool = False
+
+
+@dataclass(frozen=True)
+class NotSent:
+    """An event that was not stored, or of which nobody knows (`error.maybe_sent`).
+
+    Attributes:
+        error: why.
+        event: as it was given.
+        idempotency_key: sending the same event with this key again never duplicates it (24 h).
+        user_id: the recipient, for an event to many.
+    """
+
+    error: CarillonError
+    event: Event | Mapping[str, Any]
+    idempotency_key: str
+    user_id: str | None = None
+
+
+class SendReport:
+    """One result per event (or per recipient), in the order given."""
+
+    def __init__(self, results: Sequence[Sent | NotSent]) -> None:
+        self.results = tuple(results)
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def __getitem__(self, index: int) -> Sent | NotSent:
+        return self.results[index]
+
+    def __iter__(self) -> Iterator[Sent | NotSent]:
+        return iter(self.results)
+
+    def __repr__(self) -> str:
+        return f"<SendReport: {len(self.sent)} sent, {len(self.failed)} not>"
+
+    @property
+    def sent(self) -> list[Sent]:
+        """What was stored."""
+        return [one for one in self.results if isinstance(one, Sent)]
+
+    @property
+    def failed(self) -> list[NotSent]:
+        """What was not."""
+        return [one for one in self.results if isinstance(one, NotSent)]
+
+    def raise_for_failures(self) -> None:
+        """Raise the first failure's error, if any failed."""
+        for one in self.results:
+            if isinstance(one, NotSent):
+                raise one.error
+
+
+class Notification(_Wire, frozen=True):
+    """A notification as its user sees it. Times are RFC 3339 text, None if it did not happen."""
+
+    id: str
+    seq: int
+    rev: int = 0
+    user_id: str = ""
+    type: str = ""
+    title: str | None = None
+    body: str | None = None
+    actor_id: str | None = None
+    target_type: str | None = None
+    target_id: str | None = None
+    read: bool = False
+    seen: bool = False
+    archived: bool = False
+    clicked: bool = False
+    dismissed: bool = False
+    priority: str = "normal"
+    category: str | None = None
+    actions: list[dict[str, Any]] = []
+    data: dict[str, Any] = {}
+    created_at: str = ""
+    updated_at: str | None = None
+    delivered_at: str | None = None
+    seen_at: str | None = None
+    read_at: str | None = None
+    clicked_at: str | None = None
+    dismissed_at: str | None = None
+    archived_at: str | None = None
+    expires_at: str | None = None
+    image_url: str | None = None
+    icon: str | None = None
+    link: str | None = None
+    count: int | None = None
+    aggregation_key: str | None = None
+    campaign_id: str | None = None
+    source_app: str | None = None
+    channels: list[str] | None = None
+    raw: dict[str, Any] = msgspec.field(name="__raw__", default_factory=_nothing)
+    """The object as it came, with members that this version does not know."""
+
+
+class Position(_Wire, frozen=True):
+    """Where a subscriber is in its user's stream: "I have every notification up to `last_seq`, and of those
+    every change up to `last_rev`". Store `str(position)`; `Position.parse` reads it back.
+    """
+
+    epoch: str
+    last_seq: int
+    last_rev: int | None = None
+
+    def __str__(self) -> str:
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def parse(cls, text: str) -> Position:
+        """Read what `str` wrote. Raises ValueError."""
+        return msgspec.json.decode(text, type=cls)
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something changed, on any device of the user.
+
+    Attributes:
+        kind: the frame's type, e.g. NOTIFICATIONS_READ, NOTIFICATION_UPDATED, UNREAD_COUNT, PRESENCE.
+        notification_ids: what it is about; empty where the frame names none (ALL_NOTIFICATIONS_READ).
+        rev: the change's number; None for what is not durable (PRESENCE) or carries its own (UPDATED).
+        notification: the new form, of NOTIFICATION_UPDATED.
+        raw: the whole frame.
+    """
+
+    kind: str
+    notification_ids: tuple[str, ...]
+    rev: int | None
+    notification: Notification | None = None
+    raw: dict[str, Any] = field(default_factory=_nothing, compare=False)
+
+
+@dataclass(frozen=True)
+class Reset:
+    """The server could not replay everything after our position (`recovered: false`): read the feed.
+
+    Attributes:
+        position: where the subscription goes on.
+        before: what was asked for.
+    """
+
+    position: Position
+    before: Position | None
+
+
+class PresenceDevice(_Wire, frozen=True):
+    """One device of a user."""
+
+    device_id: str
+    attention: str
+    since: str
+
+
+class Presence(_Wire, frozen=True):
+    """Whether a user is there."""
+
+    user_id: str
+    status: str
+    """active, idle or offline."""
+    devices: list[PresenceDevice] = []
+    last_seen_at: str | None = None
+
+
+class Token(_Wire, frozen=True):
+    """A client token."""
+
+    token: str
+    expires_at: str
+
+    def __repr__(self) -> str:
+        return f"Token(token=..., expires_at={self.expires_at!r})"
+
+
+class Device(_Wire, frozen=True, omit_defaults=True):
+    """A push target. `token` or, for fcm, `fid`."""
+
+    platform: str
+    """ios or android."""
+    provider: str
+    """fcm or apns."""
+    token: str | None = None
+    fid: str | None = None
+    app_id: str | None = None
+    environment: str | None = None
+    locale: str | None = None
+    device_id: str | None = None
+    """Set in answers."""
+    registered_at: str | None = None
+    disabled_at: str | None = None
+    disabled_reason: str | None = None
+
+
+class FeedPage(_Wire, frozen=True):
+    """One page of a feed, newest first."""
+
+    notifications: list[Notification]
+    next_cursor: str | None = None
+
+
+class DeliveryTry(_Wire, frozen=True):
+    """One try of a push."""
+
+    attempt: int = 0
+    device_id: str | None = None
+    provider: str | None = None
+    outcome: str = ""
+    provider_id: str | None = None
+    status: int | None = None
+    error: str | None = None
+    started_at: str = ""
+    duration_ms: float = 0.0
+
+
+class DeliveryRecord(_Wire, frozen=True):
+    """One way that a notification took or takes."""
+
+    channel: str
+    state: str
+    attempts: int = 0
+    reason: str | None = None
+    due_at: str | None = None
+    created_at: str | None = None
+    updated_at: str | None = None
+    tries: list[DeliveryTry] = []
+
+
+class NotificationHistory(_Wire, frozen=True):
+    """A notification and everything that was tried to deliver it."""
+
+    notification: Notification
+    delivery_state: str
+    """SENT, DELIVERED, READ or RETRACTED."""
+    deliveries: list[DeliveryRecord] = []

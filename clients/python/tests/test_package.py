@@ -1,0 +1,121 @@
+"""The package by itself: what it needs, what it exports, what its examples do."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from client_kit import KEY, FakeServer, Socket
+
+import carillon_client
+from carillon_client import errors
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+ALLOWED = {"carillon_client", "httpx", "websockets", "msgspec"}
+EXAMPLE = re.compile(r"```python\n(.*?)```", re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT.parent.parent / "docs" / "how-to" / "use-the-python-client.md"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_it_needs_what_it_declares_and_nothing_else(path: Path) -> None:
+    """Imports are the standard library's, its own, or declared ones: never a server package."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        names = (
+            [alias.name for alias in node.names] if isinstance(node, ast.Import)
+            else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        )  # fmt: skip
+        for name in names:
+            top = name.split(".")[0]
+            assert top in ALLOWED or top in sys.stdlib_module_names, f"{path}: {name}"
+
+
+def test_it_loads_without_the_repository(tmp_path: Path) -> None:
+    """Imported from elsewhere, it loads no module of the servers."""
+    code = (
+        "import sys, carillon_client, carillon_client.cli; "
+        "servers = ('carillon', 'stores', 'channels', 'actors', 'serve', 'cluster'); "
+        "print([name for name in sys.modules if name.split('.')[0] in servers])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_everything_exported_is_there() -> None:
+    """__all__ is sorted and true, and every error is exported."""
+    assert carillon_client.__all__ == sorted(carillon_client.__all__, key=str)
+    for name in carillon_client.__all__:
+        assert hasattr(carillon_client, name)
+    public = [
+        n for n, v in vars(errors).items() if isinstance(v, type) and issubclass(v, errors.CarillonError)
+    ]
+    assert set(public) <= set(carillon_client.__all__)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.InvalidRequestError(422, "invalid", "d", False, (errors.FieldError("a", "b", "c"),), "r", 1.0),
+        errors.GaveUpError(3, errors.TransportError("x", False), True),
+        errors.SubscriptionRefusedError(4001),
+        errors.OperationError("c", "m", True),
+    ],
+)
+def test_errors_survive_pickling(error: errors.CarillonError) -> None:
+    """They cross process boundaries with their fields and text."""
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert str(again) == str(error)
+    assert vars(again).keys() == vars(error).keys()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_examples_run(page: Path, fake: FakeServer) -> None:
+    """Every Python example of the page runs against a server, as it is written."""
+
+    async def two(socket: Socket) -> None:
+        await socket.welcome(0)
+        await socket.notify(1)
+        await socket.notify(2)
+        await socket.read()
+
+    fake.sockets = [two]
+    presence = {"userId": "ada", "status": "active"}
+    fake.answers = {
+        ("POST", "/v1/tokens"): (201, {"token": "tok", "expiresAt": "x"}),
+        ("GET", "/v1/presence/ada"): (200, presence),
+        ("POST", "/v1/presence/query"): (200, {"users": [presence, {**presence, "userId": "grace"}]}),
+        ("GET", "/v1/users/ada/notifications?limit=100&status=unread"): (
+            200,
+            {"notifications": [], "nextCursor": None},
+        ),
+    }
+    examples = EXAMPLE.findall(page.read_text("utf-8"))
+    assert examples
+    for example in examples:
+        text = example.replace("http://127.0.0.1:8000", fake.url).replace(
+            "ws://127.0.0.1:8001/ws", fake.ws_url
+        )
+        names = {
+            "key": KEY,
+            "token": "tok",
+            "events": [{"userId": "ada", "type": "t", "title": "x"}],
+            "saved": None,
+        }
+        code = compile(text, str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        result = eval(code, names)
+        if result is not None:
+            asyncio.run(asyncio.wait_for(result, 10))
