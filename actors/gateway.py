@@ -348,6 +348,7 @@ class Gateway:
             self._refused(conn, auth, UnauthenticatedError("expected a newer token than the present one"))
         else:
             conn.issued_ms = identity.issued_ms
+            conn.token_id = identity.token_id
             conn.expires_at = self._end_of(identity, now_ms)
             conn.reschedule()
             if auth.ref is not None:
@@ -366,6 +367,7 @@ class Gateway:
         conn.tenant, conn.user = identity.tenant, identity.user
         conn.slot = slot_of(identity.tenant, identity.user)
         conn.issued_ms = identity.issued_ms
+        conn.token_id = identity.token_id
         if auth.device is not None:
             conn.device = auth.device
         conn.path_user = None

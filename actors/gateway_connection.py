@@ -95,8 +95,8 @@ class Connection(asyncio.Protocol):
         "_write_paused", "_ws", "acks", "attached_at", "attention", "clean", "device", "drain_wanted", "due",
         "encoding", "epoch", "expires_at",
         "held", "issued_ms", "link", "number", "orphan_since", "path_user", "phase", "ready",
-        "resume", "rev", "seq", "session_id", "shard", "slot", "tenant", "term", "user", "viewing",
-        "welcomed",
+        "resume", "rev", "seq", "session_id", "shard", "slot", "tenant", "term", "token_id", "user",
+        "viewing", "welcomed",
     )  # fmt: skip
 
     def __init__(self, host: Host) -> None:
@@ -115,6 +115,7 @@ class Connection(asyncio.Protocol):
         self.encoding = Encoding.LEGACY
         self.path_user: str | None = None
         self.tenant = self.user = self.device = self.session_id = self.shard = ""
+        self.token_id = b""
         self.slot = self.issued_ms = self.number = self.term = self.seq = 0
         self.link: Link | None = None
         self.epoch: str | None = None

@@ -113,6 +113,7 @@ class Owners:
                     viewing=conn.viewing,
                     began_seq=None if conn.acks is None else conn.acks.known(now, self._ack_repeat_s),
                     acked_seq=0 if conn.acks is None else conn.acks.seq,
+                    token_id=conn.token_id,
                 )
             )
         except (LinkError, BusyError) as exc:

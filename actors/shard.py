@@ -43,6 +43,7 @@ from carillon.messages import (
     DevicePut,
     Done,
     Event,
+    Logout,
     Outcome,
     Outcomes,
     PreferencesPut,
@@ -452,10 +453,25 @@ class Shard:
                 self._term_now, message.tenant, message.user, message.document, now_ms
             )
             return Done()
+        if kind is Logout:
+            await self._log_out(user, message)
+            return Done()
         await self._store.revoke_tokens(self._term_now, user.stream_id, now_ms)
         user.valid_from_ms = now_ms
         self._sessions.close_user(user, 4001, "the sessions of this user were revoked")
         return Done()
+
+    async def _log_out(self, user: User, message: Logout) -> None:
+        device, token = message.device, message.token_id
+        await self._store.log_out(
+            self._term_now, user.stream_id, user.key, device, token, message.token_expires_ms
+        )
+        user.revoked |= {token}
+        left = await self._store.load_targets([user.key])
+        user.has_target = bool(left[user.key])
+        self._sessions.close_user(
+            user, 4001, "logged out", only=lambda a: a.token_id == token or a.device == device
+        )
 
     async def _presence(self, message: PresenceQuery) -> PresenceReply:
         found: dict[str, UserPresence] = {}
@@ -502,4 +518,4 @@ class Shard:
 _SESSION_MESSAGES = frozenset(
     (ClientAck, ClientReady, ClientResume, ClientVisibility, ClientWatch, SocketDrained, Detach)
 )
-_DOCUMENT_MESSAGES = frozenset((DevicePut, DeviceDelete, PreferencesPut, SessionsRevoke))
+_DOCUMENT_MESSAGES = frozenset((DevicePut, DeviceDelete, PreferencesPut, SessionsRevoke, Logout))

@@ -152,8 +152,11 @@ class Sessions:
         self._users.when_loaded(key, message.slot, loaded)
 
     def _attach(self, peer: Peer, message: Attach, user: User) -> None:
-        if 0 < message.token_issued_ms < (user.valid_from_ms or 0):
+        if message.token_issued_ms < (user.valid_from_ms or 0):
             self._close(peer, [message.conn], 4001, "the sessions of this user were revoked")
+            return
+        if user.revoked and message.token_id in user.revoked:
+            self._close(peer, [message.conn], 4001, "this token was logged out")
             return
         session = user.session
         if session is None:
@@ -173,6 +176,7 @@ class Sessions:
             attention=message.attention, viewing=message.viewing,
             began_seq=message.began_seq, acked_seq=message.acked_seq,
         )  # fmt: skip
+        attachment.token_id = message.token_id
         peer.attached[message.conn] = (user, attachment)
         self.run(user, effects)
         self._schedule(user)
@@ -273,12 +277,19 @@ class Sessions:
                 self._refuse(peer, [attachment.conn])
             session.attachments.clear()
 
-    def close_user(self, user: User, code: int, reason: str) -> None:
-        """Close all connections of a user."""
+    def close_user(
+        self,
+        user: User,
+        code: int,
+        reason: str,
+        *,
+        only: Callable[[Attachment], bool] | None = None,
+    ) -> None:
+        """Close all connections of a user, or (`only`) some."""
         session = user.session
         if session is None:
             return
-        for attachment in list(session.attachments):
+        for attachment in [a for a in session.attachments if only is None or only(a)]:
             peer: Peer = attachment.peer
             self._close(peer, [attachment.conn], code, reason)
             peer.attached.pop(attachment.conn, None)

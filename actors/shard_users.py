@@ -27,8 +27,8 @@ class User:
     """One user in memory."""
 
     __slots__ = (
-        "epoch", "expired", "key", "last_seen_ms", "pins", "providers", "rev", "seq", "session", "slot",
-        "stream_id", "unread", "valid_from_ms",
+        "epoch", "expired", "key", "last_seen_ms", "pins", "providers", "rev", "revoked", "seq", "session",
+        "slot", "stream_id", "unread", "valid_from_ms",
     )  # fmt: skip
 
     def __init__(self, record: UserRecord, slot: int) -> None:
@@ -44,6 +44,7 @@ class User:
         self.take_targets(record.targets)
         self.last_seen_ms = record.last_seen_ms
         self.valid_from_ms = record.valid_from_ms
+        self.revoked = frozenset(record.revoked)  # tokens that were logged out
         self.session: Session | None = None
         self.pins = 0  # events queued or in a batch: not to be evicted
 

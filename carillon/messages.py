@@ -225,6 +225,19 @@ class SessionsRevoke(Struct, array_like=True, tag=11):
     slot: int
 
 
+class Logout(Struct, array_like=True, tag=15):
+    """Request: forget a device's push target, refuse a token from now on, close their sockets with 4001.
+    Reply: `Done`."""
+
+    tenant: str
+    user: str
+    slot: int
+    device: str | None
+    """None: only the token goes."""
+    token_id: bytes
+    token_expires_ms: int
+
+
 # ---------------------------------------------------------------------------------------------------
 # Sockets: gateway -> shard, one-way, strictly in order per link
 
@@ -263,6 +276,8 @@ class Attach(Struct, array_like=True, tag=20):
     acked_seq: int = 0
     """With reattach: what this connection acknowledged cumulatively; beyond `began_seq` that may have been
     lost with the shard before."""
+    token_id: bytes = b""
+    """`carillon.tokens.token_id` of the token: one that was logged out is refused (close 4001)."""
 
 
 class Detach(Struct, array_like=True, tag=21):
@@ -572,7 +587,7 @@ class Ping(Struct, array_like=True, tag=91):
 
 type_union = (
     Publish | Outcomes | Change | ChangeResult | DevicePut | DeviceDelete | PreferencesPut | Done
-    | PresenceQuery | PresenceReply | SessionsRevoke | Attach | Detach | ClientReady | ClientResume
+    | PresenceQuery | PresenceReply | SessionsRevoke | Logout | Attach | Detach | ClientReady | ClientResume
     | ClientAck | ClientChange | ClientVisibility | ClientWatch | SocketDrained | Deliver | CloseSocket
     | AttachRefused | Push | PushAccepted | PushOutcome | PushLeft | Join | Renew | ClusterMap | Leave
     | StatsQuery | StatsReply | Failure | Ping

@@ -125,7 +125,7 @@ class Attachment:
     __slots__ = (
         "acked_seq", "attention", "attention_since_ms", "conn", "cursor_rev", "cursor_seq", "device",
         "first_frame_seen", "legacy", "loading", "owes_since_ms", "peer", "phase", "replay", "reported",
-        "session", "session_id", "viewing", "wait_deadline", "written_before",
+        "session", "session_id", "token_id", "viewing", "wait_deadline", "written_before",
     )  # fmt: skip
 
     def __init__(
@@ -136,6 +136,7 @@ class Attachment:
         self.conn = conn
         self.device = device
         self.session_id = session_id
+        self.token_id = b""  # set by the shell
         self.phase = Phase.WAITING
         self.cursor_seq = 0
         self.cursor_rev = 0

@@ -58,6 +58,8 @@ class ClientIdentity(NamedTuple):
     """`exp`, milliseconds since the epoch."""
     issued_ms: int
     """`iat`, milliseconds since the epoch; 0 if the token has none."""
+    token_id: bytes = b""
+    """What names the token among revoked ones: see `token_id`."""
 
 
 def claimed_tenant(token: str) -> str:
@@ -109,7 +111,11 @@ def verify(
         if at_ms is not None and at_ms > now_ms + skew_ms:
             raise UnauthenticatedError(f"the token's {claim} is in the future: it is not valid yet")
     identity = ClientIdentity(
-        _name(claims, "tenant"), _name(claims, "sub"), expires_ms, _time(claims, "iat") or 0
+        _name(claims, "tenant"),
+        _name(claims, "sub"),
+        expires_ms,
+        _time(claims, "iat") or 0,
+        token_id(token),
     )
     if tokens_valid_from_ms is not None and identity.issued_ms < tokens_valid_from_ms:
         raise UnauthenticatedError("the token was revoked")

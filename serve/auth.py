@@ -15,7 +15,7 @@ from carillon.clock import Clock
 from carillon.errors import NotPermittedError, UnauthenticatedError
 from carillon.settings import IngressSettings
 from carillon.tokens import ClientIdentity, TokenRules, claimed_tenant, unknown_key, verify
-from stores.postgres.tenants import ApiKeyRecord, TenantRecord, TenantStore
+from stores.postgres.tenants import ApiKeyRecord, Revocations, TenantRecord, TenantStore
 from stores.token_keys import TokenKeySource
 
 V = TypeVar("V")
@@ -113,15 +113,15 @@ class Authenticator:
         self._keys: TimedCache[ApiKeyRecord | None] = TimedCache(self._read_key, ttl_s, clock)
         self._keys_of = TokenKeySource(self.tenant, settings, clock)
         self._tenant_cache: TimedCache[TenantRecord | None] = TimedCache(tenants.tenant, ttl_s, clock)
-        self._valid_from: TimedCache[int | None] = TimedCache(self._read_valid_from, ttl_s, clock)
+        self._revocations: TimedCache[Revocations] = TimedCache(self._read_revocations, ttl_s, clock)
         self._used_ms: dict[str, int] = {}
 
     async def _read_key(self, header: bytes) -> ApiKeyRecord | None:
         key = bearer(header)
         return None if key_id_of(key) is None else await self._tenants.api_key(hash_key(key))
 
-    async def _read_valid_from(self, who: tuple[str, str]) -> int | None:
-        return await self._tenants.tokens_valid_from_ms(*who)
+    async def _read_revocations(self, who: tuple[str, str]) -> Revocations:
+        return await self._tenants.revocations(*who)
 
     def known_key(self, header: bytes | None) -> ApiKeyRecord | None:
         """The key of an Authorization header if it is cached and good; None means: ask `service`."""
@@ -169,8 +169,7 @@ class Authenticator:
             keys = await self._keys_of.of(tenant, refresh=True)
         # Verified first: only then is the user's name trusted enough to ask the database for it.
         who = verify(token, keys, now_ms, self._rules)
-        valid_from_ms = await self._valid_from.get((who.tenant, who.user))
-        if valid_from_ms is not None and who.issued_ms < valid_from_ms:
+        if (await self._revocations.get((who.tenant, who.user))).hit(who):
             raise UnauthenticatedError("the token was revoked")
         return who
 
@@ -184,7 +183,7 @@ class Authenticator:
 
     def revoked(self, tenant: str, user: str) -> None:
         """Tokens of the user were revoked through this replica: it knows at once."""
-        self._valid_from.forget((tenant, user))
+        self._revocations.forget((tenant, user))
 
     async def write_uses(self) -> None:
         """Write when keys were last used. Raises StoreUnavailableError; what was not written is kept."""

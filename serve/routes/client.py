@@ -9,12 +9,12 @@ from carillon.clock import rfc3339
 from carillon.event_rules import MAX_INT, Text, text_error
 from carillon.events import ProblemError, refused
 from carillon.ids import slot_of
-from carillon.messages import Change, ChangeResult
+from carillon.messages import Change, ChangeResult, Logout
 from carillon.notification import notification_json, user_json_of
 from carillon.problems import FieldError, problem, shown
 from serve.http import Request, Response, json_response, whole_number
 from serve.routes import users
-from serve.routes.bodies import notification_ids, path_notification
+from serve.routes.bodies import notification_ids, path_notification, valid_id
 from serve.routing import CLIENT, Query, Route
 from serve.schemas import IDS_BODY, INSTANT, SUCCESS, WHOLE, nullable, obj, ref, text
 from serve.services import Services
@@ -43,6 +43,21 @@ async def post_ticket(services: Services, request: Request) -> Response:
         request.identity, services.clock.now_ms(), services.settings.ingress.ticket_ttl_s
     )
     return json_response({"ticket": ticket, "expiresAt": rfc3339(until_ms)}, 201)
+
+
+async def post_logout(services: Services, request: Request) -> Response:
+    """POST /api/logout."""
+    document = await request.json_object(("deviceId",))
+    device = document.get("deviceId")
+    if device is not None:
+        device = valid_id("deviceId", device)
+    who = request.identity
+    assert who is not None
+    slot = slot_of(who.tenant, who.user)
+    message = Logout(who.tenant, who.user, slot, device, who.token_id, who.expires_ms)
+    await services.backend.request(message, request.deadline)
+    services.auth.revoked(who.tenant, who.user)
+    return json_response({"success": True})
 
 
 async def get_unread_count(services: Services, request: Request) -> Response:
@@ -233,6 +248,17 @@ ROUTES: Final = (
     Route(
         "DELETE", "/api/devices/{deviceId}", delete_device, CLIENT, "Forget my push target",
         answer=SUCCESS, answer_example={"success": True}, problems=(404, 422), tag=_TAG,
+    ),
+    Route(
+        "POST", "/api/logout", post_logout, CLIENT, "Log out",
+        doc=(
+            "The token of this request is refused from now on, and its sockets are closed with 4001. With "
+            "`deviceId` that device's push target and sockets go, too: the next user of a shared device "
+            "never sees a push for this one."
+        ),
+        body=obj(nullable({"deviceId": text(1, 128)})), body_required=False,
+        body_example={"deviceId": "phone"},
+        answer=SUCCESS, answer_example={"success": True}, problems=(400, 413, 422), tag=_TAG,
     ),
     Route(
         "POST", "/api/tickets", post_ticket, CLIENT, "A one-time ticket for a URL",

@@ -105,6 +105,8 @@ class UserRecord:
     """How many of `unread` had expired when loaded: they are not shown."""
     last_seen_ms: int | None
     valid_from_ms: int | None
+    revoked: list[bytes]
+    """Tokens that were logged out."""
     """Tokens issued before are revoked."""
     targets: list[PushTarget] = field(default_factory=list)
 
@@ -355,7 +357,7 @@ class ShardStore:
                 targets = await connection.fetch(self._sql["load_targets"], tenants, names)
         records = {
             UserKey(r[0], r[1]): UserRecord(
-                UserKey(r[0], r[1]), r[2], r[3], r[4], r[5], r[7], r[7] - r[6], r[8], r[9]
+                UserKey(r[0], r[1]), r[2], r[3], r[4], r[5], r[7], r[7] - r[6], r[8], r[9], r[10]
             )
             for r in rows
         }
@@ -728,6 +730,15 @@ class ShardStore:
         """Replace the preferences document (JSON text)."""
         async with self._fenced(term) as connection:
             await connection.execute(self._sql["put_preferences"], tenant, user, document, now_ms / 1000)
+
+    async def log_out(
+        self, term: int, stream_id: int, key: UserKey, device: str | None, token_id: bytes, expires_ms: int
+    ) -> None:
+        """Forget a device's push target (None: none) and refuse a token. Atomicity: both or neither."""
+        async with self._fenced(term) as connection:
+            if device is not None:
+                await connection.execute(self._sql["delete_target"], key.tenant, key.user, device)
+            await connection.execute(self._sql["log_out"], stream_id, token_id, expires_ms / 1000)
 
     async def revoke_tokens(self, term: int, stream_id: int, now_ms: int) -> None:
         """Tokens issued before now are no longer valid."""

@@ -18,6 +18,7 @@ import msgspec
 from carillon.api_keys import check_scopes, check_tenant_name, hash_key, make_key
 from carillon.errors import InvalidInputError, NotFoundError
 from carillon.token_keys import check_jwks_url, parse_jwks
+from carillon.tokens import ClientIdentity
 from stores.postgres.named import load_queries
 from stores.postgres.pool import acquired
 
@@ -73,6 +74,20 @@ class ApiKeyRecord:
     def valid(self, now_ms: int) -> bool:
         """Neither revoked nor at its end."""
         return not self.revoked and (self.expires_ms is None or now_ms < self.expires_ms)
+
+
+@dataclass(frozen=True)
+class Revocations:
+    """Tokens of a user that are not valid any more."""
+
+    valid_from_ms: int = 0
+    """Those issued before (or without `iat`, if it is set)."""
+    tokens: frozenset[bytes] = frozenset()
+    """Those that were logged out, by `carillon.tokens.token_id`."""
+
+    def hit(self, who: ClientIdentity) -> bool:
+        """Whether a verified token is one of them."""
+        return who.issued_ms < self.valid_from_ms or who.token_id in self.tokens
 
 
 @dataclass(frozen=True)
@@ -293,12 +308,15 @@ class TenantStore:
         async with acquired(self._pool, self._timeout_s) as connection:
             await connection.execute(self._sql["touch_keys"], list(used_ms), times)
 
-    async def tokens_valid_from_ms(self, tenant: str, user: str) -> int | None:
-        """Tokens of the user issued before this time are revoked; None means none ever were."""
+    async def revocations(self, tenant: str, user: str) -> Revocations:
+        """Which tokens of a user are not valid any more, though they verify."""
         if "\0" in tenant or "\0" in user:
-            return None
+            return Revocations()
         async with acquired(self._pool, self._timeout_s) as connection:
-            return await connection.fetchval(self._sql["user_security"], tenant, user)
+            row = await connection.fetchrow(self._sql["user_security"], tenant, user)
+        if row is None:
+            return Revocations()
+        return Revocations(row["valid_from_ms"] or 0, frozenset(row["revoked"]))
 
 
 def _check_limit(rate_per_s: float | None, burst: int | None) -> tuple[float | None, int | None]:

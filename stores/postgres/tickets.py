@@ -49,6 +49,7 @@ class TicketStore:
                 who.issued_ms,
                 until_ms / 1000,
                 now_ms / 1000,
+                who.token_id,
             )
         return ticket, until_ms
 
@@ -60,7 +61,7 @@ class TicketStore:
             row = await connection.fetchrow(self._sql["redeem"], _hash(ticket), now_ms / 1000)
         if row is None or not row["valid"]:
             return None
-        return ClientIdentity(row["tenant"], row["user_id"], row["token_expires_ms"], row["token_issued_ms"])
+        return ClientIdentity(*row[:5])
 
 
 def _hash(ticket: str) -> bytes:

@@ -100,7 +100,7 @@ class Kit:
         """Everything in the tables that a shard writes, as text."""
         tables = (
             "streams", "notifications", "deliveries", "delivery_attempts", "devices", "preferences",
-            "idempotency_keys",
+            "idempotency_keys", "revoked_tokens",
         )  # fmt: skip
         rows = {t: await self.db.fetchval(f"select json_agg(x)::text from {t} x") for t in tables}
         return json.dumps(rows, sort_keys=True)
@@ -139,6 +139,9 @@ WRITES: dict[str, Callable[[Kit, Event, int], Awaitable[Any]]] = {
     ),
     "delete_target": lambda kit, e, d: kit.store.delete_target(kit.term, "t", "u", "phone"),
     "put_preferences": lambda kit, e, d: kit.store.put_preferences(kit.term, "t", "u", "{}", NOW),
+    "log_out": lambda kit, e, d: kit.store.log_out(
+        kit.term, kit.user.stream_id, UserKey("t", "u"), "phone", b"i" * 16, NOW
+    ),
     "revoke_tokens": lambda kit, e, d: kit.store.revoke_tokens(kit.term, kit.user.stream_id, NOW),
 }
 SILENT: dict[str, Callable[[Kit, Event, int], Awaitable[Any]]] = {

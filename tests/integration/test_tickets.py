@@ -14,7 +14,7 @@ from stores.postgres.tickets import TicketStore
 from tests.actors.fakes import fast_settings
 from tests.integration.ingress_world import World
 
-WHO = ClientIdentity("acme", "ada", 1_700_000_100_000, 1_700_000_000_000)
+WHO = ClientIdentity("acme", "ada", 1_700_000_100_000, 1_700_000_000_000, b"i" * 16)
 NOW = 1_700_000_010_000
 
 

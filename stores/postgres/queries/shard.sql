@@ -22,7 +22,8 @@ select b.tenant, b.user_id, b.stream_id, b.epoch, b.seq, b.rev,
                      and n.archived_at is null and n.dismissed_at is null and n.retracted_at is null) as unread,
        b.unread as raw_unread,
        (extract(epoch from b.last_seen_at) * 1000)::bigint as last_seen_ms,
-       (extract(epoch from b.tokens_valid_from) * 1000)::bigint as valid_from_ms
+       (extract(epoch from b.tokens_valid_from) * 1000)::bigint as valid_from_ms,
+       array(select r.token_id from revoked_tokens r where r.stream_id = b.stream_id and r.expires_at > now())
 from both_of b, fence;
 
 -- name: load_targets
@@ -386,6 +387,15 @@ delete from devices where tenant = $1 and user_id = $2 and device_id = $3 return
 insert into preferences as p (tenant, user_id, document, updated_at) values ($1, $2, $3::jsonb, to_timestamp($4))
 on conflict (tenant, user_id) do update
     set document = excluded.document, version = p.version + 1, updated_at = excluded.updated_at;
+
+-- name: log_out
+-- A token is refused until it ends by itself; those that have ended go. $1 stream, $2 token, $3 its end (seconds).
+with stale as (
+    delete from revoked_tokens where (stream_id, token_id) = any (
+        array(select (stream_id, token_id) from revoked_tokens where expires_at < now() limit 100))
+)
+insert into revoked_tokens (stream_id, token_id, expires_at) values ($1, $2, to_timestamp($3))
+on conflict do nothing;
 
 -- name: revoke_tokens
 update streams set tokens_valid_from = to_timestamp($2) where stream_id = $1;

@@ -87,6 +87,8 @@ select settings -> 'policy' as policy from tenants where tenant = $1;
 update tenants set settings = jsonb_set(settings, '{policy}', $2::jsonb) where tenant = $1 returning tenant;
 
 -- name: user_security
--- Since when tokens of a user count (POST .../sessions/revoke), in ms; no row: the user never had a stream.
-select (extract(epoch from tokens_valid_from) * 1000)::bigint as tokens_valid_from_ms
-from streams where tenant = $1 and user_id = $2;
+-- Since when tokens of a user count (POST .../sessions/revoke), in ms, and which were logged out; no row: the user
+-- never had a stream.
+select (extract(epoch from s.tokens_valid_from) * 1000)::bigint as valid_from_ms,
+       array(select r.token_id from revoked_tokens r where r.stream_id = s.stream_id and r.expires_at > now()) as revoked
+from streams s where s.tenant = $1 and s.user_id = $2;
