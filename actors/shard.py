@@ -468,7 +468,7 @@ class Shard:
         )
         user.revoked |= {token}
         left = await self._store.load_targets([user.key])
-        user.has_target = bool(left[user.key])
+        user.take_targets(left[user.key])
         self._sessions.close_user(
             user, 4001, "logged out", only=lambda a: a.token_id == token or a.device == device
         )
