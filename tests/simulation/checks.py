@@ -26,7 +26,7 @@ def settled(world: World) -> list[str]:
             left.append(f"{device.name} is at seq {device.view.last_seq} of {upto}")
     open_ = [d for d in world.db.deliveries.values() if d.state in CLAIMABLE]
     left += [f"push {d.id} is {d.state}, due {d.due_ms - world.clock.now_ms()} ms" for d in open_]
-    unanswered = sum(entry.outcome is None for entry in world.published)
+    unanswered = sum(entry.outcome is None and not entry.abandoned for entry in world.published)
     if unanswered:
         left.append(f"{unanswered} events have no outcome")
     return left[:5]

@@ -191,6 +191,8 @@ class Device:
             return
         self._socket = None
         self.world.say(self.name, f"is disconnected ({code})")
+        if code == 4001:
+            self.world.forget_token(self.user)
         self.world.closes[code] = self.world.closes.get(code, 0) + 1
         if self.wanted:
             self._again(self.world.rng.uniform(0.05, 1.5))

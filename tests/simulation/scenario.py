@@ -113,9 +113,18 @@ async def traffic(world: World) -> None:
             rng.choice(world.devices).look(rng.choice(LOOKS))
         else:
             user = rng.choice(users)
-            if rng.random() < 0.3:
+            request = rng.random()
+            if request < 0.15:
+                world.revoke(user)
+            elif request < 0.2:
+                world.ask_presence(user, f"stranger-{rng.randrange(99)}")
+            elif request < 0.3:
+                world.prefer(user)
+            elif request < 0.45:
+                world.change(user, "archive", bytes(16))
+            elif request < 0.55:
                 world.lose_phone(user)
-            elif rng.random() < 0.6:
+            elif request < 0.85:
                 world.register(user, f"token-{rng.choice(users)}-{rng.randrange(2)}")
             else:
                 world.unregister(user)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import functools
+import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +39,7 @@ from stores.postgres.shard_store import (
     StoredKey,
     UserRecord,
 )
-from tests.simulation.loop import Node, SimLoop
+from tests.simulation.loop import NODE, Node, SimLoop
 
 PENDING = ("planned", "failed", "unknown")
 CLAIMABLE = (*PENDING, "sending")
@@ -121,6 +123,8 @@ class Database:
         self.moves = 0
         self.wrong: list[str] = []
         self.on_commit: Callable[[str, str], None] | None = None
+        self.calling = ""  # the method whose statement is being sent
+        self.at_statement: Callable[[str, Any, str], Exception | None] | None = None
         self.epoch = 0
         self.members: list[Member] = []
         self.owners: list[str | None] = [None] * SLOTS
@@ -141,8 +145,30 @@ class Database:
     def run(self, statement: Callable[[], Any]) -> asyncio.Future[Any]:
         """Send a statement; the future of its answer."""
         answer = self.loop.create_future()
+        if self.at_statement is not None:
+            name, node, statement = self.calling, NODE.get(), self._watched(statement)
+            refused = self.at_statement(name, node, "before")
+            if refused is not None:
+                self.loop.call_later(
+                    self._delay(), self._tell, answer, None, refused, context=self.node.context
+                )
+                return answer
         self.loop.call_later(self._delay(), self._execute, answer, statement, context=self.node.context)
         return answer
+
+    def _watched(self, statement: Callable[[], Any]) -> Callable[[], Any]:
+        """A statement behind which a failpoint may lie."""
+        name, node = self.calling, NODE.get()
+
+        def run() -> Any:
+            result = statement()
+            assert self.at_statement is not None
+            lost = self.at_statement(name, node, "after")
+            if lost is not None:
+                raise lost
+            return result
+
+        return run
 
     def _delay(self) -> float:
         return self.rng.uniform(0.0002, 0.0012) + (self.rng.uniform(0, self.slow_s) if self.slow_s else 0.0)
@@ -192,6 +218,24 @@ class Database:
             self.wrong.append(f"G9: {shard} committed {what} in slot {slot}, which is {owner}'s")
 
 
+def _named(store: type) -> type:
+    """Let the database know which method a statement is of."""
+    for name, method in list(vars(store).items()):
+        if not name.startswith("_") and inspect.iscoroutinefunction(method):
+            setattr(store, name, _naming(name, method))
+    return store
+
+
+def _naming(name: str, method: Any) -> Any:
+    @functools.wraps(method)
+    async def call(self: Any, *args: Any, **more: Any) -> Any:
+        self._db.calling = name  # read before the first await
+        return await method(self, *args, **more)
+
+    return call
+
+
+@_named
 class ModelShardStore:
     """`stores.postgres.shard_store.ShardStore` over a `Database`."""
 
@@ -693,6 +737,7 @@ class ModelShardStore:
         return await self._db.run(statement)
 
 
+@_named
 class ModelClusterStore:
     """`stores.postgres.cluster.ClusterStore` over a `Database`."""
 

@@ -26,14 +26,17 @@ from carillon.errors import CarillonError
 from carillon.ids import UserKey, Uuid7Source, slot_of
 from carillon.messages import (
     Address,
+    Change,
     DeviceDelete,
     DevicePut,
     Event,
     Outcome,
+    PreferencesPut,
     PresenceQuery,
     PushJob,
     PushResult,
     PushTarget,
+    SessionsRevoke,
 )
 from carillon.metrics import Stats
 from carillon.notification import encode_content
@@ -86,6 +89,7 @@ class Published:
 
     event: Event
     outcome: Outcome | None = None
+    abandoned: bool = False
 
     @property
     def acknowledged(self) -> bool:
@@ -127,6 +131,9 @@ class SimChannel:
         world, provider = self._world, self._world.provider
         now_ms = world.clock.now_ms()
         mood = provider.mood
+        if world.at_try is not None and (broken := world.at_try("before")) is not None:
+            broken.device = target.device
+            return broken
         await asyncio.sleep(world.rng.uniform(0.5, 1.8) if mood == "slow" else world.rng.uniform(0.01, 0.1))
         if mood == "failing":
             return PushResult(target.device, "failed", status=503, error="UNAVAILABLE", started_ms=now_ms)
@@ -139,6 +146,9 @@ class SimChannel:
             world.say(
                 "provider", f"takes {job.notification.hex()[-6:]} (push {job.delivery}) for {target.device}"
             )
+        if world.at_try is not None and (broken := world.at_try("after")) is not None:
+            broken.device = target.device
+            return broken
         if mood == "silent":
             provider.unsure.add(job.notification)
             await asyncio.sleep(2.0)
@@ -182,6 +192,9 @@ class World:
         self.frames = 0
         self.unrecovered = 0
         self.faults = 0
+        self.wire: Callable[[Any, str], bool] | None = None
+        self.at_try: Callable[[str], PushResult | None] | None = None
+        """Failpoints (failpoints.py): around messages between processes, and around tries at a provider."""
         self._ids = Uuid7Source()
         self._made = 0
         self._tokens: dict[str, str] = {}
@@ -253,6 +266,9 @@ class World:
         if not node.dead:
             self.say(name, "is killed" + (" with its machine" if silent else ""))
             self.loop.kill(node)
+            if self.kinds[name] == "ingress":
+                for entry in self.published:
+                    entry.abandoned = entry.outcome is None  # nobody is there any more to be told
             self.network.lose_node(node, silent=silent)
 
     def freeze(self, name: str) -> None:
@@ -294,7 +310,7 @@ class World:
         """A client token that outlives the simulation."""
         found = self._tokens.get(user)
         if found is None:
-            found = self._tokens[user] = mint(TENANT, user, SECRET, START_MS, 30 * 86_400.0)
+            found = self._tokens[user] = mint(TENANT, user, SECRET, self.clock.now_ms(), 30 * 86_400.0)
         return found
 
     def pick_gateway(self) -> tuple[str, int] | None:
@@ -326,6 +342,8 @@ class World:
         entries = [Published(event) for event in events]
         self.published += entries
         node = self.nodes["ingress-1"]
+        for entry in entries:
+            entry.abandoned = node.dead  # connection refused
         self.loop.create_task(self._publish(entries), context=node.context)
 
     async def _publish(self, entries: list[Published]) -> None:
@@ -348,6 +366,30 @@ class World:
             TENANT, user, slot_of(TENANT, user), f"{user}-phone", "android", "fcm", "token", token
         )
         self._request(message, f"registers a phone of {user}")
+
+    def ask_presence(self, *users: str) -> None:
+        """Ask who is there, of strangers too."""
+        self._request(PresenceQuery(TENANT, list(users)), f"asks for {users}")
+
+    def prefer(self, user: str) -> None:
+        """Store preferences."""
+        self._request(
+            PreferencesPut(TENANT, user, slot_of(TENANT, user), "{}"), f"stores {user}'s preferences"
+        )
+
+    def revoke(self, user: str) -> None:
+        """End all sessions of a user; the clients get new tokens."""
+        self._tokens.pop(user, None)
+        self._request(SessionsRevoke(TENANT, user, slot_of(TENANT, user)), f"revokes {user}'s sessions")
+
+    def forget_token(self, user: str) -> None:
+        """A client was told that its token is no longer valid."""
+        self._tokens.pop(user, None)
+
+    def change(self, user: str, op: str, raw: bytes) -> None:
+        """Change a notification over the API, known or not."""
+        message = Change(TENANT, user, slot_of(TENANT, user), op, [raw], strict=True)
+        self._request(message, f"{op} of {user}")
 
     def unregister(self, user: str) -> None:
         """Forget a phone over the API."""
