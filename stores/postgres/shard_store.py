@@ -105,9 +105,9 @@ class UserRecord:
     """How many of `unread` had expired when loaded: they are not shown."""
     last_seen_ms: int | None
     valid_from_ms: int | None
+    """Tokens issued before are revoked."""
     revoked: list[bytes]
     """Tokens that were logged out."""
-    """Tokens issued before are revoked."""
     targets: list[PushTarget] = field(default_factory=list)
 
 

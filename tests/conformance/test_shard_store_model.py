@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import inspect
 import random
@@ -30,6 +31,7 @@ from stores.postgres.shard_store import (
     SettleRow,
     ShardStore,
     SignalRow,
+    UserRecord,
 )
 from tests.simulation.store import Database, ModelClusterStore, ModelShardStore
 
@@ -97,13 +99,14 @@ class Pair:
         self.now_ms += self.rng.randrange(1, 2000)
         steps = (
             self.append, self.append, self.append, self.change, self.change, self.acknowledge, self.claim,
-            self.settle, self.replay, self.look, self.targets, self.load,
+            self.settle, self.replay, self.look, self.targets, self.load, self.log_out,
         )  # fmt: skip
         await self.rng.choice(steps)()
 
     async def load(self) -> None:
         key = self.rng.choice(USERS)
-        records = await self.both("load_users", self.term(), [(key, slot_of(*key), f"e-{key.user}")])
+        asked = [(key, slot_of(*key), f"e-{key.user}")]
+        records = await self.both("load_users", self.term(), asked, order=_tokens_sorted)
         for record in records or ():
             self.streams[key] = record.stream_id
 
@@ -245,6 +248,14 @@ class Pair:
             await self.both("delete_target", self.term(), *key, "phone")
         await self.both("load_targets", USERS)
 
+    async def log_out(self) -> None:
+        if self.streams:
+            key, stream = self.rng.choice(list(self.streams.items()))
+            device, token = self.rng.choice(("phone", None)), self.rng.randbytes(2)
+            await self.both("log_out", self.term(), stream, key, device, token, 4_000_000_000_000)
+            await self.both("load_targets", USERS)
+            await self.load()
+
     async def compare_outbox(self) -> None:
         """The outbox, row by row."""
         rows = await self.sql.fetch(
@@ -256,6 +267,10 @@ class Pair:
             (d.id, d.state, d.attempts, d.reason, d.gate, d.shown_on, d.channel, d.chain, d.due_ms)
             for d in model
         ]
+
+
+def _tokens_sorted(records: list[UserRecord]) -> list[UserRecord]:
+    return [dataclasses.replace(record, revoked=sorted(record.revoked)) for record in records]
 
 
 @pytest.mark.parametrize("seed", range(1, 9))

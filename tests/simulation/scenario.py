@@ -114,8 +114,10 @@ async def traffic(world: World) -> None:
         else:
             user = rng.choice(users)
             request = rng.random()
-            if request < 0.15:
+            if request < 0.12:
                 world.revoke(user)
+            elif request < 0.15:
+                world.log_out(user)
             elif request < 0.2:
                 world.ask_presence(user, f"stranger-{rng.randrange(99)}")
             elif request < 0.3:

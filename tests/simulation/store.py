@@ -76,6 +76,8 @@ class StreamRow:
     unread: int = 0
     last_seen_ms: int | None = None
     valid_from_ms: int | None = None
+    revoked: dict[bytes, int] = field(default_factory=dict)
+    """Tokens that were logged out, with their ends (ms)."""
     notes: list[Note] = field(default_factory=list)
 
 
@@ -279,7 +281,7 @@ class ModelShardStore:
                 records.append(
                     UserRecord(
                         key, s.id, s.epoch, s.seq, s.rev, s.unread, expired, s.last_seen_ms, s.valid_from_ms,
-                        targets,
+                        sorted(token for token, end in s.revoked.items() if end > now_ms), targets,
                     )
                 )  # fmt: skip
             return records
@@ -710,6 +712,17 @@ class ModelShardStore:
         def statement() -> None:
             self._fence(term)
             self._db.by_id[stream_id].valid_from_ms = now_ms
+
+        await self._db.run(statement)
+
+    async def log_out(
+        self, term: int, stream_id: int, key: UserKey, device: str | None, token_id: bytes, expires_ms: int
+    ) -> None:
+        def statement() -> None:
+            self._fence(term)
+            if device is not None:
+                self._db.devices.pop((key.tenant, key.user, device), None)
+            self._db.by_id[stream_id].revoked.setdefault(token_id, expires_ms)
 
         await self._db.run(statement)
 

@@ -30,6 +30,7 @@ from carillon.messages import (
     DeviceDelete,
     DevicePut,
     Event,
+    Logout,
     Outcome,
     PreferencesPut,
     PresenceQuery,
@@ -42,7 +43,7 @@ from carillon.metrics import Stats
 from carillon.notification import encode_content
 from carillon.settings import Settings
 from carillon.token_keys import TokenKeys
-from carillon.tokens import mint
+from carillon.tokens import mint, token_id
 from serve.backend import RouterBackend
 from tests.simulation.devices import Device
 from tests.simulation.loop import Node, SimLoop, Stuck
@@ -381,6 +382,14 @@ class World:
         """End all sessions of a user; the clients get new tokens."""
         self._tokens.pop(user, None)
         self._request(SessionsRevoke(TENANT, user, slot_of(TENANT, user)), f"revokes {user}'s sessions")
+
+    def log_out(self, user: str) -> None:
+        """Log a user's phone out, with the token that all its clients have; they get new ones."""
+        self.lost_targets.add(user)
+        token = self._tokens.pop(user, "none was minted")
+        end_ms = self.clock.now_ms() + 30 * 86_400_000
+        message = Logout(TENANT, user, slot_of(TENANT, user), f"{user}-phone", token_id(token), end_ms)
+        self._request(message, f"logs {user}'s phone out")
 
     def forget_token(self, user: str) -> None:
         """A client was told that its token is no longer valid."""

@@ -207,13 +207,13 @@ marked as (
 ),
 followed as (
     update deliveries d
-    set state = case delivery_signal(t.signal, d.state, d.gate, d.hold_until > to_timestamp($5))
+    set state = case delivery_signal(t.signal, d.state, d.gate, coalesce(d.hold_until > to_timestamp($5), false))
             when 'cancel' then 'cancelled' else d.state end,
-        due_at = case delivery_signal(t.signal, d.state, d.gate, d.hold_until > to_timestamp($5))
+        due_at = case delivery_signal(t.signal, d.state, d.gate, coalesce(d.hold_until > to_timestamp($5), false))
             when 'hold' then d.hold_until when 'due' then to_timestamp($5) else d.due_at end,
-        gate = case delivery_signal(t.signal, d.state, d.gate, d.hold_until > to_timestamp($5))
+        gate = case delivery_signal(t.signal, d.state, d.gate, coalesce(d.hold_until > to_timestamp($5), false))
             when 'hold' then 'held' when 'due' then 'always' else d.gate end,
-        reason = case delivery_signal(t.signal, d.state, d.gate, d.hold_until > to_timestamp($5))
+        reason = case delivery_signal(t.signal, d.state, d.gate, coalesce(d.hold_until > to_timestamp($5), false))
             when 'cancel' then case t.signal when 'done' then coalesce(d.reason, 'active') else 'acknowledged' end
             else d.reason end,
         shown_on = case when t.shown <@ d.shown_on then d.shown_on else coalesce(d.shown_on || t.shown, t.shown) end,
@@ -222,7 +222,7 @@ followed as (
     -- The array says by which index: the join alone may be planned as a scan of all that is pending.
     where d.notification_id = any ($3::uuid[]) and d.notification_id = t.id and d.stream_id = t.stream_id
       and d.state in ('planned', 'failed', 'unknown', 'sending') and d.channel <> 'withdraw'
-      and delivery_signal(t.signal, d.state, d.gate, d.hold_until > to_timestamp($5))
+      and delivery_signal(t.signal, d.state, d.gate, coalesce(d.hold_until > to_timestamp($5), false))
           = any (case when t.shown is null or t.shown <@ d.shown_on then array['cancel', 'hold', 'due']
                       else array['cancel', 'hold', 'due', 'show'] end)
 )
