@@ -121,6 +121,7 @@ class Chromium:
         arguments += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
         # A background tab must not be throttled, or several tabs in step cannot be tested.
         arguments += ["--disable-renderer-backgrounding", "--disable-background-timer-throttling"]
+        arguments.append("--window-size=1280,900")  # a desktop's: what is on the screen counts as seen
         if os.geteuid() == 0:
             arguments.append("--no-sandbox")  # Chromium's sandbox refuses to run as root
         self._process = await asyncio.create_subprocess_exec(

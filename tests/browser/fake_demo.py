@@ -190,6 +190,12 @@ class FakeDemo:
                 user,
                 {"type": "NOTIFICATIONS_READ", "notificationIds": frame["notificationIds"], "readAt": ""},
             )
+        elif kind == "MARK_SEEN":
+            for note in self.notes[user]:
+                note["seen"] = note["seen"] or note["id"] in frame["notificationIds"]
+            await self.change(
+                user, {"type": "NOTIFICATIONS_SEEN", "notificationIds": frame["notificationIds"]}
+            )
         elif kind == "MARK_ALL_READ":
             for note in self.notes[user]:
                 note["read"] = True

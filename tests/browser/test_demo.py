@@ -63,13 +63,15 @@ async def test_an_event_to_oneself_is_seen_and_with_the_tab_closed_goes_to_push(
     await send(tab, ana, "while I look")
     await tab.wait(row("while I look"))
     await tab.wait(f"{BADGE} === {before + 1}")
+    # Acknowledged is not seen: had the person left before, it would follow to the phone.
+    await tab.wait("document.getElementById('wire').textContent.includes('NOTIFICATIONS_SEEN')")
 
     watcher = await open_as(browser, system, ben)
     pushed = "[...document.querySelectorAll('#pushes .title')].map(n => n.textContent)"
     await tab.close()
     await send(watcher, ana, "while I am away")
     await watcher.wait(f"{pushed}.includes('while I am away')", timeout_s=30)
-    # It was acknowledged on the socket, so it never went to the phone.
+    # It was seen, so it never went to the phone.
     assert "while I look" not in await watcher.run(pushed)
 
     again = await open_as(browser, system, ana)
