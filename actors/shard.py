@@ -13,6 +13,7 @@ from actors.member import Membership
 from actors.shard_acks import Acknowledgements
 from actors.shard_outbox import Outbox
 from actors.shard_policies import Policies
+from actors.shard_replays import Replays
 from actors.shard_sessions import Sessions
 from actors.shard_users import User, UserCache
 from actors.shard_writer import ChangeEntry, Writer
@@ -54,6 +55,7 @@ from carillon.messages import (
     PushLeft,
     PushOutcome,
     PushTarget,
+    Replay,
     SessionsRevoke,
     SocketDrained,
     UserPresence,
@@ -141,6 +143,10 @@ class Shard:
             self._store, self._users, self._acks, self._clock, self._stats, self._settings,
             term=self._term, slots=lambda: self._slots, send_jobs=self._send_jobs, fenced=self._was_fenced,
         )  # fmt: skip
+        self._replays = Replays(
+            self._store, self._clock,
+            term=self._term, owns=self._owns, due_now=self._outbox.due_now, fenced=self._was_fenced,
+        )  # fmt: skip
         self._sessions = Sessions(
             self._config.name, self._store, self._users, self._clock, self._limits,
             term=self._term, map_version=lambda: self._membership.map.version, owns=self._owns,
@@ -169,6 +175,7 @@ class Shard:
         if self._gauges is not None:
             self._gauges.cancel()
         await self._writer.close()
+        await self._replays.close()
         await self._outbox.close()
         await self._acks.close()
         await self._policies.close()
@@ -311,6 +318,8 @@ class Shard:
                 self._outbox.outcome(link, request, message)
             else:
                 link.fail_nowait(request, NotOwnerError(f"slot {message.slot} is not here"))
+        elif kind is Replay:
+            self._replays.add(link, request, message)
         elif kind is PushLeft:
             self._outbox.left(message)
         elif kind is Change:

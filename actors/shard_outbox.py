@@ -43,10 +43,13 @@ comes first."""
 class _Flight:
     """A claimed row whose jobs are at the pools."""
 
-    __slots__ = ("attempt", "expires_ms", "left", "open", "results", "until_ms")
+    __slots__ = ("attempt", "base", "expires_ms", "left", "open", "results", "until_ms")
 
-    def __init__(self, attempt: int, expires_ms: int | None, providers: set[str], until_ms: int) -> None:
+    def __init__(
+        self, attempt: int, expires_ms: int | None, providers: set[str], until_ms: int, base: int = 0
+    ) -> None:
         self.attempt = attempt
+        self.base = base  # tries before a replay
         self.expires_ms = expires_ms
         self.open = providers
         self.results: list[PushResult] = []
@@ -305,7 +308,9 @@ class Outbox:
             by_provider: dict[str, list[PushTarget]] = {}
             for target in left:
                 by_provider.setdefault(target.provider, []).append(target)
-            self._flights[row.delivery] = _Flight(row.attempt, row.expires_ms, set(by_provider), lease_end_ms)
+            self._flights[row.delivery] = _Flight(
+                row.attempt, row.expires_ms, set(by_provider), lease_end_ms, row.base_attempt
+            )
             members = decode_content(row.content)
             for provider, some in by_provider.items():
                 jobs.append(job_of(row, members, provider, some))
@@ -363,6 +368,12 @@ class Outbox:
         finished: list[tuple[int, _Flight]] = self._half_tried
         self._half_tried = []
         lost: dict[UserKey, list[tuple[str, str]]] = {}
+        unknown = [
+            m.delivery
+            for m in messages
+            if m.delivery not in self._flights and any(r.outcome in RETRYABLE for r in m.results)
+        ]
+        before = await self._store.tries_before(unknown) if unknown else {}
         for message in messages:
             held_back = [r for r in message.results if r.outcome == LEFT]
             tried = message.results
@@ -381,7 +392,8 @@ class Outbox:
             flight = self._flights.get(message.delivery)
             if flight is None or flight.attempt != message.attempt:
                 # Sent by an earlier process of this shard: what the message says is all there is.
-                flight = _Flight(message.attempt, None, {message.provider}, now_ms)
+                base, expires_ms = before.get(message.delivery, (0, None))
+                flight = _Flight(message.attempt, expires_ms, {message.provider}, now_ms, base)
             flight.open.discard(message.provider)
             flight.results += tried
             if held_back:
@@ -396,7 +408,7 @@ class Outbox:
         for delivery, flight in finished:
             verdict = settle(
                 flight.results,
-                flight.attempt,
+                flight.attempt - flight.base,
                 max_attempts=self._settings.push.max_attempts,
                 base_s=self._settings.push.backoff_s,
                 now_ms=now_ms,

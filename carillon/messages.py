@@ -238,6 +238,24 @@ class Logout(Struct, array_like=True, tag=15):
     token_expires_ms: int
 
 
+class Replay(Struct, array_like=True, tag=12):
+    """Request: dead letters of one slot are to be tried again. Reply: `ReplayResult`, after the commit."""
+
+    tenant: str
+    slot: int
+    deliveries: list[int]
+    asked_ms: int
+    """When it was asked for: the same request told again has one effect."""
+
+
+class ReplayResult(Struct, array_like=True, tag=13):
+    """What `Replay` did; the others were no dead letters of the tenant (any more)."""
+
+    replayed: int
+    expired: int
+    """Left dead: nobody wants them any more."""
+
+
 # ---------------------------------------------------------------------------------------------------
 # Sockets: gateway -> shard, one-way, strictly in order per link
 
@@ -587,10 +605,10 @@ class Ping(Struct, array_like=True, tag=91):
 
 type_union = (
     Publish | Outcomes | Change | ChangeResult | DevicePut | DeviceDelete | PreferencesPut | Done
-    | PresenceQuery | PresenceReply | SessionsRevoke | Logout | Attach | Detach | ClientReady | ClientResume
-    | ClientAck | ClientChange | ClientVisibility | ClientWatch | SocketDrained | Deliver | CloseSocket
-    | AttachRefused | Push | PushAccepted | PushOutcome | PushLeft | Join | Renew | ClusterMap | Leave
-    | StatsQuery | StatsReply | Failure | Ping
+    | PresenceQuery | PresenceReply | SessionsRevoke | Logout | Replay | ReplayResult | Attach | Detach
+    | ClientReady | ClientResume | ClientAck | ClientChange | ClientVisibility | ClientWatch
+    | SocketDrained | Deliver | CloseSocket | AttachRefused | Push | PushAccepted | PushOutcome
+    | PushLeft | Join | Renew | ClusterMap | Leave | StatsQuery | StatsReply | Failure | Ping
 )  # fmt: skip
 Message = type_union
 

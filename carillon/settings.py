@@ -268,6 +268,7 @@ class IngressSettings:
         unit="s",
     )
     jwks_timeout_s: float = setting(3.0, "Longest wait for a JWK Set.", low=0.05, unit="s")
+    replay_max: int = setting(500, "Dead letters of one replay call.", low=1, high=5000)
     cors_origins: str = setting(
         "", "Comma-separated origins that may call /api from a browser; empty means any. No credentials."
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from carillon.api_keys import SCOPES
 from carillon.errors import CarillonError, SettingsError
 from carillon.settings import Settings, load_settings
+from cluster import dead_letters
 
 Handler = Callable[[argparse.Namespace, Settings], int]
 
@@ -31,6 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_up(commands)
     _add_cluster_commands(commands)
     _add_admin_commands(commands)
+    for command in dead_letters.add_commands(commands):
+        _data_dir(command)
     return parser
 
 
@@ -330,7 +333,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
 def _handlers() -> dict[str, Handler]:
     from cluster import admin, remote
 
-    return {"up": _up, **remote.HANDLERS, **admin.HANDLERS}
+    return {"up": _up, **remote.HANDLERS, **admin.HANDLERS, **dead_letters.HANDLERS}
 
 
 def _up(options: argparse.Namespace, settings: Settings) -> int:

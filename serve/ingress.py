@@ -29,6 +29,7 @@ from serve.auth import Authenticator
 from serve.backend import RouterBackend
 from serve.door import protocol_of
 from serve.services import Services
+from stores.postgres.dead_letters import DeadLetterReader
 from stores.postgres.feed import FeedReader
 from stores.postgres.pool import open_pool
 from stores.postgres.tenants import TenantStore
@@ -107,6 +108,7 @@ class Ingress:
                 self.backend,
                 TicketStore(self._pool, settings.postgres.connect_timeout_s),
                 RateLimiter(settings.redis, settings.ingress.limit_lease_s, self._clock),
+                DeadLetterReader(self._pool, settings.postgres.connect_timeout_s),
                 cluster_tag=tag,
             )
             self.app = IngressApp(services)

@@ -27,6 +27,7 @@ _TAGS: Final = {
     "Events": "For services: send.",
     "Users": "For services: what belongs to a user.",
     "Presence": "For services: who is there.",
+    "Dead letters": "For services: what could not be delivered, and again.",
     "Client": "For a user's own devices.",
     "Operations": "Health and documentation.",
     "Demo": "The demo page; demo mode only.",
@@ -78,7 +79,7 @@ def _operation(route: Route) -> dict[str, Any]:
         "summary": route.summary,
         "tags": [route.tag],
         "parameters": [
-            {"name": name, "in": "path", "required": True, "schema": _path_schema(name)}
+            {"name": name, "in": "path", "required": True, "schema": _path_schema(name, route.path)}
             for name in re.findall(r"{(\w+)}", route.path)
         ]
         + [_parameter(one, "query") for one in route.query]
@@ -104,7 +105,9 @@ def _operation(route: Route) -> dict[str, Any]:
     return operation
 
 
-def _path_schema(name: str) -> dict[str, Any]:
+def _path_schema(name: str, path: str) -> dict[str, Any]:
+    if name == "id" and path.startswith("/v1/dead-letters/"):
+        return {"type": "string", "pattern": "^[0-9]{1,19}$"}
     if name == "id":
         return {"type": "string", "format": "uuid"}
     return {"type": "string", "minLength": 1, "maxLength": 128}

@@ -130,6 +130,24 @@ _NOTIFICATION_ALWAYS: Final[dict[str, Schema]] = {
     "createdAt": INSTANT,
 }
 
+OUTCOMES: Final = ("sent", "unknown", "failed", "dead", "invalid_target", "disabled_target")
+"""Of one try at one target (docs/reference/push.md)."""
+
+_DEAD_LETTER: Final[dict[str, Schema]] = {
+    "id": {"type": "string"},
+    "notificationId": UUID,
+    "userId": {"type": "string"},
+    "type": {"type": "string"},
+    "title": {"type": ["string", "null"]},
+    "channel": {"type": "string"},
+    "step": {**WHOLE, "description": "0: a channel the event asked for; n: its n-th fallback."},
+    "reason": {"type": "string"},
+    "attempts": WHOLE,
+    "createdAt": INSTANT,
+    "diedAt": INSTANT,
+    "replayedAt": {"anyOf": [INSTANT, {"type": "null"}]},
+}
+
 COMPONENTS: Final[dict[str, Schema]] = {
     "Event": {
         "description": "One event for one user.",
@@ -165,6 +183,41 @@ COMPONENTS: Final[dict[str, Schema]] = {
             }
         },
         ["results"],
+    ),
+    "DeliveryTry": obj(
+        {
+            "attempt": {"type": "integer", "minimum": 1},
+            "deviceId": {"type": "string"},
+            "provider": {"type": "string"},
+            "outcome": {"enum": list(OUTCOMES)},
+            "providerId": {"type": ["string", "null"], "description": "The provider's message id."},
+            "status": {**WHOLE, "description": "HTTP status; 0: no answer."},
+            "error": {"type": ["string", "null"]},
+            "startedAt": INSTANT,
+            "durationMs": {"type": "number", "minimum": 0},
+        },
+        [
+            "attempt",
+            "deviceId",
+            "provider",
+            "outcome",
+            "providerId",
+            "status",
+            "error",
+            "startedAt",
+            "durationMs",
+        ],
+    ),
+    "DeadLetter": obj(
+        {
+            **_DEAD_LETTER,
+            "tries": {
+                "type": "array",
+                "items": ref("DeliveryTry"),
+                "description": "Every try, those before a replay too; only of a single dead letter.",
+            },
+        },
+        list(_DEAD_LETTER),
     ),
     "Notification": obj(_NOTIFICATION_ALWAYS, list(_NOTIFICATION_ALWAYS), strict=False),
     "Feed": obj(

@@ -11,6 +11,7 @@ from carillon.messages import Event, Message, Outcome, StatsReply
 from carillon.metrics import Stats
 from carillon.settings import Settings
 from serve.auth import Authenticator
+from stores.postgres.dead_letters import DeadLetterReader
 from stores.postgres.feed import FeedReader
 from stores.postgres.tenants import TenantStore
 from stores.postgres.tickets import TicketStore
@@ -55,6 +56,7 @@ class Services:
     backend: Backend
     tickets: TicketStore
     limits: RateLimiter
+    dead_letters: DeadLetterReader
     in_flight: int = 0
     draining: bool = False
     cluster_tag: str = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from carillon.clock import rfc3339
 from carillon.errors import NotFoundError
 from carillon.event_rules import Text, text_error, tree_errors
 from carillon.events import ProblemError, refused
@@ -74,6 +75,21 @@ def notification_ids(document: dict[str, Any]) -> list[bytes]:
     """`notificationIds` as raw ids, each once; what is no id of a notification is ignored."""
     raw = (parse_uuid(text) for text in id_list(document, "notificationIds"))
     return list(dict.fromkeys(one for one in raw if one is not None))
+
+
+def attempt_json(one: dict[str, Any]) -> dict[str, Any]:
+    """One try of a delivery at one target."""
+    return {
+        "attempt": one["attempt"],
+        "deviceId": one["device_id"],
+        "provider": one["provider"],
+        "outcome": one["outcome"],
+        "providerId": one["provider_id"] or None,
+        "status": one["status"],
+        "error": one["error"] or None,
+        "startedAt": rfc3339(one["started_ms"]),
+        "durationMs": round(one["duration_ms"], 1),
+    }
 
 
 PLATFORMS: Final = ("ios", "android", "web")

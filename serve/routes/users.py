@@ -25,7 +25,7 @@ from carillon.preferences import PreferencesError
 from carillon.problems import FieldError, problem, shown
 from serve.audit import audited
 from serve.http import Request, Response, json_response, whole_number
-from serve.routes.bodies import device_put, id_list, path_id, path_notification, valid_id
+from serve.routes.bodies import attempt_json, device_put, id_list, path_id, path_notification, valid_id
 from serve.routing import SERVICE, Query, Route
 from serve.schemas import INSTANT, SUCCESS, USER_ID, nullable, obj, ref
 from serve.services import Services
@@ -121,20 +121,7 @@ def _delivery(one: dict[str, Any]) -> dict[str, Any]:
         "dueAt": rfc3339(one["due_ms"]),
         "createdAt": rfc3339(one["created_ms"]),
         "updatedAt": rfc3339(one["updated_ms"]),
-        "tries": [
-            {
-                "attempt": t["attempt"],
-                "deviceId": t["device_id"],
-                "provider": t["provider"],
-                "outcome": t["outcome"],
-                "providerId": t["provider_id"] or None,
-                "status": t["status"],
-                "error": t["error"] or None,
-                "startedAt": rfc3339(t["started_ms"]),
-                "durationMs": round(t["duration_ms"], 1),
-            }
-            for t in one["tries"]
-        ],
+        "tries": [attempt_json(t) for t in one["tries"]],
     }
 
 

@@ -187,7 +187,9 @@ class Claimed:
     chain: str = ""
     step: int = 0
     since_ms: int = 0
-    """When the row was planned."""
+    """When the row was planned, or last replayed."""
+    base_attempt: int = 0
+    """Tries before that: they no longer count."""
 
 
 @dataclass(slots=True)
@@ -239,6 +241,16 @@ class ReleaseRow:
     attempt: int
     due_ms: int
     reason: str
+
+
+@dataclass(slots=True)
+class ReplayRow:
+    """A dead letter to try again, as asked for at `asked_ms`."""
+
+    delivery: int
+    tenant: str
+    slot: int
+    asked_ms: int
 
 
 class PoisonError(InvalidInputError):
@@ -608,6 +620,7 @@ class ShardStore:
                 r["notification_id"].bytes, r["seq"], r["type"], r["priority"], r["content"],
                 r["expires_ms"], r["sent_to"], r["gate"], r["acknowledged"],
                 r["hold_until_ms"] or 0, r["shown_on"], r["channel"], r["chain"], r["step"], r["since_ms"],
+                r["base_attempt"],
             )
             for r in rows
         ]  # fmt: skip
@@ -622,6 +635,33 @@ class ShardStore:
         if not row["fenced"]:
             raise FencedError(f"term {term} of {self._shard} is over")
         return row["released"]
+
+    async def tries_before(self, deliveries: Sequence[int]) -> dict[int, tuple[int, int | None]]:
+        """Delivery -> (tries that no longer count, expiry in ms), of rows that exist."""
+        with translated():
+            async with self._open_pool().acquire(timeout=self._settings.connect_timeout_s) as connection:
+                rows = await connection.fetch(self._sql["tries_before"], deliveries)
+        return {r[0]: (r[1], r[2]) for r in rows}
+
+    async def replay(self, term: int, rows: Sequence[ReplayRow], now_ms: int) -> dict[int, bool]:
+        """Put dead letters back into the outbox.
+
+        Returns:
+            delivery -> True if it is tried again, False if it has expired; what is no dead letter of the
+            tenant and slot is left out.
+
+        Idempotency: a row that was replayed at the same `asked_ms` counts and is not touched.
+        """
+        with translated():
+            async with self._open_pool().acquire(timeout=self._settings.connect_timeout_s) as connection:
+                found = await connection.fetch(
+                    self._sql["replay"], self._shard, term,
+                    [r.delivery for r in rows], [r.tenant for r in rows], [r.slot for r in rows],
+                    [r.asked_ms / 1000 for r in rows], now_ms / 1000,
+                )  # fmt: skip
+        if not found:
+            raise FencedError(f"term {term} of {self._shard} is over")
+        return {r[0]: r[1] for r in found if r[0]}
 
     async def load_targets(self, keys: Sequence[UserKey]) -> dict[UserKey, list[PushTarget]]:
         """Push targets of users, fresh from the store."""

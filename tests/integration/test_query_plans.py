@@ -10,7 +10,7 @@ import json
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import asyncpg
 import pytest
@@ -19,6 +19,8 @@ import pytest_asyncio
 from carillon.clock import SystemClock
 from carillon.ids import Uuid7Source
 from cluster.embedded import EmbeddedPostgres
+from stores.postgres.dead_letters import TOP as DEAD_TOP
+from stores.postgres.dead_letters import DeadLetterReader
 from stores.postgres.feed import ROW_COLUMNS, TOP
 from stores.postgres.named import load_queries
 
@@ -27,6 +29,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 USERS = 5
 ROWS = 50_000
 NOW = SystemClock().now_ms()
+DEAD = DeadLetterReader(cast("Any", None))._sql
 FEED = {name: text.replace("%(row)s", ROW_COLUMNS) for name, text in load_queries("feed").items()}
 
 
@@ -81,9 +84,10 @@ async def _fill(connection: asyncpg.Connection[Any]) -> None:
     await connection.execute(
         "insert into deliveries (notification_id, stream_id, slot, channel, state, due_at, created_at,"
         " updated_at) select id, stream_id, seq % 1024, 'push',"
-        " case when seq % 100 = 0 then 'planned' else 'sent' end,"
+        " case when seq % 100 = 0 then 'planned' when seq % 20 = 1 then 'dead' else 'sent' end,"
         " created_at, created_at, created_at from notifications"
     )
+    await connection.execute("update deliveries set tenant = 'acme' where state = 'dead'")
     await connection.execute(
         "insert into delivery_attempts (delivery_id, attempt, device_id, provider, outcome, started_at,"
         " duration_ms) select id, 1, 'd', 'fcm', 'sent', created_at, 1 from deliveries"
@@ -176,6 +180,24 @@ async def test_by_id(filled: asyncpg.Connection[Any], generic: bool) -> None:
     }
     assert len(touched) == 1, touched
     assert_indexed(await plan_of(filled, FEED["deliveries"], some))
+
+
+@pytest.mark.parametrize("generic", [False, True])
+@pytest.mark.parametrize("user", [None, "user3"])
+async def test_dead_letters(filled: asyncpg.Connection[Any], generic: bool, user: str | None) -> None:
+    """A page walks the index of dead rows in order; one of them and its tries are found by their keys."""
+    await filled.execute(f"set plan_cache_mode = force_{'generic' if generic else 'custom'}_plan")
+    name, index = ("page", "deliveries_dead") if user is None else ("page_of_user", "deliveries_dead_stream")
+    arguments = ("acme", user, 0.0, *DEAD_TOP, 21, None, None, None)
+    found = await plan_of(filled, DEAD[name], *arguments)
+    assert_indexed(found)
+    (scan,) = [node for node in found if node.get("Relation Name") == "deliveries"]
+    assert scan["Index Name"] == index
+    assert scan["Actual Rows"] <= 21
+    some = [row["id"] for row in await filled.fetch(DEAD[name], *arguments)]
+    assert len(some) == 21
+    assert_indexed(await plan_of(filled, DEAD["some"], "acme", some))
+    assert_indexed(await plan_of(filled, DEAD["attempts"], some[0]))
 
 
 async def test_small_reads(filled: asyncpg.Connection[Any]) -> None:

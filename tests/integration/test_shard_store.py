@@ -23,6 +23,7 @@ from stores.postgres.shard_store import (
     KeysTakenError,
     OutboxRow,
     ReleaseRow,
+    ReplayRow,
     SettleRow,
     ShardStore,
     SignalRow,
@@ -134,6 +135,7 @@ WRITES: dict[str, Callable[[Kit, Event, int], Awaitable[Any]]] = {
         NOW,
     ),
     "release": lambda kit, e, d: kit.store.release(kit.term, [ReleaseRow(d, 1, NOW, "waits")], NOW),
+    "replay": lambda kit, e, d: kit.store.replay(kit.term, [ReplayRow(d, "t", SLOT, NOW)], NOW),
     "put_target": lambda kit, e, d: kit.store.put_target(
         kit.term, "t", "u", target("tok"), "android", None, NOW
     ),
@@ -165,8 +167,11 @@ async def test_an_old_term_writes_nothing(postgres_dsn: str, name: str) -> None:
     """Every write of a shard whose term is over is refused, and no row of any table has changed (G9)."""
     async with Kit(postgres_dsn) as kit:
         event, delivery = await prepared(kit)
-        if name == "release":
+        if name in ("release", "replay"):
             await kit.store.claim_due(kit.term, [SLOT], NOW + 1, 10, NOW + 100)
+        if name == "replay":
+            dead = SettleRow(delivery, 1, "dead", NOW, "gave up")
+            await kit.store.record_outcomes(kit.term, [], [dead], [], [], NOW)
         await kit.bump()
         before = await kit.state()
         if name in WRITES:

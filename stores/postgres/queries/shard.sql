@@ -271,7 +271,8 @@ returning d.id;
 -- What a push needs to know of claimed rows. $1 ids of outbox rows.
 select d.id, d.attempts, d.slot, s.tenant, s.user_id, s.unread, n.id as notification_id, n.seq, n.type, n.priority,
        n.content, (extract(epoch from n.expires_at) * 1000)::bigint as expires_ms, d.gate,
-       d.channel, d.chain, d.step, (extract(epoch from d.created_at) * 1000)::bigint as since_ms,
+       d.channel, d.chain, d.step,
+       d.base_attempt, (extract(epoch from coalesce(d.replayed_at, d.created_at)) * 1000)::bigint as since_ms,
        n.delivered_at is not null as acknowledged, (extract(epoch from d.hold_until) * 1000)::bigint as hold_until_ms,
        coalesce(d.shown_on, '{}') as shown_on,
        array(select a.device_id from delivery_attempts a where a.delivery_id = d.id and a.outcome = 'sent') as sent_to
@@ -294,6 +295,44 @@ back as (
 )
 select (select count(*) from back) as released, (select count(*) from fence) as fenced;
 
+-- name: tries_before
+-- Of rows whose outcome comes for a process before this one: tries that no longer count, expiry. $1 ids.
+select d.id, d.base_attempt, (extract(epoch from n.expires_at) * 1000)::bigint as expires_ms
+from deliveries d join notifications n on n.id = d.notification_id
+where d.id = any ($1::bigint[]);
+
+-- name: replay
+-- Dead letters are tried again: planned, due now, with all their tries before them. What has expired stays dead
+-- and says so, at its place in the list. $3 ids, $4 tenants, $5 slots, $6 when it was asked for, $7 now.
+-- Answers (id, replayed); rows that an earlier run of the same request has replayed count too.
+with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
+asked as materialized (
+    select t.id, to_timestamp(t.asked_s) as asked_at, d.state, d.replayed_at,
+           coalesce(n.expires_at <= to_timestamp($7), false) or n.retracted_at is not null as expired
+    from fence, unnest($3::bigint[], $4::text[], $5::smallint[], $6::float8[]) as t (id, tenant, slot, asked_s)
+    join deliveries d on d.id = t.id and d.tenant = t.tenant and d.slot = t.slot
+    join notifications n on n.id = d.notification_id
+    where d.id = any ($3::bigint[])
+),
+again as (
+    update deliveries d
+    set state = case when a.expired then 'dead' else 'planned' end,
+        reason = case when a.expired then 'expired' end,
+        due_at = to_timestamp($7),
+        base_attempt = case when a.expired then d.base_attempt else d.attempts end,
+        replayed_at = case when a.expired then d.replayed_at else a.asked_at end,
+        gate = 'always',
+        updated_at = case when a.expired then d.updated_at else to_timestamp($7) end
+    from asked a
+    where d.id = a.id and d.id = any ($3::bigint[]) and a.state = 'dead' and d.state = 'dead'
+    returning d.id, not a.expired as replayed
+)
+select id, replayed from again
+union all
+select id, true from asked where state <> 'dead' and replayed_at = asked_at
+union all
+select 0, true from fence;
+
 -- name: record_attempts
 -- $1 delivery, $2 attempt, $3 device, $4 provider, $5 outcome, $6 provider id, $7 status, $8 error, $9 started,
 -- $10 duration.
@@ -314,7 +353,9 @@ on conflict do nothing;
 with done as (
     update deliveries d
     set state = case when t.state = 'dead' and t.onward and d.chain <> '' then 'cancelled' else t.state end,
-        due_at = to_timestamp(t.due_s), reason = t.reason, updated_at = to_timestamp($6)
+        due_at = to_timestamp(t.due_s), reason = t.reason, updated_at = to_timestamp($6),
+        tenant = case when t.state = 'dead' then (select s.tenant from streams s where s.stream_id = d.stream_id)
+                 else d.tenant end
     from unnest($1::bigint[], $2::smallint[], $3::text[], $4::float8[], $5::text[], $7::boolean[])
          as t (id, attempt, state, due_s, reason, onward)
     where d.id = t.id and d.attempts = t.attempt and d.state = 'sending'
