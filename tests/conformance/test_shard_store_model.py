@@ -28,6 +28,7 @@ from stores.postgres.shard_store import (
     OutboxRow,
     PoisonError,
     ReleaseRow,
+    ReplayRow,
     SettleRow,
     ShardStore,
     SignalRow,
@@ -99,7 +100,7 @@ class Pair:
         self.now_ms += self.rng.randrange(1, 2000)
         steps = (
             self.append, self.append, self.append, self.change, self.change, self.acknowledge, self.claim,
-            self.settle, self.replay, self.look, self.targets, self.load, self.log_out,
+            self.settle, self.replay, self.look, self.targets, self.load, self.log_out, self.dead_letters,
         )  # fmt: skip
         await self.rng.choice(steps)()
 
@@ -218,6 +219,21 @@ class Pair:
         lost = [(key, "phone", f"token-{rng.randrange(3)}")]
         gone, disabled = (lost, []) if rng.random() < 0.5 else ([], lost)
         await self.both("record_outcomes", self.term(), [tried], [row], gone, disabled, now_ms)
+
+    async def dead_letters(self) -> None:
+        """Some of all rows, dead or not."""
+        asked_ms = self.now_ms - self.rng.choice((0, 0, 5000))
+        some = self.rng.sample(self.claimed, min(3, len(self.claimed)))
+        deliveries = sorted({delivery for delivery, _ in some} | {999_999})
+        await self.both("tries_before", deliveries)
+        rows = [
+            ReplayRow(d.id, self.rng.choice(("t", "t", "t", "other")), d.slot, asked_ms)
+            for d in (self.db.deliveries.get(delivery) for delivery in deliveries)
+            if d is not None
+        ]
+        if rows:
+            await self.both("replay", self.term(), rows, self.now_ms)
+            await self.both("replay", self.term(), rows, self.now_ms)
 
     async def replay(self) -> None:
         if self.streams:

@@ -30,7 +30,7 @@ RESTART_S = 0.7
 READS = frozenset(
     (
         "open", "close", "find_ids", "find_keys", "existing", "last_seen", "load_targets", "policies",
-        "ids_between", "notifications_after", "changes_after", "draw_delivery_ids", "load",
+        "ids_between", "tries_before", "notifications_after", "changes_after", "draw_delivery_ids", "load",
     )
 )  # fmt: skip
 """Statements that commit nothing: whether they ran makes no difference, so they have `before` alone."""

@@ -120,6 +120,8 @@ async def traffic(world: World) -> None:
                 world.log_out(user)
             elif request < 0.2:
                 world.ask_presence(user, f"stranger-{rng.randrange(99)}")
+            elif request < 0.25:
+                world.replay()
             elif request < 0.3:
                 world.prefer(user)
             elif request < 0.45:

@@ -34,6 +34,7 @@ from stores.postgres.shard_store import (
     OutboxRow,
     PoisonError,
     ReleaseRow,
+    ReplayRow,
     SettleRow,
     SignalRow,
     StoredKey,
@@ -99,6 +100,9 @@ class Delivery:
     chain: str = ""
     step: int = 0
     created_ms: int = 0
+    tenant: str | None = None
+    base_attempt: int = 0
+    replayed_ms: int | None = None
 
 
 class Database:
@@ -586,7 +590,8 @@ class ModelShardStore:
                     d.id, d.attempts, d.slot, n.stream.key, n.stream.unread, n.row.id, n.row.seq, e.type,
                     e.priority, n.row.content, n.row.expires_ms, sent_to, d.gate,
                     n.row.delivered_ms is not None, d.hold_until_ms or 0, list(d.shown_on),
-                    d.channel, d.chain, d.step, d.created_ms,
+                    d.channel, d.chain, d.step, d.created_ms if d.replayed_ms is None else d.replayed_ms,
+                    d.base_attempt,
                 )
             )  # fmt: skip
         return claimed
@@ -603,6 +608,39 @@ class ModelShardStore:
                     released += 1
                     self._told("releases", f"push {r.delivery}: {r.reason}")
             return released
+
+        return await self._db.run(statement)
+
+    async def tries_before(self, deliveries: Sequence[int]) -> dict[int, tuple[int, int | None]]:
+        def statement() -> dict[int, tuple[int, int | None]]:
+            found = [self._db.deliveries[d] for d in deliveries if d in self._db.deliveries]
+            return {d.id: (d.base_attempt, d.note.row.expires_ms) for d in found}
+
+        return await self._db.run(statement)
+
+    async def replay(self, term: int, rows: Sequence[ReplayRow], now_ms: int) -> dict[int, bool]:
+        def statement() -> dict[int, bool]:
+            self._fence(term)
+            done: dict[int, bool] = {}
+            for r in rows:
+                d = self._db.deliveries.get(r.delivery)
+                if d is None or (d.tenant, d.slot) != (r.tenant, r.slot):
+                    continue
+                if d.state != "dead":
+                    if d.replayed_ms == r.asked_ms:
+                        done[d.id] = True
+                    continue
+                end_ms = d.note.row.expires_ms
+                expired = (end_ms is not None and end_ms <= now_ms) or d.note.row.retracted_ms is not None
+                done[d.id] = not expired
+                d.due_ms, d.gate = now_ms, ALWAYS
+                if expired:
+                    d.reason = "expired"
+                else:
+                    d.state, d.reason = "planned", None
+                    d.base_attempt, d.replayed_ms = d.attempts, r.asked_ms
+                self._told("replays", f"push {d.id}: {d.state}")
+            return done
 
         return await self._db.run(statement)
 
@@ -628,6 +666,8 @@ class ModelShardStore:
                 d = db.deliveries.get(s.delivery)
                 if d is not None and d.attempts == s.attempt and d.state == "sending":
                     d.state, d.due_ms, d.reason = s.state, s.due_ms, s.reason
+                    if s.state == "dead":
+                        d.tenant = d.note.stream.key.tenant
                     if s.onward and d.chain and s.state in ("dead", "cancelled"):
                         d.state = "cancelled"
                         failed.append(d)

@@ -37,6 +37,7 @@ from carillon.messages import (
     PushJob,
     PushResult,
     PushTarget,
+    Replay,
     SessionsRevoke,
 )
 from carillon.metrics import Stats
@@ -390,6 +391,15 @@ class World:
         end_ms = self.clock.now_ms() + 30 * 86_400_000
         message = Logout(TENANT, user, slot_of(TENANT, user), f"{user}-phone", token_id(token), end_ms)
         self._request(message, f"logs {user}'s phone out")
+
+    def replay(self) -> None:
+        """Ask for another try of dead letters, or of rows that are none."""
+        rows = list(self.db.deliveries.values())
+        chosen = [row for row in rows if row.state == "dead"] or rows
+        if chosen:
+            row = self.rng.choice(chosen)
+            message = Replay(TENANT, row.slot, [row.id], self.clock.now_ms())
+            self._request(message, f"wants push {row.id} to be tried again")
 
     def forget_token(self, user: str) -> None:
         """A client was told that its token is no longer valid."""
