@@ -18,10 +18,10 @@ import resource
 import socket
 from typing import Any, Final
 
+from actors.attached import Phase
 from actors.config import ActorConfig
 from actors.gateway_connection import PAUSED_VERIFY, Connection
 from actors.gateway_handshake import Handshake
-from actors.gateway_host import Phase
 from actors.gateway_keys import PostgresKeys, ReadKeys, Redeem, TenantKeys
 from actors.gateway_owners import Owners
 from actors.link import Link

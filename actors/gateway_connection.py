@@ -8,13 +8,14 @@ memory only, so everything here has slots, and what the handshake needed is drop
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from websockets.exceptions import InvalidState
 from websockets.frames import Frame, Opcode
 from websockets.protocol import OPEN as WS_OPEN
 from websockets.protocol import Protocol, Side
 
+from actors.attached import NEVER, PAUSED_HELD, AttachedSocket, Phase
 from actors.gateway_handshake import (
     END_OF_HEAD,
     PING_FRAME,
@@ -25,116 +26,50 @@ from actors.gateway_handshake import (
     shake_hands,
     text_frame,
 )
-from actors.gateway_host import Host, Phase
+from actors.gateway_host import Host
 from carillon import server_frames
 from carillon.client_frames import Auth, BadFrameError, ClientFrame, ClientPing, parse_binary, parse_text
-from carillon.messages import ClientAck, ClientResume
-
-if TYPE_CHECKING:
-    from actors.link import Link
+from carillon.messages import ClientAck
 
 SLICE_BYTES: Final = 4096
 """Input is parsed in pieces of this size: a throttled client's burst waits as bytes, not as objects."""
 ACK_CREDIT_MAX: Final = 100_000
-NEVER: Final = float("inf")
-
 
 PAUSED_RATE: Final = 1
-PAUSED_HELD: Final = 2
 PAUSED_VERIFY: Final = 4
 
 
-class AckMemory:
-    """Cumulative acknowledgements of a connection: what to tell a shard that may not know of the latest.
-
-    A shard that dies takes those along that it had not written. Those older than `repeat_s` it surely had.
-    """
-
-    __slots__ = ("_known", "_mark", "_marked_at", "seq")
-
-    def __init__(self, seq: int, now: float) -> None:
-        self.seq = self._mark = self._known = seq
-        self._marked_at = now
-
-    def reached(self, seq: int, now: float, repeat_s: float) -> None:
-        """An ACK for everything up to `seq`."""
-        if seq <= self.seq:
-            return
-        if now - self._marked_at > repeat_s:
-            self._known, self._mark, self._marked_at = self._mark, self.seq, now
-        self.seq = seq
-
-    def known(self, now: float, repeat_s: float) -> int:
-        """Up to here everything was acknowledged more than `repeat_s` ago."""
-        if now - self._marked_at > 2 * repeat_s:
-            self._known, self._mark, self._marked_at = self._mark, self.seq, now
-        return self._known
-
-
-class Connection(asyncio.Protocol):
+class Connection(AttachedSocket, asyncio.Protocol):
     """One client.
 
-    Attributes:
-        number: of its present attachment; a new one for each, so that nothing sent to an earlier
-            attachment can be taken for the present one's. 0 while it has none.
-        link: to the shard that has the attachment; None while there is none.
-        epoch, seq, rev: position: from the URL until WELCOME, then what was last written.
-        welcomed: True once a WELCOME was written.
-        ready: True once the first frame or a live frame passed.
-        resume: RESUME that was passed on and not yet answered by its WELCOME.
-        attention, viewing: of the last VISIBILITY; None while there was none.
-        acks: what it acknowledged cumulatively; None until WELCOME.
-        held: messages that wait for an attachment.
-        drain_wanted: True while `Owners.drained` is to be called once the buffer has run low.
-        due: loop time at which the sweep looks at it.
+    Its attachment, position and write buffer: `actors.attached`.
     """
 
     __slots__ = (
-        "_ack_credit", "_buffer", "_errors", "_host", "_live_bytes", "_partial",
-        "_partial_text", "_paused", "_ping_due", "_pinged", "_tokens", "_tokens_at", "_transport",
-        "_write_paused", "_ws", "acks", "attached_at", "attention", "clean", "device", "drain_wanted", "due",
-        "encoding", "epoch", "expires_at",
-        "held", "issued_ms", "link", "number", "orphan_since", "path_user", "phase", "ready",
-        "resume", "rev", "seq", "session_id", "shard", "slot", "tenant", "term", "token_id", "user",
-        "viewing", "welcomed",
+        "_ack_credit", "_buffer", "_errors", "_host", "_partial", "_partial_text", "_paused", "_pinged",
+        "_tokens", "_tokens_at", "_ws", "path_user",
     )  # fmt: skip
 
     def __init__(self, host: Host) -> None:
+        super().__init__(host)
         self._host = host
-        self._transport: asyncio.Transport | None = None
         self._ws: Protocol | None = None
         self._buffer: bytes | bytearray | None = bytearray()  # handshake; later input that waits while paused
         self._partial: bytearray | None = None
-        self._partial_text = self._pinged = self._write_paused = self.drain_wanted = False
-        self._paused = self._ack_credit = self._live_bytes = 0
-        self._ping_due = self.expires_at = NEVER
+        self._partial_text = self._pinged = False
+        self._paused = self._ack_credit = 0
         self._tokens = host.limits.frames_per_s
-        self._tokens_at = self.attached_at = self.orphan_since = 0.0
+        self._tokens_at = 0.0
         self._errors: list[float] | None = None
         self.phase = Phase.HANDSHAKE
-        self.encoding = Encoding.LEGACY
         self.path_user: str | None = None
-        self.tenant = self.user = self.device = self.session_id = self.shard = ""
-        self.token_id = b""
-        self.slot = self.issued_ms = self.number = self.term = self.seq = 0
-        self.link: Link | None = None
-        self.epoch: str | None = None
-        self.rev: int | None = None
-        self.welcomed = self.ready = self.clean = False
-        self.resume: ClientResume | None = None
-        self.attention: str | None = None
-        self.viewing: str | None = None
-        self.acks: AckMemory | None = None
-        self.held: list[Any] | None = None
         self.due = host.loop.time() + host.limits.handshake_timeout_s
 
     # -- asyncio --------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio: the socket is open."""
-        self._transport = transport  # type: ignore[assignment]
-        low = self._host.limits.low_buffer_bytes
-        transport.set_write_buffer_limits(high=low, low=low)  # type: ignore[attr-defined]
+        self.connect(transport)  # type: ignore[arg-type]
         if not self._host.opened(self):
             self.abort()
 
@@ -152,17 +87,6 @@ class Connection(asyncio.Protocol):
             self._ws.receive_eof()
             self._ws.data_to_send()  # nothing useful: the peer is gone
             self._over()
-
-    def pause_writing(self) -> None:
-        """asyncio: more than `low_buffer_bytes` are unsent."""
-        self._write_paused = True
-
-    def resume_writing(self) -> None:
-        """asyncio: the buffer ran low; a replay may go on."""
-        self._write_paused = False
-        if self.drain_wanted:
-            self.drain_wanted = False
-            self._host.owners.drained(self)
 
     def data_received(self, data: bytes) -> None:
         """asyncio: bytes came."""
@@ -357,17 +281,16 @@ class Connection(asyncio.Protocol):
         if not self._paused and self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 
-    def _hold(self, message: Any) -> None:
-        if self.held is None:
-            self.held = []
-        self.held.append(message)
-
     def hold(self, message: Any) -> None:
         """Keep a message for the shard until there is an attachment; a full queue stops reading."""
         self._hold(message)
         assert self.held is not None
         if len(self.held) >= self._host.limits.max_held_frames:
             self.pause(PAUSED_HELD)
+
+    def taken(self) -> None:
+        """See `Attached.taken`."""
+        self.unpause(PAUSED_HELD)
 
     def verified(self) -> None:
         """Take up what came while the token was being verified."""
@@ -386,33 +309,6 @@ class Connection(asyncio.Protocol):
                 self.write_live(binary_frame(server_frames.transcode(frame)))
             else:
                 self.write_live(text_frame(frame))
-
-    def write_live(self, framed: bytes) -> None:
-        """Write bytes that count against `max_buffer_bytes`; too many unsent end the connection (4208)."""
-        transport = self._transport
-        if transport is None:
-            return
-        unsent = transport.get_write_buffer_size()
-        if unsent == 0:
-            self._live_bytes = 0
-        elif min(unsent, self._live_bytes) > self._host.limits.max_buffer_bytes:
-            # The buffer is first in, first out: what was written since the last replay frame is its tail.
-            self.close(4208, "slow consumer")
-            return
-        self._live_bytes += len(framed)
-        transport.write(framed)
-
-    def write_replay(self, framed: bytes, page_end: bool) -> None:
-        """Write a frame of a replay page; `Owners.drained` is called when there is room for the next page."""
-        if self._transport is None:
-            return
-        self._live_bytes = 0
-        self._transport.write(framed)
-        if page_end:
-            if self._write_paused:
-                self.drain_wanted = True
-            else:
-                self._host.owners.drained(self)
 
     def sent_notification(self) -> None:
         """A notification was written: its acknowledgement is free."""
@@ -486,18 +382,12 @@ class Connection(asyncio.Protocol):
 
     def start_pings(self, first_s: float) -> None:
         """Begin the heart-beat, `first_s` from now (spread, so that a storm's pings do not come at once)."""
-        self._ping_due = self._host.loop.time() + first_s
+        self.beat_due = self._host.loop.time() + first_s
         self.reschedule()
-
-    def reschedule(self) -> None:
-        """Set `due` of an open connection."""
-        self.due = min(self._ping_due, self.expires_at)
-        if self.link is None:
-            self.due = min(self.due, self.orphan_since + self._host.limits.reattach_timeout_s)
 
     def _alive(self) -> None:
         self._pinged = False
-        self._ping_due = self._host.loop.time() + self._host.limits.heartbeat_s - self._host.tick_s
+        self.beat_due = self._host.loop.time() + self._host.limits.heartbeat_s - self._host.tick_s
         if self.phase is Phase.OPEN:
             self.reschedule()
 
@@ -516,16 +406,16 @@ class Connection(asyncio.Protocol):
         if now >= self.expires_at:
             self.close(4101, "the token has expired")
             return
-        if self.link is None and now >= self.orphan_since + limits.reattach_timeout_s:
+        if self.lost(now):
             self.close(4202, "no shard could be reached")
             return
-        if now >= self._ping_due:
+        if now >= self.beat_due:
             if self._pinged and not self._paused:
                 self.close(4212, "no pong")
                 return
             # While we do not read we cannot see a pong: ask again instead of drawing conclusions.
             self._pinged = True
-            self._ping_due = now + limits.pong_timeout_s - self._host.tick_s
+            self.beat_due = now + limits.pong_timeout_s - self._host.tick_s
             self.write_live(PING_FRAME)
         if self.phase is Phase.OPEN:
             self.reschedule()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Final
 from urllib.parse import parse_qsl, unquote
@@ -32,12 +32,14 @@ quiet.setLevel(logging.WARNING)
 
 
 class Encoding(enum.IntEnum):
-    """How frames of a connection are written."""
+    """How frames of a connection are written; also an index (`Owners._write`)."""
 
     LEGACY = 0
     """No subprotocol named: JSON, updates as NEW_NOTIFICATION."""
     JSON = 1
     MSGPACK = 2
+    PLAIN = 3
+    """The JSON of the frame and nothing around it: what is no WebSocket wraps it itself."""
 
 
 _ENCODINGS: Final = {JSON_PROTOCOL: Encoding.JSON, MSGPACK_PROTOCOL: Encoding.MSGPACK}
@@ -169,12 +171,17 @@ def _read_fields(shaken: Handshake, fields: dict[str, str]) -> None:
     try:
         if "deviceId" in fields:
             shaken.device = check_id(fields["deviceId"], "deviceId")
-        shaken.position = _position(fields)
+        shaken.position = position_of(fields)
     except InvalidInputError as exc:
         shaken.complaint = exc
 
 
-def _position(fields: dict[str, str]) -> tuple[str, int, int | None] | None:
+def position_of(fields: Mapping[str, str]) -> tuple[str, int, int | None] | None:
+    """(epoch, lastSeq, lastRev or None) of the fields of a URL, None if there is none.
+
+    Raises:
+        InvalidInputError: it is not valid.
+    """
     if not fields.keys() & {"epoch", "lastSeq", "lastRev"}:
         return None
     if "epoch" not in fields or "lastSeq" not in fields:

@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from actors.attached import AckMemory, Attached, Holder, Phase
 from actors.directory import ShardDirectory
-from actors.gateway_connection import PAUSED_HELD, AckMemory, Connection
 from actors.gateway_handshake import Encoding, binary_frame, text_frame
-from actors.gateway_host import Host, Phase
 from actors.link import Link
 from actors.member import Membership
 from carillon import server_frames
@@ -31,6 +30,7 @@ from carillon.messages import (
     ClusterMap,
     Deliver,
     Detach,
+    DeviceTold,
     SocketDrained,
     Write,
 )
@@ -41,17 +41,17 @@ class Owners:
     """Keeps every authenticated connection attached at the owner of its slot.
 
     Args:
-        host: the gateway.
+        host: a gateway, or an ingress replica.
         membership: gives the map.
         stats: counts writes and what was dropped.
     """
 
-    def __init__(self, host: Host, membership: Membership, stats: Stats) -> None:
+    def __init__(self, host: Holder, membership: Membership, stats: Stats) -> None:
         self._host = host
         self._ack_repeat_s = host.limits.ack_repeat_s
         self._stats = stats
-        self._attached: dict[int, Connection] = {}
-        self._waiting: dict[Connection, None] = {}
+        self._attached: dict[int, Attached] = {}
+        self._waiting: dict[Attached, None] = {}
         self._next_number = 1
         self._terms: dict[str, int] = {}
         self._retry_scheduled = False
@@ -78,7 +78,7 @@ class Owners:
 
     # -- attaching ------------------------------------------------------------------------------------
 
-    def attach(self, conn: Connection) -> None:
+    def attach(self, conn: Attached) -> None:
         """Attach a connection at its slot's owner, now or as soon as there is one.
 
         Ordering: what the connection's client sent before is handed over behind the attachment.
@@ -114,6 +114,7 @@ class Owners:
                     began_seq=None if conn.acks is None else conn.acks.known(now, self._ack_repeat_s),
                     acked_seq=0 if conn.acks is None else conn.acks.seq,
                     token_id=conn.token_id,
+                    poll=conn.poll,
                 )
             )
         except (LinkError, BusyError) as exc:
@@ -133,17 +134,17 @@ class Owners:
         if conn.welcomed:
             self._hand_over(conn)
 
-    def _wait(self, conn: Connection) -> None:
+    def _wait(self, conn: Attached) -> None:
         self._waiting[conn] = None
         conn.reschedule()
 
-    def detach(self, conn: Connection) -> None:
+    def detach(self, conn: Attached) -> None:
         """The connection's WebSocket ended."""
         self._waiting.pop(conn, None)
         if conn.number:
             self._detach(conn, conn.clean)
 
-    def _detach(self, conn: Connection, clean: bool) -> None:
+    def _detach(self, conn: Attached, clean: bool) -> None:
         link = conn.link
         self._attached.pop(conn.number, None)
         if link is not None and not link.closed:
@@ -160,7 +161,7 @@ class Owners:
             link.abort(LinkClosedError(f"{link.peer} does not read: {exc}"))
         self._retry_later()
 
-    def _orphan(self, conn: Connection) -> None:
+    def _orphan(self, conn: Attached) -> None:
         """Take the attachment away; the connection waits for the next one."""
         now = self._host.loop.time()
         if now - conn.attached_at > self._host.limits.reattach_timeout_s:
@@ -194,7 +195,7 @@ class Owners:
 
     # -- from clients ---------------------------------------------------------------------------------
 
-    def frame_received(self, conn: Connection, frame: ClientFrame) -> None:
+    def frame_received(self, conn: Attached, frame: ClientFrame) -> None:
         """Pass a client's frame on; before the first that is not RESUME tell the session that it came."""
         if not conn.ready:
             conn.ready = True
@@ -216,12 +217,12 @@ class Owners:
             return
         self._forward(conn, frame)
 
-    def _forward(self, conn: Connection, message: Any) -> None:
+    def _forward(self, conn: Attached, message: Any) -> None:
         # Held until WELCOME: an attachment that is refused would take what follows it along.
         if not conn.welcomed or conn.held or not self._send(conn, message):
             conn.hold(message)
 
-    def _send(self, conn: Connection, message: Any) -> bool:
+    def _send(self, conn: Attached, message: Any) -> bool:
         link = conn.link
         if link is None:
             return False
@@ -233,7 +234,7 @@ class Owners:
             return False
         return True
 
-    def _hand_over(self, conn: Connection) -> None:
+    def _hand_over(self, conn: Attached) -> None:
         """Send what waited for the attachment, in the order it came."""
         if conn.resume is not None and not self._send(conn, conn.resume):
             return
@@ -242,9 +243,9 @@ class Owners:
             if not self._send(conn, message):
                 conn.held = held[at:] if held else None
                 return
-        conn.unpause(PAUSED_HELD)
+        conn.taken()
 
-    def drained(self, conn: Connection) -> None:
+    def drained(self, conn: Attached) -> None:
         """Ask for the next page of a replay."""
         self._send(conn, SocketDrained(0))
 
@@ -278,8 +279,15 @@ class Owners:
             for conn in self._mine(link, message.conns):
                 self._orphan(conn)
             self._retry_later()
+        elif type(message) is DeviceTold:
+            for conn in self._mine(link, message.conns):
+                if message.state is not None:
+                    conn.attention, conn.viewing = message.state, message.viewing
+                if conn.acks is not None:
+                    conn.acks.reached(min(message.seq, conn.seq), self._host.loop.time(), self._ack_repeat_s)
         else:
-            link.fail_nowait(request, CarillonError(f"a gateway does not take {type(message).__name__}"))
+            kind = type(message).__name__
+            link.fail_nowait(request, CarillonError(f"a holder of connections does not take {kind}"))
 
     def _current(self, shard: str, term: int) -> bool:
         """False for what an earlier life of a shard sent. Terms of the map do not count here: a shard may
@@ -290,14 +298,14 @@ class Owners:
         self._terms[shard] = term
         return True
 
-    def _mine(self, link: Link, numbers: Iterable[int]) -> list[Connection]:
+    def _mine(self, link: Link, numbers: Iterable[int]) -> list[Attached]:
         found = [self._attached.get(number) for number in numbers]
         return [conn for conn in found if conn is not None and conn.link is link]
 
     def _write(self, link: Link, write: Write) -> None:
         """Frame once per encoding, write to all."""
         attached = self._attached
-        framed: list[bytes | None] = [None, None, None]
+        framed: list[bytes | None] = [None, None, None, None]
         written = 0
         for number in write.conns:
             conn = attached.get(number)
@@ -311,6 +319,15 @@ class Owners:
                 data = framed[encoding] = _encode(write.frame, encoding)
             if write.seq:
                 conn.sent_notification()
+            # The position first: a stream writes it beside the frame. Who cannot take the frame ends.
+            if write.epoch:
+                # A WELCOME sets it absolutely, 0 included: a client may resume from the beginning.
+                conn.epoch, conn.seq, conn.rev = write.epoch, write.seq, write.rev
+            else:
+                if write.seq:
+                    conn.seq = write.seq
+                if write.rev:
+                    conn.rev = write.rev
             if write.replay:
                 conn.write_replay(data, write.page_end)
             else:
@@ -319,19 +336,13 @@ class Owners:
                     continue  # that was too much for it
             written += 1
             if write.epoch:
-                self._welcomed(conn, write)
+                self._welcomed(conn)
             else:
                 conn.ready = True
-                if write.seq:
-                    conn.seq = write.seq
-                if write.rev:
-                    conn.rev = write.rev
         self._stats.count("frames_written", written)
 
-    def _welcomed(self, conn: Connection, write: Write) -> None:
-        """A WELCOME sets the position absolutely, 0 included: a client may resume from the beginning."""
-        conn.epoch, conn.seq, conn.rev = write.epoch, write.seq, write.rev
-        conn.acks = AckMemory(write.seq, self._host.loop.time())
+    def _welcomed(self, conn: Attached) -> None:
+        conn.acks = AckMemory(conn.seq, self._host.loop.time())
         if conn.welcomed:
             conn.resume = None  # this is its answer
         else:
@@ -341,6 +352,8 @@ class Owners:
 
 def _encode(frame: bytes, encoding: Encoding) -> bytes:
     """A frame as it goes on the wire; LEGACY is asked for only for updates."""
+    if encoding is Encoding.PLAIN:
+        return frame
     if encoding is Encoding.MSGPACK:
         return binary_frame(server_frames.transcode(frame))
     return text_frame(server_frames.as_new_notification(frame) if encoding is Encoding.LEGACY else frame)

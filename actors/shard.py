@@ -23,6 +23,7 @@ from carillon.errors import (
     CarillonError,
     FencedError,
     InvalidInputError,
+    NotFoundError,
     NotOwnerError,
     UnavailableError,
 )
@@ -39,9 +40,11 @@ from carillon.messages import (
     ClientWatch,
     ClusterMap,
     Detach,
+    DeviceAck,
     DeviceDelete,
     DevicePresence,
     DevicePut,
+    DeviceVisibility,
     Done,
     Event,
     Logout,
@@ -326,6 +329,8 @@ class Shard:
             self._change(link, message, request)
         elif kind is PresenceQuery:
             self._spawn(self._answer(link, request, self._presence(message)))
+        elif kind is DeviceAck or kind is DeviceVisibility:
+            self._device_said(link, message, request)
         elif kind in _DOCUMENT_MESSAGES:
             self._spawn(self._answer(link, request, self._document(message)))
         else:
@@ -391,6 +396,18 @@ class Shard:
                 link.reply_nowait(request, ChangeResult(*answer))
 
         self._with_user(message, lambda user: self._submit_change(user, message, message.strict, done), done)
+
+    def _device_said(self, link: Link, message: DeviceAck | DeviceVisibility, request: int) -> None:
+        def known(user: User) -> None:
+            if isinstance(message, DeviceAck):
+                self._sessions.device_ack(user, message)
+            elif not self._sessions.device_visibility(user, message):
+                told = f"the device {message.device} has no connection, stream or poll of this user now"
+                link.fail_nowait(request, NotFoundError(told, "deviceId", "a device that is connected"))
+                return
+            link.reply_nowait(request, Done())
+
+        self._with_user(message, known, lambda error: link.fail_nowait(request, error))
 
     def _with_user(self, message: Any, then: Any, failed: Any) -> None:
         """Call `then(user)` once the user is in memory, or `failed(error)`."""

@@ -6,6 +6,7 @@ Everything written to a gateway in one turn of the event loop leaves as one `Del
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import itertools
 import logging
@@ -30,6 +31,9 @@ from carillon.messages import (
     CloseSocket,
     Deliver,
     Detach,
+    DeviceAck,
+    DeviceTold,
+    DeviceVisibility,
     SocketDrained,
     Write,
 )
@@ -174,7 +178,7 @@ class Sessions:
             self._clock.monotonic(), self._clock.now_ms(),
             position=position, reattach=message.reattach, ready=message.ready, legacy=message.legacy,
             attention=message.attention, viewing=message.viewing,
-            began_seq=message.began_seq, acked_seq=message.acked_seq,
+            began_seq=message.began_seq, acked_seq=message.acked_seq, poll=message.poll,
         )  # fmt: skip
         attachment.token_id = message.token_id
         peer.attached[message.conn] = (user, attachment)
@@ -235,6 +239,37 @@ class Sessions:
             return
         if message.__struct_fields__[-1] == "ref" and message.ref is not None:
             self.answer(link, message.conn, server_frames.ok(message.ref))
+
+    def device_ack(self, user: User, message: DeviceAck) -> None:
+        """What a device acknowledges by HTTP; it need not be connected."""
+        session = user.session or Session(user.key.user, user.head(), self._limits)
+        mine, effects = session.acknowledge_from(
+            message.device, message.seq, message.ids, self._clock.monotonic(), self._clock.now_ms()
+        )
+        self.run(user, effects)
+        if message.seq is not None:
+            self._tell(mine, DeviceTold([], message.seq))
+
+    def device_visibility(self, user: User, message: DeviceVisibility) -> bool:
+        """Where a device's user looks, told by HTTP; False if it is not connected."""
+        if user.session is None:
+            return False
+        found = user.session.visibility_from(
+            message.device, message.state, message.viewing, self._clock.monotonic(), self._clock.now_ms()
+        )
+        if found is None:
+            return False
+        self.run(user, found[1])
+        self._tell(found[0], DeviceTold([], 0, message.state, message.viewing))
+        return True
+
+    def _tell(self, attachments: list[Attachment], told: DeviceTold) -> None:
+        """Let the holders of connections remember what their device said."""
+        for attachment in attachments:
+            peer: Peer = attachment.peer
+            told.conns = [attachment.conn]
+            with contextlib.suppress(CarillonError):
+                peer.link.send_nowait(told)
 
     def find(self, link: Link, conn: int) -> tuple[User, Attachment] | None:
         """The user and attachment of a connection, if it is attached."""

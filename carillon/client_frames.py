@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple, cast
 
 import msgspec
@@ -295,6 +295,11 @@ def _visibility(frame: Members, conn: int, ref: Ref) -> ClientVisibility:
         if not (kind and colon and target):
             raise _wrong("viewing", '"targetType:targetId"', viewing)
     return ClientVisibility(conn, state, viewing, ref)
+
+
+def visibility(fields: Mapping[str, object]) -> ClientVisibility:
+    """`state` and `viewing` where they come by HTTP. Raises InvalidInputError."""
+    return _visibility(dict(fields), 0, None)
 
 
 def _watch(frame: Members, conn: int, ref: Ref) -> ClientWatch:

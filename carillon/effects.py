@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from carillon.attention import SILENT
 
 if TYPE_CHECKING:
-    from carillon.session import Attachment
+    from carillon.attachment import Attachment
 
 
 class Send(NamedTuple):

@@ -256,6 +256,30 @@ class ReplayResult(Struct, array_like=True, tag=13):
     """Left dead: nobody wants them any more."""
 
 
+class DeviceAck(Struct, array_like=True, tag=16):
+    """Request: what a device acknowledges by HTTP. Reply: `Done`."""
+
+    tenant: str
+    user: str
+    slot: int
+    device: str | None
+    """None: some device of the user."""
+    seq: int | None = None
+    """Cumulative: everything the device's connection was sent up to here."""
+    ids: list[bytes] = []
+
+
+class DeviceVisibility(Struct, array_like=True, tag=17):
+    """Request: where a device's user looks, told by HTTP. Reply: `Done`; not_found if it is not connected."""
+
+    tenant: str
+    user: str
+    slot: int
+    device: str
+    state: str
+    viewing: str | None = None
+
+
 # ---------------------------------------------------------------------------------------------------
 # Sockets: gateway -> shard, one-way, strictly in order per link
 
@@ -290,12 +314,14 @@ class Attach(Struct, array_like=True, tag=20):
     """Likewise."""
     began_seq: int | None = None
     """With reattach: every cumulative ACK of this connection up to here is surely in the store. None: it has
-    no position yet."""
+    no position yet. Without reattach: set if the position acknowledges what it covers."""
     acked_seq: int = 0
     """With reattach: what this connection acknowledged cumulatively; beyond `began_seq` that may have been
     lost with the shard before."""
     token_id: bytes = b""
     """`carillon.tokens.token_id` of the token: one that was logged out is refused (close 4001)."""
+    poll: bool = False
+    """True for a long poll: what its device told of attention holds for the device's next poll, too."""
 
 
 class Detach(Struct, array_like=True, tag=21):
@@ -413,6 +439,17 @@ class AttachRefused(Struct, array_like=True, tag=32):
 
     conns: list[int]
     map_version: int
+
+
+class DeviceTold(Struct, array_like=True, tag=34):
+    """What a device said by HTTP (`DeviceAck`, `DeviceVisibility`): the holder of its connections remembers
+    it for a later attachment."""
+
+    conns: list[int]
+    seq: int = 0
+    state: str | None = None
+    """None: unchanged, and so is `viewing`."""
+    viewing: str | None = None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -609,6 +646,7 @@ type_union = (
     | ClientReady | ClientResume | ClientAck | ClientChange | ClientVisibility | ClientWatch
     | SocketDrained | Deliver | CloseSocket | AttachRefused | Push | PushAccepted | PushOutcome
     | PushLeft | Join | Renew | ClusterMap | Leave | StatsQuery | StatsReply | Failure | Ping
+    | DeviceAck | DeviceVisibility | DeviceTold
 )  # fmt: skip
 Message = type_union
 

@@ -28,10 +28,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any, Final, NamedTuple
 
 from carillon import server_frames
+from carillon.attachment import Attachment, Phase, ReplayStart
 from carillon.attention import (
     ACTIVE,
     ACTIVE_STATES,
@@ -63,14 +63,8 @@ from carillon.push_watch import PushWatch, Waiting
 
 MAX_UNACKED: Final = 1000
 """Unacknowledged deliveries a session remembers; older ones are acknowledged by id through the store."""
-
-
-class Phase(Enum):
-    """Where an attachment stands (see the module)."""
-
-    WAITING = 1
-    REPLAYING = 2
-    LIVE = 3
+MAX_DEVICES: Final = 64
+"""Devices without a lasting connection (polls, streams that come back) that a session remembers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,66 +89,6 @@ class Head(NamedTuple):
     unread: int
 
 
-class ReplayStart(NamedTuple):
-    """Where a replay from the store began."""
-
-    seq: int
-    """The cursor's seq: rows up to here the client has, so their changes are sent as changes."""
-    head_rev: int
-    """The head's rev then: rows after `seq` are sent with their state, later changes of them as changes."""
-    in_changes: bool
-    """False while notifications are read, True while changes are."""
-
-
-class Attachment:
-    """One connection of the session.
-
-    Attributes:
-        peer: the shell's handle of the gateway; opaque here.
-        conn: number of the connection at that gateway.
-        cursor_seq, cursor_rev: everything up to here was written to this connection.
-        acked_seq: cumulative acknowledgement of this connection; starts at its first cursor.
-        written_before: up to here another attachment of this connection wrote: ids are not known here.
-        reported: it told its visibility at least once.
-        owes_since_ms: since when it has a delivery with a waiting push unacknowledged; 0: it has none.
-        replay: while rows come from the store, where that replay began; else None.
-        loading: the request to the store that is on its way; else None. Any other answer is stale.
-        wait_deadline: monotonic time at which a waiting attachment goes live; 0 once it left that phase.
-    """
-
-    __slots__ = (
-        "acked_seq", "attention", "attention_since_ms", "conn", "cursor_rev", "cursor_seq", "device",
-        "first_frame_seen", "legacy", "loading", "owes_since_ms", "peer", "phase", "replay", "reported",
-        "session", "session_id", "token_id", "viewing", "wait_deadline", "written_before",
-    )  # fmt: skip
-
-    def __init__(
-        self, session: Session, peer: Any, conn: int, device: str, session_id: str, now_ms: int
-    ) -> None:
-        self.session = session
-        self.peer = peer
-        self.conn = conn
-        self.device = device
-        self.session_id = session_id
-        self.token_id = b""  # set by the shell
-        self.phase = Phase.WAITING
-        self.cursor_seq = 0
-        self.cursor_rev = 0
-        self.acked_seq = 0
-        self.replay: ReplayStart | None = None
-        self.loading: LoadNotifications | LoadChanges | None = None
-        self.first_frame_seen = False
-        self.legacy = False
-        # A device that never tells counts as visible: unknown attention never silences (fail open).
-        self.attention = "visible"
-        self.reported = False
-        self.owes_since_ms = 0
-        self.written_before = 0
-        self.attention_since_ms = now_ms
-        self.viewing: str | None = None
-        self.wait_deadline = 0.0
-
-
 class LogEntry(NamedTuple):
     """One durable change in the recent window."""
 
@@ -174,8 +108,9 @@ class Session:
     """
 
     __slots__ = (
-        "_away_deadline", "_limits", "_log", "_log_from", "_pushes", "_status", "_unacked", "attachments",
-        "epoch", "grace_deadline", "last_seen_ms", "rev", "seq", "unread", "user_json",
+        "_away_deadline", "_began_seq", "_limits", "_log", "_log_from", "_positions", "_pushes", "_status",
+        "_told", "_unacked", "attachments", "epoch", "grace_deadline", "last_seen_ms", "rev", "seq", "unread",
+        "user_json",
     )  # fmt: skip
 
     def __init__(self, user: str, head: Head, limits: SessionLimits) -> None:
@@ -190,6 +125,9 @@ class Session:
         self._unacked: dict[int, bytes] = {}  # seq -> id, in seq order per insertion
         self._status = "offline"
         self._pushes: PushWatch | None = None
+        self._began_seq = head.seq  # ids of later ones were all told
+        self._positions: dict[str, int] = {}  # up to here a device's positions have acknowledged
+        self._told: dict[str, tuple[str, str | None]] = {}  # attention of devices that poll, between polls
         self._away_deadline = 0.0  # monotonic; the last active device is gone, it may be back until then
 
     # -- connections ----------------------------------------------------------------------------------
@@ -216,6 +154,7 @@ class Session:
         viewing: str | None = None,
         began_seq: int | None = None,
         acked_seq: int = 0,
+        poll: bool = False,
     ) -> tuple[Attachment, list[Effect]]:
         """Add a connection.
 
@@ -226,7 +165,9 @@ class Session:
             ready: with reattach, True if it had left the waiting phase.
             attention, viewing: what it told with its last VISIBILITY; None: it never did.
             began_seq, acked_seq: with reattach, what it acknowledged cumulatively: surely in the store up to
-                began_seq, perhaps lost with the attachment before up to acked_seq.
+                began_seq, perhaps lost with the attachment before up to acked_seq. Otherwise not None if
+                the position acknowledges what it covers.
+            poll: what the device told of attention holds for its next poll, too.
 
         Returns:
             The attachment and the effects, WELCOME first unless reattach.
@@ -234,6 +175,9 @@ class Session:
         effects: list[Effect] = []
         attachment = Attachment(self, peer, conn, device, session_id, now_ms)
         attachment.legacy = legacy
+        attachment.poll = poll
+        if poll and attention is None:
+            attention, viewing = self._told.get(device, (None, None))
         attachment.cursor_seq = attachment.acked_seq = self.seq
         attachment.cursor_rev = self.rev
         if attention is not None:
@@ -262,7 +206,7 @@ class Session:
                 else:
                     attachment.wait_deadline = now + self._limits.resume_wait_s
         elif position is not None:
-            effects += self._resume(attachment, *position, now_ms)
+            effects += self._resume(attachment, *position, now_ms, None if began_seq is None else now)
         else:
             effects.append(self._welcome(attachment, None, now_ms))
             attachment.wait_deadline = now + self._limits.resume_wait_s
@@ -274,6 +218,8 @@ class Session:
         if attachment not in self.attachments:
             return []
         self.attachments.remove(attachment)
+        if attachment.poll and attachment.reported:
+            _keep(self._told, attachment.device, (attachment.attention, attachment.viewing))
         self.last_seen_ms = now_ms
         effects: list[Effect] = []
         grace = self._limits.clean_close_grace_s if clean else self._limits.grace_s
@@ -399,6 +345,7 @@ class Session:
         self.epoch, self.seq, self.rev, self.unread = head
         self._log.clear()
         self._log_from = head.rev
+        self._began_seq = head.seq
         for attachment in self.attachments:
             if attachment.phase is Phase.LIVE:
                 self._advance(attachment, effects)
@@ -445,6 +392,49 @@ class Session:
             if self._pushes.next_due < due:
                 effects.append(Wake())
         return effects
+
+    def acknowledge_from(
+        self, device: str | None, seq: int | None, ids: Iterable[bytes], now: float, now_ms: int
+    ) -> tuple[list[Attachment], list[Effect]]:
+        """An acknowledgement that came by another way than a connection.
+
+        Args:
+            device: None or one without a connection: some device of the user, of which nothing more is known.
+
+        Returns:
+            The device's attachments, and the effects.
+        """
+        ids = list(ids)
+        effects: list[Effect] = []
+        mine = [a for a in self.attachments if a.device == device]
+        for attachment in mine:
+            effects += self.acknowledge(attachment, seq, ids, now, now_ms)
+        if not mine:
+            nobody = Attachment(self, None, 0, device or "", "", now_ms)
+            nobody.cursor_seq = self.seq
+            if seq is not None:
+                self._position_acknowledges(nobody, min(seq, self.seq))
+            effects += self.acknowledge(nobody, seq, ids, now, now_ms)
+        return mine, effects
+
+    def visibility_from(
+        self, device: str, state: str, viewing: str | None, now: float, now_ms: int
+    ) -> tuple[list[Attachment], list[Effect]] | None:
+        """VISIBILITY that came by another way than a connection.
+
+        Returns:
+            The device's attachments (none between two polls) and the effects; None if it is not connected.
+        """
+        effects: list[Effect] = []
+        mine = [a for a in self.attachments if a.device == device]
+        for attachment in mine:
+            effects += self.visibility(attachment, state, viewing, now, now_ms)
+        if mine:
+            return mine, effects
+        if device not in self._told:
+            return None
+        self._told[device] = (state, viewing)
+        return [], effects
 
     def visibility(
         self, attachment: Attachment, state: str, viewing: str | None, now: float, now_ms: int
@@ -529,6 +519,15 @@ class Session:
         if began_seq < attachment.acked_seq:
             # It may have been told to a shard that died before it wrote that down.
             effects.append(self._range(attachment, began_seq, attachment.acked_seq))
+
+    def _position_acknowledges(self, attachment: Attachment, seq: int) -> None:
+        """What a position covers its device has: prepares `acknowledge` of it. How much of that is new only
+        this session knows; of what was before it, as much as fits a page is told again."""
+        known = self._positions.get(attachment.device, 0) if attachment.device else 0
+        attachment.acked_seq = max(known, seq - MAX_UNACKED, 0)
+        attachment.written_before = min(seq, self._began_seq)
+        if attachment.device:
+            _keep(self._positions, attachment.device, max(known, seq))
 
     def _range(self, attachment: Attachment, after_seq: int, upto_seq: int) -> AcknowledgedRange:
         signal = signal_of(attachment.attention, attachment.reported)
@@ -663,13 +662,22 @@ class Session:
         return True
 
     def _resume(
-        self, attachment: Attachment, epoch: str, last_seq: int, last_rev: int | None, now_ms: int
+        self,
+        attachment: Attachment,
+        epoch: str,
+        last_seq: int,
+        last_rev: int | None,
+        now_ms: int,
+        acknowledged_at: float | None = None,
     ) -> list[Effect]:
         attachment.cursor_seq = attachment.acked_seq = self.seq
         attachment.cursor_rev = self.rev
         recovered = self._take_position(attachment, epoch, last_seq, last_rev)
         attachment.first_frame_seen = True
         effects: list[Effect] = [self._welcome(attachment, recovered, now_ms)]
+        if recovered and acknowledged_at is not None:
+            self._position_acknowledges(attachment, last_seq)
+            effects += self.acknowledge(attachment, last_seq, (), acknowledged_at, now_ms)
         self._advance(attachment, effects)
         return effects
 
@@ -737,3 +745,11 @@ class Session:
             if entry.seq:
                 return entry.seq - 1
         return self.seq
+
+
+def _keep(known: dict[str, Any], device: str, value: Any) -> None:
+    """Remember something of a device; the one not heard of for longest goes."""
+    known.pop(device, None)
+    if len(known) >= MAX_DEVICES:
+        del known[next(iter(known))]
+    known[device] = value

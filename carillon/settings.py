@@ -235,6 +235,12 @@ class IngressSettings:
     request_timeout_s: float = setting(10.0, "Deadline of a request, retries inside it.", low=0.1, unit="s")
     max_request_bytes: int = setting(8 * 1024 * 1024, "Longest request body (413 beyond).", low=1024)
     max_in_flight: int = setting(4096, "Requests at once before 503.", low=1)
+    max_streams: int = setting(
+        5000, "Event streams and long polls of one replica; more are answered 503.", low=1
+    )
+    max_wait_s: float = setting(
+        60.0, "Longest wait of a long poll (`waitS`); more is cut to it.", low=0.1, unit="s"
+    )
     auth_cache_s: float = setting(
         5.0, "How long a key or tenant is trusted before it is read again.", low=0.0, unit="s"
     )

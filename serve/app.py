@@ -17,8 +17,11 @@ from carillon.errors import CarillonError
 from carillon.events import ProblemError
 from carillon.problems import Problem, problem, problem_of
 from serve.http import (
+    BEHIND_SERVE,
+    STREAM_PATH,
     ClientGoneError,
     Header,
+    LateResponse,
     Request,
     Response,
     Scope,
@@ -31,6 +34,7 @@ from serve.routes import all_routes
 from serve.routes.events import admit, publish
 from serve.routing import CLIENT, OPEN, SERVICE, Router
 from serve.services import Services
+from serve.stream import STREAM_HEADERS, Opening, open_stream
 from stores.postgres.tenants import ApiKeyRecord
 
 log = logging.getLogger(__name__)
@@ -39,12 +43,8 @@ HOT_PATH: Final = "/v1/events"
 EVENTS_SCOPE: Final = "events:write"
 """What an API key needs for the hot route (the same as in the route table)."""
 _CORS_METHODS: Final = b"GET, POST, PUT, DELETE"
+_CORS_HEADERS: Final = b"Authorization, Content-Type, Last-Event-ID, X-Request-Id"
 _CORS_EXPOSED: Final = b"X-Request-Id, Retry-After, Idempotent-Replayed"
-
-
-BEHIND_SERVE: Final = "carillon.behind_serve"
-"""Key of the scope of requests that came by Serve's route: Serve's own middleware adds X-Request-Id to the
-answer (and one to the request if there is none); a second one would make "a, a" of it."""
 
 
 class ServeDoor:
@@ -151,11 +151,33 @@ class IngressApp:
             response = _failed(exc, request_id, scope["method"], scope["path"])
         finally:
             services.in_flight -= 1
+        if type(response) is LateResponse:
+            started += response.waited_s
         self._finished(response, None if BEHIND_SERVE in scope else request_id, started)
         origin = headers.get(b"origin")
         if origin is not None and scope["path"].startswith("/api/"):
             self._cors(response.headers, origin)
         return response
+
+    async def stream(
+        self, headers: dict[bytes, bytes], query: bytes
+    ) -> tuple[Response, None] | tuple[list[Header], Opening]:
+        """`GET /api/stream`: the answer that refuses it, or the headers of the one that begins it."""
+        started = self._clock.monotonic()
+        request_id = self._request_id(headers)
+        origin = headers.get(b"origin")
+        try:
+            request = Request({"query_string": query}, headers, None, {}, request_id, 0.0, 0)
+            opening = await open_stream(self.services, headers, request.query())
+        except Exception as exc:
+            response = self._finished(_failed(exc, request_id, "GET", STREAM_PATH), request_id, started)
+            if origin is not None:
+                self._cors(response.headers, origin)
+            return response, None
+        out = [*STREAM_HEADERS, (b"x-request-id", request_id)]
+        if origin is not None:
+            self._cors(out, origin)
+        return out, opening
 
     def _request_id(self, headers: dict[bytes, bytes]) -> bytes:
         """The caller's id of the request, or one of ours."""
@@ -223,7 +245,7 @@ class IngressApp:
         else:
             headers.append((b"access-control-allow-origin", b"*"))
         headers.append((b"access-control-allow-methods", _CORS_METHODS))
-        headers.append((b"access-control-allow-headers", b"Authorization, Content-Type, X-Request-Id"))
+        headers.append((b"access-control-allow-headers", _CORS_HEADERS))
         headers.append((b"access-control-expose-headers", _CORS_EXPOSED))
         headers.append((b"access-control-max-age", b"600"))
 

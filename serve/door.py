@@ -1,10 +1,12 @@
-"""The replica's own door: uvicorn's HTTP protocol, with a short cut for `POST /v1/events`.
+"""The replica's own door: uvicorn's HTTP protocol, with a short cut for `POST /v1/events`, and streams.
 
 The hot route is one body in and one short answer out. ASGI makes of that two calls of `receive` and two of
 `send`, five dictionaries, an event and a re-check of every header: two thirds of what the request costs
 (docs/adr/0009). Here such a request goes from the parser to the handler and its answer to the transport in
 one write. Whatever is not the plain case (another route, a query, a chunked body, Expect, a body beyond the
 limit, an answer still under way on the connection) takes uvicorn's way, unchanged.
+
+`GET /api/stream` is answered here alone: the socket of a stream leaves uvicorn (serve/stream.py).
 
 Held to uvicorn's behaviour by tests/integration/test_door.py, because it overrides callbacks of a class that
 uvicorn does not document: its version is pinned in requirements.lock.
@@ -19,9 +21,11 @@ from typing import Any, Final
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serve.app import HOT_PATH, IngressApp
-from serve.http import Response
+from serve.http import STREAM_PATH, Response
+from serve.stream import EventStream
 
 _HOT_URL: Final = HOT_PATH.encode()
+_STREAM_URL: Final = STREAM_PATH.encode()
 _STATUS: Final = {s.value: b"HTTP/1.1 %d %s\r\n" % (s.value, s.phrase.encode()) for s in HTTPStatus}
 
 
@@ -49,6 +53,17 @@ class _HotRequest:
         self.keep_alive = True
         self.more_body = True
         self.response_complete = False
+
+
+class _StreamRequest(_HotRequest):
+    """A request for a stream; its socket leaves uvicorn once it is let in."""
+
+    __slots__ = ("chunked", "query")
+
+    def __init__(self, headers: dict[bytes, bytes], query: bytes, *, chunked: bool) -> None:
+        super().__init__(headers)
+        self.query = query
+        self.chunked = chunked
 
 
 class DoorProtocol(HttpToolsProtocol):
@@ -82,11 +97,29 @@ class DoorProtocol(HttpToolsProtocol):
             ):
                 self.cycle = _HotRequest(headers)
                 return
+        elif self.url.startswith(_STREAM_URL) and self._is_stream():
+            return
         super().on_headers_complete()
+
+    def _is_stream(self) -> bool:
+        path, _, query = self.url.partition(b"?")
+        before = self.cycle
+        if (
+            path != _STREAM_URL
+            or self.parser.get_method() != b"GET"
+            or self.parser.should_upgrade()
+            or not (before is None or before.response_complete)
+        ):
+            return False
+        chunked = self.parser.get_http_version() == "1.1"
+        self.cycle = _StreamRequest(dict(self.headers), query, chunked=chunked)
+        return True
 
     def on_body(self, body: bytes) -> None:
         """httptools: a part of the body."""
         cycle = self.cycle
+        if type(cycle) is _StreamRequest:
+            return  # a GET has none that means anything
         if type(cycle) is _HotRequest and cycle.more_body:
             # The length is known and bounded, and nobody would read slower: no flow control is needed.
             cycle.body = cycle.body + body if cycle.body else body
@@ -101,8 +134,34 @@ class DoorProtocol(HttpToolsProtocol):
             task = self.loop.create_task(self._answer(cycle))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
+        elif type(cycle) is _StreamRequest and cycle.more_body:
+            cycle.more_body = False
+            task = self.loop.create_task(self._open_stream(cycle))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
         else:
             super().on_message_complete()
+
+    async def _open_stream(self, request: _StreamRequest) -> None:
+        told, opening = await self._ingress.stream(request.headers, request.query)
+        connections = self._ingress.services.connections
+        if self.transport.is_closing():
+            return
+        if opening is None or connections is None:
+            assert isinstance(told, Response)
+            self.transport.write(head_of(told, close=True) + told.body)
+            request.response_complete = True
+            self.transport.close()
+            return
+        assert isinstance(told, list)
+        if request.chunked:
+            told.append((b"transfer-encoding", b"chunked"))
+        stream = EventStream(connections, chunked=request.chunked)
+        # From here on the socket is none of uvicorn's business, as with its own WebSockets.
+        self.connections.discard(self)
+        self.flow.resume_reading()
+        self.transport.set_protocol(stream)
+        stream.begin(self.transport, head_of(Response(headers=told), close=True), opening)
 
     async def _answer(self, request: _HotRequest) -> None:
         response = await self._ingress.hot(request.headers, request.body)

@@ -29,6 +29,12 @@ _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 _PROBLEM: Final = CONTENT_TYPE.encode()
 
 
+STREAM_PATH: Final = "/api/stream"
+BEHIND_SERVE: Final = "carillon.behind_serve"
+"""Key of the scope of requests that came by Serve's route: Serve's own middleware adds X-Request-Id to the
+answer (and one to the request if there is none); a second one would make "a, a" of it."""
+
+
 class ClientGoneError(CarillonError):
     """The caller hung up before its body was here: nobody is left to answer."""
 
@@ -51,6 +57,13 @@ class Response:
         self.status = status
         self.content_type = content_type
         self.headers = list(headers)
+
+
+class LateResponse(Response):
+    """An answer that was held back on purpose, for `waited_s` seconds."""
+
+    __slots__ = ("waited_s",)
+    waited_s: float
 
 
 def json_response(document: Any, status: int = 200, headers: Sequence[Header] = ()) -> Response:
@@ -167,6 +180,11 @@ class Request:
     async def body(self) -> bytes:
         """The body, read once. Raises ProblemError (413)."""
         return await read_body(self._receive, self.headers, self.limit)
+
+    async def gone(self) -> None:
+        """Return once the caller has hung up; for requests whose body nobody reads."""
+        while (await self._receive())["type"] == "http.request":
+            pass
 
     async def json(self) -> Any:
         """The body as JSON; empty equals `{}`. Raises ProblemError: 400, 413, 422 (nesting)."""

@@ -27,6 +27,7 @@ from carillon.metrics import Stats
 from serve.app import IngressApp
 from serve.auth import Authenticator
 from serve.backend import RouterBackend
+from serve.connections import Connections
 from serve.door import protocol_of
 from serve.services import Services
 from stores.postgres.dead_letters import DeadLetterReader
@@ -70,6 +71,7 @@ class Ingress:
         """Where the own door listens, e.g. "http://127.0.0.1:8080"; empty until `start`."""
         self.app: IngressApp | None = None
         self.backend: RouterBackend | None = None
+        self.connections: Connections | None = None
         self._clock = clock or SystemClock()
         self._pool: asyncpg.Pool | None = None
         self._socket: socket.socket | None = None
@@ -95,6 +97,7 @@ class Ingress:
             self.url = f"http://{shown}:{bound}"
             self._pool = await open_pool(settings.postgres)
             self.backend = RouterBackend(self.config, self.stats, public=self.url, clock=self._clock)
+            self.connections = Connections(settings, self.backend.membership, self.stats, self._clock)
             tenants = TenantStore(self._pool, settings.postgres.connect_timeout_s)
             auth = Authenticator(tenants, settings.ingress, self._clock)
             services = Services(
@@ -109,6 +112,8 @@ class Ingress:
                 TicketStore(self._pool, settings.postgres.connect_timeout_s),
                 RateLimiter(settings.redis, settings.ingress.limit_lease_s, self._clock),
                 DeadLetterReader(self._pool, settings.postgres.connect_timeout_s),
+                connections=self.connections,
+                url=self.url,
                 cluster_tag=tag,
             )
             self.app = IngressApp(services)
@@ -149,6 +154,7 @@ class Ingress:
             "kind": "ingress",
             "name": self.config.name,
             "url": self.url,
+            "streams": len(self.connections) if self.connections is not None else 0,
             "inFlight": services.in_flight if services is not None else 0,
             "draining": services.draining if services is not None else False,
             "mapVersion": self.backend.membership.map.version if self.backend is not None else 0,
@@ -169,8 +175,10 @@ class Ingress:
         if self._server is not None and self._tasks:
             # uvicorn closes the listener, lets requests end, and closes idle connections.
             self._server.should_exit = True
+            drained = self._drain_connections()
             with contextlib.suppress(Exception):
                 await self._tasks[0]
+            await drained
             deadline = self._clock.monotonic() + self.config.settings.ingress.drain_s
             assert self.app is not None
             while self.app.services.in_flight and self._clock.monotonic() < deadline:
@@ -184,6 +192,8 @@ class Ingress:
                 await self.app.services.auth.write_uses()
             await self.app.services.auth.close()
             await self.app.services.limits.close()
+        if self.connections is not None:
+            await self.connections.close()
         if self.backend is not None:
             await self.backend.close(leave=True)
         if self._pool is not None:
@@ -195,6 +205,11 @@ class Ingress:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+
+    def _drain_connections(self) -> asyncio.Future[None]:
+        """Begin to end streams and polls, while the listener closes: they come back to another replica."""
+        assert self.connections is not None
+        return asyncio.ensure_future(self.connections.drain(self.config.settings.ingress.drain_s / 2))
 
     async def _write_uses(self, auth: Authenticator, every_s: float) -> None:
         while True:

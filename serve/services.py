@@ -11,6 +11,7 @@ from carillon.messages import Event, Message, Outcome, StatsReply
 from carillon.metrics import Stats
 from carillon.settings import Settings
 from serve.auth import Authenticator
+from serve.connections import Connections
 from stores.postgres.dead_letters import DeadLetterReader
 from stores.postgres.feed import FeedReader
 from stores.postgres.tenants import TenantStore
@@ -59,5 +60,9 @@ class Services:
     dead_letters: DeadLetterReader
     in_flight: int = 0
     draining: bool = False
+    connections: Connections | None = None
+    """Streams and long polls; None: there are none here."""
+    url: str = ""
+    """Of the replica's own door."""
     cluster_tag: str = ""
     """Says which cluster a door belongs to (GET /healthz), without telling its secret."""

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Final
 
 from carillon.change_frames import change_frames
+from carillon.client_frames import VISIBILITY_STATES, visibility
 from carillon.clock import rfc3339
+from carillon.errors import NotFoundError
 from carillon.event_rules import MAX_INT, Text, text_error
-from carillon.events import ProblemError, refused
+from carillon.events import refused
 from carillon.ids import slot_of
-from carillon.messages import Change, ChangeResult, Logout
+from carillon.messages import Change, ChangeResult, DeviceAck, DeviceVisibility, Logout
 from carillon.notification import notification_json, user_json_of
-from carillon.problems import FieldError, problem, shown
-from serve.http import Request, Response, json_response, whole_number
+from carillon.problems import FieldError, shown
+from serve.connections import Connections
+from serve.http import (
+    BEHIND_SERVE,
+    STREAM_PATH,
+    ClientGoneError,
+    LateResponse,
+    Request,
+    Response,
+    json_response,
+    whole_number,
+)
+from serve.poll import Poll, wait_and_sync
 from serve.routes import users
 from serve.routes.bodies import notification_ids, path_notification, valid_id
 from serve.routing import CLIENT, Query, Route
 from serve.schemas import IDS_BODY, INSTANT, SUCCESS, WHOLE, nullable, obj, ref, text
 from serve.services import Services
+from serve.stream import asked_device
+from stores.postgres.feed import SyncPage
 
 SYNC_LIMIT: Final = 200
 SYNC_LIMIT_MAX: Final = 1000
@@ -84,14 +100,8 @@ async def post_seen(services: Services, request: Request) -> Response:
 
 async def post_read_all(services: Services, request: Request) -> Response:
     """POST /api/notifications/read-all."""
-    up_to = (await request.json_object()).get("upToSeq")
-    if up_to is not None and (
-        isinstance(up_to, bool) or not isinstance(up_to, int) or not 0 <= up_to <= MAX_INT
-    ):
-        raise refused(
-            f"expected upToSeq to be a seq, got {shown(up_to)}",
-            [FieldError("upToSeq", "a seq (0 to 2^53-1)", shown(up_to))],
-        )
+    document = await request.json_object()
+    up_to = None if document.get("upToSeq") is None else _seq(document, "upToSeq")
     result = await _change(services, request, "read_all", up_to_seq=up_to)
     return json_response({"count": result.changed})
 
@@ -144,37 +154,123 @@ async def delete_device(services: Services, request: Request) -> Response:
 
 
 async def get_sync(services: Services, request: Request) -> Response:
-    """GET /api/sync: everything after a position, in order."""
+    """GET /api/sync: everything after a position, in order; with `waitS` once there is something."""
     query = request.query()
-    if query.get("waitS", "0") != "0":
-        raise ProblemError(
-            problem(
-                "not_supported",
-                "waiting for the next change is not supported yet",
-                [FieldError("waitS", "absent or 0: not supported yet", shown(query["waitS"]))],
-            )
-        )
     epoch = query.get("epoch") or None
-    page = await services.feed.sync(
-        request.tenant,
-        request.user,
-        services.clock.now_ms(),
-        epoch=epoch,
-        since=whole_number(query, "since", 0, 0, MAX_INT),
-        rev=whole_number(query, "rev", 0, 0, MAX_INT) if "rev" in query else None,
-        limit=whole_number(query, "limit", SYNC_LIMIT, 1, SYNC_LIMIT_MAX),
+    since = whole_number(query, "since", 0, 0, MAX_INT)
+    rev = whole_number(query, "rev", 0, 0, MAX_INT) if "rev" in query else None
+    limit = whole_number(query, "limit", SYNC_LIMIT, 1, SYNC_LIMIT_MAX)
+    wait_s = min(whole_number(query, "waitS", 0, 0, 3600), services.settings.ingress.max_wait_s)
+
+    async def read() -> SyncPage:
+        return await services.feed.sync(
+            request.tenant,
+            request.user,
+            services.clock.now_ms(),
+            epoch=epoch,
+            since=since,
+            rev=rev,
+            limit=limit,
+        )
+
+    if not wait_s:
+        return _sync_answer(request, await read())
+    connections = _connections(services, request)
+    device, told = asked_device(query)
+    assert request.identity is not None
+    started = services.clock.monotonic()
+    poll = Poll(connections, epoch, since, rev)
+    position = None if epoch is None else (epoch, since, rev)
+    work = asyncio.ensure_future(
+        wait_and_sync(connections, request.identity, device, told, poll, position, wait_s, read)
     )
+    gone = asyncio.ensure_future(request.gone())
+    services.in_flight -= 1  # it takes no work, and is bounded by `ingress.max_streams`
+    try:
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientGoneError("the caller hung up")
+    finally:
+        services.in_flight += 1
+        gone.cancel()
+        work.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
+    return _sync_answer(request, work.result(), services.clock.monotonic() - started)
+
+
+def _sync_answer(request: Request, page: SyncPage, waited_s: float = 0.0) -> Response:
     user_json = user_json_of(request.user)
     notifications = ",".join(notification_json(row, user_json) for row in page.notifications)
     frames = change_frames(page.changes, user_json, 0, more=False)
     changes = ",".join(frame.decode() for _, frame, _ in frames)
-    return Response(
+    response = LateResponse(
         (
             f'{{"notifications":[{notifications}],"changes":[{changes}],"lastSeq":{page.last_seq},'
             f'"rev":{page.rev},"unreadCount":{page.head.unread},"epoch":{user_json_of(page.head.epoch)},'
             f'"recovered":{"true" if page.recovered else "false"},"more":{"true" if page.more else "false"}}}'
         ).encode()
     )
+    response.waited_s = waited_s
+    return response
+
+
+def _connections(services: Services, request: Request) -> Connections:
+    """What holds streams and polls. Raises NotFoundError: not by this way."""
+    if services.connections is None or BEHIND_SERVE in request.scope:
+        raise NotFoundError(f"streams and long polls are served at the replicas' own door: {services.url}")
+    return services.connections
+
+
+async def get_stream(services: Services, request: Request) -> Response:
+    """GET /api/stream by a way that has no socket to hand over."""
+    raise NotFoundError(f"streams are served by GET at the replicas' own door: {services.url}{STREAM_PATH}")
+
+
+async def post_ack(services: Services, request: Request) -> Response:
+    """POST /api/ack: ACK for who has no socket."""
+    document = await request.json_object()
+    device = document.get("deviceId")
+    if device is not None:
+        valid_id("deviceId", device)
+    given = [name for name in ("notificationId", "notificationIds", "seq") if document.get(name) is not None]
+    if len(given) != 1:
+        shown_names = " and ".join(given) or "none of them"
+        wanted = "one of notificationIds, notificationId and seq"
+        raise refused(f"expected {wanted}, got {shown_names}", [FieldError("", wanted, shown_names)])
+    seq = None
+    ids: list[bytes] = []
+    if given[0] == "seq":
+        seq = _seq(document, "seq")
+    elif given[0] == "notificationIds":
+        ids = notification_ids(document)
+    else:
+        ids = notification_ids({"notificationIds": [document["notificationId"]]})
+    if ids or seq is not None:
+        slot = slot_of(request.tenant, request.user)
+        message = DeviceAck(request.tenant, request.user, slot, device, seq, ids)
+        await services.backend.request(message, request.deadline)
+    return json_response({"success": True})
+
+
+async def post_visibility(services: Services, request: Request) -> Response:
+    """POST /api/visibility: VISIBILITY for who has no socket."""
+    document = await request.json_object()
+    device = valid_id("deviceId", document.get("deviceId"))
+    told = visibility(document)
+    slot = slot_of(request.tenant, request.user)
+    message = DeviceVisibility(request.tenant, request.user, slot, device, told.state, told.viewing)
+    await services.backend.request(message, request.deadline)
+    return json_response({"success": True})
+
+
+def _seq(document: dict[str, Any], name: str) -> int:
+    value = document[name]
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_INT:
+        raise refused(
+            f"expected {name} to be a seq, got {shown(value)}",
+            [FieldError(name, "a seq (0 to 2^53-1)", shown(value))],
+        )
+    return value
 
 
 _TAG = "Client"
@@ -191,6 +287,13 @@ _SYNC_ANSWER: Final = obj(
         "more": {"type": "boolean"},
     },
     ["notifications", "changes", "lastSeq", "rev", "unreadCount", "epoch", "recovered", "more"],
+)
+
+
+_DEVICE_QUERY: Final = (
+    Query("deviceId", text(1, 128), "The id used under /api/devices; absent: random."),
+    Query("state", {"enum": list(VISIBILITY_STATES)}, "Where the user looks, as in VISIBILITY."),
+    Query("viewing", {"type": "string", "maxLength": 300}, 'Likewise: "targetType:targetId".'),
 )
 
 
@@ -283,8 +386,62 @@ ROUTES: Final = (
             Query("since", {"type": "integer", "minimum": 0, "maximum": MAX_INT}, "Last seq the client has."),
             Query("rev", {"type": "integer", "minimum": 0, "maximum": MAX_INT}, "Absent: no changes."),
             Query("limit", {"type": "integer", "minimum": 1, "maximum": SYNC_LIMIT_MAX}, "Page size."),
-            Query("waitS", {"enum": ["0"]}, "Waiting is not supported yet."),
+            Query(
+                "waitS", {"type": "integer", "minimum": 0, "maximum": 3600},
+                "At the replica's own door: wait so many seconds (at most `ingress.max_wait_s`) for news, "
+                "connected meanwhile; `since` acknowledges.",
+            ),
+            *_DEVICE_QUERY,
         ),
-        answer=_SYNC_ANSWER, problems=(400, 422), tag=_TAG,
+        answer=_SYNC_ANSWER, problems=(400, 404, 422, 429), tag=_TAG,
+    ),
+    Route(
+        "GET", "/api/stream", get_stream, CLIENT, "Frames as server-sent events",
+        doc=(
+            "At the replica's own door only. The frames of the WebSocket as `data`, each with the event id "
+            "`epoch:seq:rev`; a position resumes and acknowledges. The last event is `close`, with the "
+            "WebSocket's close code. The token may be in the URL."
+        ),
+        headers=(Query("Last-Event-ID", {"type": "string"}, "Position: `epoch:seq:rev`."),),
+        query=(
+            Query("lastEventId", {"type": "string"}, "The same, for who cannot set the header."),
+            Query("epoch", {"type": "string"}, "Position; with `lastSeq`."),
+            Query("lastSeq", {"type": "integer", "minimum": 0, "maximum": MAX_INT}, "Position."),
+            Query("lastRev", {"type": "integer", "minimum": 0, "maximum": MAX_INT}, "Position."),
+            Query("token", {"type": "string"}, "In place of the Authorization header."),
+            Query("ticket", {"type": "string"}, "Of POST /api/tickets, in place of the token."),
+            *_DEVICE_QUERY,
+        ),
+        answer_type="text/event-stream", problems=(400, 404, 422), tag=_TAG,
+    ),
+    Route(
+        "POST", "/api/ack", post_ack, CLIENT, "Acknowledge",
+        doc="As the frame ACK. `seq` is cumulative for the connection of `deviceId`.",
+        body=obj(
+            {
+                "notificationIds": {"type": "array", "items": {"type": "string"}, "maxItems": 1000},
+                "notificationId": {"type": "string"},
+                "seq": {"type": "integer", "minimum": 0, "maximum": MAX_INT},
+                "deviceId": text(1, 128),
+            },
+            strict=False,
+        ),
+        body_example={"seq": 17, "deviceId": "tablet"},
+        answer=SUCCESS, answer_example={"success": True}, problems=(400, 413, 422), tag=_TAG,
+    ),
+    Route(
+        "POST", "/api/visibility", post_visibility, CLIENT, "Where the user looks",
+        doc="As the frame VISIBILITY, for the stream, poll or socket of `deviceId`; 404 while it has none.",
+        body=obj(
+            {
+                "deviceId": text(1, 128),
+                "state": {"enum": list(VISIBILITY_STATES)},
+                "viewing": {"type": ["string", "null"], "maxLength": 300},
+            },
+            ["deviceId", "state"],
+            strict=False,
+        ),
+        body_example={"deviceId": "tablet", "state": "hidden"},
+        answer=SUCCESS, answer_example={"success": True}, problems=(400, 404, 413, 422), tag=_TAG,
     ),
 )  # fmt: skip

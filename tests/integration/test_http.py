@@ -542,7 +542,8 @@ async def test_sync(world: World) -> None:
     assert (changed["rev"], changed["unreadCount"]) == (6, 4)
     assert (await sync(epoch="another", since=5))["recovered"] is False
     assert (await sync(epoch="e1", since=9))["recovered"] is False
-    problem(await world.http.get("/api/sync?waitS=5", headers=headers), 422, "not_supported")
+    for wrong in ("-1", "x", "3601"):
+        problem(await world.http.get(f"/api/sync?waitS={wrong}", headers=headers), 422, "invalid")
     problem(await world.http.get("/api/sync?since=x", headers=headers), 422, "invalid")
 
 

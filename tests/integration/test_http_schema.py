@@ -53,7 +53,8 @@ def server(postgres_server: EmbeddedPostgres) -> Iterator[World]:
         await admin.execute("create database test_http_schema template template strategy wal_log")
         await admin.close()
         dsn = postgres_server.dsn_of("test_http_schema")
-        made = await World(dsn, ingress={"demo": True, "demo_tenant": "acme"}).start()
+        # No shard is there: a long poll waits for nothing but its time.
+        made = await World(dsn, ingress={"demo": True, "demo_tenant": "acme", "max_wait_s": 0.1}).start()
         await store_notifications(dsn, "acme", "ada", 30)
         return made
 
@@ -80,7 +81,8 @@ def test_route_does_what_its_description_says(server: World, route: Any) -> None
         schema.config.update(base_url=server.ingress.url)
         operation = schema[route.path][route.method]
         headers = {SERVICE: server.service, CLIENT: server.client}.get(route.door, dict)()
-        modes = [GenerationMode.POSITIVE]
+        # A stream that is let in has no end; what it sends is tested in test_streams.py.
+        modes = [GenerationMode.POSITIVE] if route.path != "/api/stream" else []
         if route.body is not None or route.query:
             modes.append(GenerationMode.NEGATIVE)
         for mode in modes:
