@@ -56,6 +56,10 @@ bench: $(STAMP) ## measure a running system (ARGS="--help" explains the options)
 simulate: $(STAMP) ## simulate thousands of clusters under faults, each from a seed (ARGS="--help" explains)
 	@$(BIN)/python -m tests.simulation $(ARGS)
 
+.PHONY: fuzz
+fuzz: $(STAMP) ## attack gateway, door and frames from a seed, for a time (ARGS="--seconds 600"; --help explains)
+	@$(BIN)/python -m tests.fuzz $(ARGS)
+
 .PHONY: chaos
 chaos: $(STAMP) ## break a whole system for ten minutes, judge what it promised (ARGS="--help" explains)
 	@$(BIN)/python -m tests.chaos run $(ARGS)

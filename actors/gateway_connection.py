@@ -134,10 +134,16 @@ class Connection(AttachedSocket, asyncio.Protocol):
     def _answer_and_close(self, answer: bytes) -> None:
         self._buffer = None
         self._closing()
-        if self._transport is not None:
-            if answer:
-                self._transport.write(answer)
-            self._transport.close()
+        transport = self._transport
+        if transport is None:
+            return
+        if answer:
+            transport.write(answer)
+        if answer and transport.can_write_eof():
+            # As in `_flush`: closing now, with the rest of a long request unread, could destroy the answer.
+            transport.write_eof()
+        else:
+            transport.close()
 
     # -- receiving ------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple, TypeGuard, cast
 
 import msgspec
 
@@ -93,7 +93,7 @@ def parse_text(data: bytes | bytearray, conn: int) -> ClientFrame:
     except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
         raise BadFrameError(f"expected a JSON object: {exc}", expected="a JSON object") from None
     if data.count(b"{") + data.count(b"[") > MAX_DEPTH or _SUSPECT.search(data):
-        _check_values(frame)
+        _check(frame)
     return _build(frame, conn)
 
 
@@ -105,7 +105,7 @@ def parse_binary(data: bytes | bytearray, conn: int) -> ClientFrame:
         raise _too_deep() from None
     except (msgspec.MsgspecError, UnicodeDecodeError, ValueError, OverflowError) as exc:
         raise BadFrameError(f"expected a MessagePack map: {exc}", expected="a MessagePack map") from None
-    _check_values(frame)
+    _check(frame)
     return _build(frame, conn)
 
 
@@ -120,6 +120,19 @@ def check_id(value: object, path: str) -> str:
 def _too_deep() -> BadFrameError:
     wanted = f"nesting of at most {MAX_DEPTH} levels"
     return BadFrameError(f"expected {wanted}, got a deeper one", expected=wanted, got="deeper")
+
+
+def _check(frame: object) -> None:
+    """`_check_values`; its error names the frame it is about, so that nobody waits for an answer in vain."""
+    try:
+        _check_values(frame)
+    except BadFrameError as exc:
+        if isinstance(frame, dict):
+            ref = cast("Members", frame).get("id")
+            if _valid_ref(ref) and (not isinstance(ref, str) or _sendable(ref)):
+                exc.ref = ref
+                exc.args = (*exc.args[:5], ref)
+        raise
 
 
 def _check_values(frame: object) -> None:
@@ -337,18 +350,28 @@ TYPES: Final = tuple(_BUILDERS)
 """Every type a client may send."""
 
 
+def _valid_ref(ref: object) -> TypeGuard[str | int]:
+    if isinstance(ref, str):
+        return len(ref) <= MAX_ID_CHARS
+    return type(ref) is int and -MAX_INT <= ref <= MAX_INT
+
+
+def _sendable(text: str) -> bool:
+    """Whether an answer can say it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
+
+
 def _build(frame: object, conn: int) -> ClientFrame:
     if not isinstance(frame, dict):
         raise _wrong("", "an object", frame)
     members = cast("Members", frame)
     ref = members.get("id")
-    if ref is not None:
-        if isinstance(ref, str):
-            valid = len(ref) <= MAX_ID_CHARS
-        else:
-            valid = type(ref) is int and -MAX_INT <= ref <= MAX_INT
-        if not valid:
-            raise _wrong("id", f"text of at most {MAX_ID_CHARS} characters or an integer", ref)
+    if ref is not None and not _valid_ref(ref):
+        raise _wrong("id", f"text of at most {MAX_ID_CHARS} characters or an integer", ref)
     kind = members.get("type")
     build = _BUILDERS.get(kind) if isinstance(kind, str) else None
     try:

@@ -112,22 +112,29 @@ class Wire:
 
 
 class ClientWorld:
-    """The system, a tenant "acme" with a key, and a wire before each door."""
+    """The system, a tenant "acme" with a key, and a wire before each door.
 
-    def __init__(self, dsn: str) -> None:
+    Args:
+        sections: settings on top: `ClientWorld(dsn, gateway={"auth_timeout_s": 1})`.
+    """
+
+    def __init__(self, dsn: str, **sections: dict[str, Any]) -> None:
         self.dsn = dsn
-        self.settings = fast_settings(
-            postgres={"dsn": dsn, "pool_size": 2},
-            shard={
+        base: dict[str, dict[str, Any]] = {
+            "postgres": {"dsn": dsn, "pool_size": 2},
+            "shard": {
                 "ack_flush_s": 0.01,
                 "sweep_s": 0.1,
                 "resume_wait_s": 0.3,
                 "grace_s": 0.3,
                 "clean_close_grace_s": 0.05,
             },
-            gateway={"close_timeout_s": 0.5, "attach_retry_s": 0.02},
-            ingress={"auth_cache_s": 0.2},
-        )
+            "gateway": {"close_timeout_s": 0.5, "attach_retry_s": 0.02},
+            "ingress": {"auth_cache_s": 0.2},
+        }
+        for name, values in sections.items():
+            base[name] = {**base.get(name, {}), **values}
+        self.settings = fast_settings(**base)
         self.gateways: list[Gateway] = []
         self.ingresses: list[Ingress] = []
 

@@ -165,7 +165,12 @@ def test_what_is_not_built_is_never_ignored(kind: str) -> None:
 
 def test_the_id_of_a_bad_frame_is_echoed_if_it_is_valid() -> None:
     """A client can match the ERROR to what it sent."""
-    for frame, code in (({"type": "NO", "id": "a"}, "unknown_type"), ({"type": "ACK", "id": "a"}, "invalid")):
+    for frame, code in (
+        ({"type": "NO", "id": "a"}, "unknown_type"),
+        ({"type": "ACK", "id": "a"}, "invalid"),
+        ({"type": "PING", "other": "a\0b", "id": "a"}, "invalid"),
+        ({"type": "PING", "other": deep(32), "id": "a"}, "invalid"),
+    ):
         with pytest.raises(BadFrameError) as caught:
             parse_text(json.dumps(frame).encode(), C)
         assert (caught.value.ref, caught.value.code) == ("a", code)
