@@ -305,6 +305,7 @@ class Owners:
     def _write(self, link: Link, write: Write) -> None:
         """Frame once per encoding, write to all."""
         attached = self._attached
+        seq, rev, epoch = write.seq, write.rev, write.epoch
         framed: list[bytes | None] = [None, None, None, None]
         written = 0
         for number in write.conns:
@@ -317,17 +318,17 @@ class Owners:
             data = framed[encoding]
             if data is None:
                 data = framed[encoding] = _encode(write.frame, encoding)
-            if write.seq:
-                conn.sent_notification()
             # The position first: a stream writes it beside the frame. Who cannot take the frame ends.
-            if write.epoch:
+            if epoch:
                 # A WELCOME sets it absolutely, 0 included: a client may resume from the beginning.
-                conn.epoch, conn.seq, conn.rev = write.epoch, write.seq, write.rev
+                conn.epoch, conn.seq, conn.rev = epoch, seq, rev
             else:
-                if write.seq:
-                    conn.seq = write.seq
-                if write.rev:
-                    conn.rev = write.rev
+                if seq:
+                    conn.seq = seq
+                if rev:
+                    conn.rev = rev
+            if seq:
+                conn.sent_notification()
             if write.replay:
                 conn.write_replay(data, write.page_end)
             else:
@@ -335,7 +336,7 @@ class Owners:
                 if conn.phase is not Phase.OPEN:
                     continue  # that was too much for it
             written += 1
-            if write.epoch:
+            if epoch:
                 self._welcomed(conn)
             else:
                 conn.ready = True
@@ -352,8 +353,8 @@ class Owners:
 
 def _encode(frame: bytes, encoding: Encoding) -> bytes:
     """A frame as it goes on the wire; LEGACY is asked for only for updates."""
-    if encoding is Encoding.PLAIN:
-        return frame
+    if encoding is Encoding.JSON:
+        return text_frame(frame)
     if encoding is Encoding.MSGPACK:
         return binary_frame(server_frames.transcode(frame))
-    return text_frame(server_frames.as_new_notification(frame) if encoding is Encoding.LEGACY else frame)
+    return frame if encoding is Encoding.PLAIN else text_frame(server_frames.as_new_notification(frame))

@@ -123,6 +123,7 @@ class Shard:
             replay_page=shard.replay_page,
             max_connections=shard.max_connections_per_user,
             heartbeat_ms=round(self._settings.gateway.heartbeat_s * 1000),
+            remembered_devices=shard.remembered_devices,
         )
 
     # -- life cycle -------------------------------------------------------------------------------------
@@ -191,14 +192,8 @@ class Shard:
         await self._store.close()
 
     async def drain(self) -> None:
-        """Give the slots away (the coordinator moves them), then stop.
-
-        Serving goes on until they have moved: what comes meanwhile is appended, or answered "moved" by the
-        fence, and nobody waits for longer than the move takes.
-        """
-        if not self._stopped:
-            await self._membership.leave()
-        await self.stop()
+        """Give the slots away (the coordinator moves them), then stop."""
+        await self.stop(leave=True)
 
     async def status(self) -> dict[str, Any]:
         """Facts for the command line."""

@@ -77,3 +77,39 @@ class Attachment:
         self.attention_since_ms = now_ms
         self.viewing: str | None = None
         self.wait_deadline = 0.0
+
+
+class DeviceMemory:
+    """What a session remembers of devices that come back again and again, between their connections.
+
+    Args:
+        most: devices of each kind; the one not heard of for longest is forgotten.
+
+    Attributes:
+        told: attention and `viewing` of devices that poll.
+    """
+
+    __slots__ = ("_most", "_positions", "told")
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._positions: dict[str, int] = {}
+        self.told: dict[str, tuple[str, str | None]] = {}
+
+    def tell(self, device: str, attention: str, viewing: str | None) -> None:
+        """Where a device's user looks, until it tells again."""
+        self._keep(self.told, device, (attention, viewing))
+
+    def acknowledged(self, device: str, seq: int) -> int:
+        """A device has everything up to `seq`; returns up to where it had said so before (0: never)."""
+        if not device:
+            return 0
+        known = self._positions.get(device, 0)
+        self._keep(self._positions, device, max(known, seq))
+        return known
+
+    def _keep(self, known: dict[str, Any], device: str, value: Any) -> None:
+        known.pop(device, None)
+        if len(known) >= self._most:
+            del known[next(iter(known))]
+        known[device] = value

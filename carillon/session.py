@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from carillon import server_frames
-from carillon.attachment import Attachment, Phase, ReplayStart
+from carillon.attachment import Attachment, DeviceMemory, Phase, ReplayStart
 from carillon.attention import (
     ACTIVE,
     ACTIVE_STATES,
@@ -63,8 +63,6 @@ from carillon.push_watch import PushWatch, Waiting
 
 MAX_UNACKED: Final = 1000
 """Unacknowledged deliveries a session remembers; older ones are acknowledged by id through the store."""
-MAX_DEVICES: Final = 64
-"""Devices without a lasting connection (polls, streams that come back) that a session remembers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +76,7 @@ class SessionLimits:
     replay_page: int = 200
     max_connections: int = 20
     heartbeat_ms: int = 25_000
+    remembered_devices: int = 64
 
 
 class Head(NamedTuple):
@@ -108,8 +107,8 @@ class Session:
     """
 
     __slots__ = (
-        "_away_deadline", "_began_seq", "_limits", "_log", "_log_from", "_positions", "_pushes", "_status",
-        "_told", "_unacked", "attachments", "epoch", "grace_deadline", "last_seen_ms", "rev", "seq", "unread",
+        "_away_deadline", "_began_seq", "_devices", "_limits", "_log", "_log_from", "_pushes", "_status",
+        "_unacked", "attachments", "epoch", "grace_deadline", "last_seen_ms", "rev", "seq", "unread",
         "user_json",
     )  # fmt: skip
 
@@ -126,8 +125,7 @@ class Session:
         self._status = "offline"
         self._pushes: PushWatch | None = None
         self._began_seq = head.seq  # ids of later ones were all told
-        self._positions: dict[str, int] = {}  # up to here a device's positions have acknowledged
-        self._told: dict[str, tuple[str, str | None]] = {}  # attention of devices that poll, between polls
+        self._devices: DeviceMemory | None = None  # of those that come back by HTTP
         self._away_deadline = 0.0  # monotonic; the last active device is gone, it may be back until then
 
     # -- connections ----------------------------------------------------------------------------------
@@ -176,8 +174,8 @@ class Session:
         attachment = Attachment(self, peer, conn, device, session_id, now_ms)
         attachment.legacy = legacy
         attachment.poll = poll
-        if poll and attention is None:
-            attention, viewing = self._told.get(device, (None, None))
+        if poll and attention is None and self._devices is not None:
+            attention, viewing = self._devices.told.get(device, (None, None))
         attachment.cursor_seq = attachment.acked_seq = self.seq
         attachment.cursor_rev = self.rev
         if attention is not None:
@@ -219,7 +217,7 @@ class Session:
             return []
         self.attachments.remove(attachment)
         if attachment.poll and attachment.reported:
-            _keep(self._told, attachment.device, (attachment.attention, attachment.viewing))
+            self._memory().tell(attachment.device, attachment.attention, attachment.viewing)
         self.last_seen_ms = now_ms
         effects: list[Effect] = []
         grace = self._limits.clean_close_grace_s if clean else self._limits.grace_s
@@ -431,9 +429,9 @@ class Session:
             effects += self.visibility(attachment, state, viewing, now, now_ms)
         if mine:
             return mine, effects
-        if device not in self._told:
+        if self._devices is None or device not in self._devices.told:
             return None
-        self._told[device] = (state, viewing)
+        self._devices.tell(device, state, viewing)
         return [], effects
 
     def visibility(
@@ -523,11 +521,14 @@ class Session:
     def _position_acknowledges(self, attachment: Attachment, seq: int) -> None:
         """What a position covers its device has: prepares `acknowledge` of it. How much of that is new only
         this session knows; of what was before it, as much as fits a page is told again."""
-        known = self._positions.get(attachment.device, 0) if attachment.device else 0
+        known = self._memory().acknowledged(attachment.device, seq)
         attachment.acked_seq = max(known, seq - MAX_UNACKED, 0)
         attachment.written_before = min(seq, self._began_seq)
-        if attachment.device:
-            _keep(self._positions, attachment.device, max(known, seq))
+
+    def _memory(self) -> DeviceMemory:
+        if self._devices is None:
+            self._devices = DeviceMemory(self._limits.remembered_devices)
+        return self._devices
 
     def _range(self, attachment: Attachment, after_seq: int, upto_seq: int) -> AcknowledgedRange:
         signal = signal_of(attachment.attention, attachment.reported)
@@ -745,11 +746,3 @@ class Session:
             if entry.seq:
                 return entry.seq - 1
         return self.seq
-
-
-def _keep(known: dict[str, Any], device: str, value: Any) -> None:
-    """Remember something of a device; the one not heard of for longest goes."""
-    known.pop(device, None)
-    if len(known) >= MAX_DEVICES:
-        del known[next(iter(known))]
-    known[device] = value

@@ -171,6 +171,11 @@ class ShardSettings:
     max_connections_per_user: int = setting(
         20, "Connections of a user; the oldest is closed with 4004.", low=1
     )
+    remembered_devices: int = setting(
+        64,
+        "Devices of a user whose acknowledged position, and attention between two polls, are kept in memory.",
+        low=1,
+    )
 
 
 @dataclass(frozen=True)
@@ -237,6 +242,12 @@ class IngressSettings:
     max_in_flight: int = setting(4096, "Requests at once before 503.", low=1)
     max_streams: int = setting(
         5000, "Event streams and long polls of one replica; more are answered 503.", low=1
+    )
+    stream_retry_s: float = setting(
+        2.0,
+        "What an EventSource is told to wait before it comes back, give or take half.",
+        low=0.01,
+        unit="s",
     )
     max_wait_s: float = setting(
         60.0, "Longest wait of a long poll (`waitS`); more is cut to it.", low=0.1, unit="s"

@@ -54,6 +54,7 @@ class Connections:
         self.owners = Owners(self, membership, stats)
         self._stats = stats
         self._clock = clock
+        self.retry_s = settings.ingress.stream_retry_s
         self._max = settings.ingress.max_streams
         self._skew_s = settings.ingress.clock_skew_s
         self._held: dict[Connection, None] = {}

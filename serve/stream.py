@@ -126,7 +126,8 @@ class EventStream(AttachedSocket, Connection, asyncio.Protocol):
         self.connect(transport)
         transport.write(head)
         # How long an EventSource waits before it comes back: not all of a lost replica's at once.
-        self._write(b"retry: %d\n\n" % random.randint(1000, 3000))  # noqa: S311
+        retry_ms = round(self._connections.retry_s * random.uniform(500, 1500))  # noqa: S311
+        self._write(b"retry: %d\n\n" % retry_ms)
         self.beat_due = self._connections.loop.time() + limits.heartbeat_s * random.uniform(0.5, 1.0)  # noqa: S311
         self._connections.admit(self, *opening)
 

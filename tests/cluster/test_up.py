@@ -14,8 +14,10 @@ import stat
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -192,6 +194,37 @@ def test_event_reaches_the_websocket(dev: dict[str, Any], door: str) -> None:
         frame = json.loads(socket_.recv(timeout=20))
         assert frame["type"] == "NEW_NOTIFICATION"
         assert frame["notification"]["id"] == answer["id"]
+
+
+def test_event_reaches_a_stream_and_a_poll(dev: dict[str, Any]) -> None:
+    """The own door streams and holds polls; Serve's route says that this is where they are."""
+
+    def get(url: str, path: str) -> Any:
+        headers = {"Authorization": f"Bearer {token(dev, 'streamer')}"}
+        return urllib.request.urlopen(urllib.request.Request(url + path, headers=headers), timeout=20)
+
+    def frame(stream: Any) -> dict[str, Any]:
+        while not (line := stream.readline()).startswith(b"data: "):
+            assert line, "the stream has ended"
+        return json.loads(line[6:])
+
+    with get(dev["directUrl"], "/api/stream") as stream:
+        welcome = frame(stream)
+        assert welcome["type"] == "WELCOME"
+        answer = post(dev["httpUrl"], dev, {"userId": "streamer", "type": "t", "title": "to the stream"})
+        assert answer["status"] == "delivered"
+        assert frame(stream)["notification"]["id"] == answer["id"]
+        path = f"/api/sync?epoch={welcome['epoch']}&since=1&rev=1&waitS=30"
+        with ThreadPoolExecutor(1) as pool:
+            poll = pool.submit(lambda: json.loads(get(dev["directUrl"], path).read()))
+            answer = post(dev["httpUrl"], dev, {"userId": "streamer", "type": "t", "title": "to both"})
+            assert [one["id"] for one in poll.result(20)["notifications"]] == [answer["id"]]
+    for path in ("/api/stream", "/api/sync?since=0&waitS=5"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            get(dev["httpUrl"], path)
+        assert refused.value.code == 404
+        assert dev["directUrl"] in json.loads(refused.value.read())["detail"]
+        refused.value.close()
 
 
 @pytest.mark.parametrize(("user", "received"), [("alice", "fcmReceivedUrl"), ("bob", "apnsReceivedUrl")])

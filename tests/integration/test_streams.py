@@ -182,6 +182,30 @@ async def test_ends_with_its_token(postgres_dsn: str) -> None:
         assert long.ended
 
 
+async def test_ends_with_the_log_out(postgres_dsn: str) -> None:
+    """A log-out ends the streams and polls of its token and of its device, and no others."""
+    async with Transports(postgres_dsn) as world:
+        token = world.token()
+        mine = {"Authorization": f"Bearer {token}"}
+        same_token = await world.stream(login=False, token=token)
+        same_device = await world.stream(deviceId="phone")
+        other = await world.stream(deviceId="laptop")
+        for stream in (same_token, same_device, other):
+            await stream.frame()
+        path = "/api/sync?since=0&rev=0&waitS=30&deviceId=phone"
+        poll = asyncio.create_task(world.call("GET", path))
+        await eventually(lambda: len(world.ingress.connections) == 4)
+        answer = await world.http.post("/api/logout", json={"deviceId": "phone"}, headers=mine)
+        assert answer.status_code == 200
+        assert await same_token.closed() == 4001
+        assert await same_device.closed() == 4001
+        assert (await poll).status_code == 401
+        again = await world.stream(login=False, token=token)
+        assert (again.status, (await again.problem())["code"]) == (401, "unauthenticated")
+        await world.send("n1")
+        assert seqs([await other.frame()]) == [1]
+
+
 async def test_heart_beat(postgres_dsn: str) -> None:
     """An idle stream gets comments, so that whoever stands between keeps it open."""
     async with Transports(postgres_dsn, gateway={"heartbeat_s": 0.1}) as world:
