@@ -22,6 +22,7 @@ import msgspec
 
 from actors.config import ActorConfig
 from actors.link import Link, LinkServer
+from actors.member import advertised_host
 from actors.names import COORDINATOR
 from actors.roster import Entry, Roster
 from actors.slot_table import STORE_ERRORS, SlotTable
@@ -30,6 +31,7 @@ from carillon.clock import Clock, SystemClock
 from carillon.errors import (
     BusyError,
     CarillonError,
+    ClusterError,
     FencedError,
     InvalidInputError,
     LinkClosedError,
@@ -107,6 +109,7 @@ class Coordinator:
         if spawn:  # imported here: without it the coordinator runs without Ray
             ray_nodes: Nodes = nodes or importlib.import_module("actors.ray_nodes").RayNodes(config)
             self._supervisor = Supervisor(ray_nodes, config.settings, self._clock, self._has_joined)
+        self._draining: set[str] = set()
         self._retired = False
         self._changing: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -127,7 +130,7 @@ class Coordinator:
         """
         cluster = self.config.settings.cluster
         host, port = await self._server.start(cluster.bind_host)
-        self._address = Address(self._advertised(host), port)
+        self._address = Address(advertised_host(cluster, self.config.node, host), port)
         try:
             if self._supervisor is not None:
                 await self._supervisor.poll()
@@ -159,6 +162,73 @@ class Coordinator:
         """The cluster is going down: start no actor and move no slot any more."""
         self._retired = True
 
+    async def drain_node(self, wanted: str) -> dict[str, Any]:
+        """Leave a node: its shards give their slots to those of other nodes, and nothing starts there again.
+
+        Its actors stay as they are; whoever asked drains and ends them. Idempotent, and remembered over a
+        restart of the coordinator.
+
+        Args:
+            wanted: the node's id, or the start of it.
+
+        Returns:
+            `{"node": id, "members": [{"kind", "name"}, ...], "slots": how many moved}`.
+
+        Raises:
+            ClusterError: no such node, several, or one that cannot be left; the sentence says why.
+            FencedError, StoreUnavailableError: nothing is changed, or only remembered: ask again.
+        """
+        assert self._supervisor is not None
+        info = self._supervisor.find(wanted)
+        stay = self._supervisor.live.keys() - self._draining - {info.node}
+        if info.is_head:
+            raise ClusterError(
+                f"node {info.node[:8]} is the head, where the coordinator is: drain other nodes, "
+                "or remove everything with `down`"
+            )
+        if not stay:
+            raise ClusterError(f"no node would be left to take over from {info.node[:8]}")
+        async with self._lock:
+            leaving = {e.member.name for e in self._roster.shards().values() if e.member.node == info.node}
+            if not self._live_shards() - leaving:
+                raise ClusterError(f"no shard of another node could take over from {info.node[:8]}")
+            await self._set_draining(self._draining | {info.node})
+            before = self._slot_counts()
+            try:
+                await self._reload_if_needed()
+                if await self._move(self._target(leaving), f"node {info.node[:8]} is drained"):
+                    self._publish()
+            except STORE_ERRORS as exc:
+                self._store_failed(exc)
+                raise StoreUnavailableError(f"the slots have not moved: {exc}") from exc
+        members = [e.member for e in self._roster if e.member.node == info.node]
+        return {
+            "node": info.node,
+            "members": [{"kind": member.kind, "name": member.name} for member in members],
+            "slots": sum(before.get(name, 0) for name in leaving),
+        }
+
+    async def undrain_node(self, wanted: str) -> str:
+        """Use a node again that was drained; returns its id. Raises like `drain_node`."""
+        assert self._supervisor is not None
+        info = self._supervisor.find(wanted)
+        async with self._lock:
+            await self._set_draining(self._draining - {info.node})
+        return info.node
+
+    async def _set_draining(self, nodes: set[str]) -> None:
+        """Remember which nodes are left (under the lock)."""
+        assert self._supervisor is not None
+        nodes = nodes & self._supervisor.live.keys()  # ids are never used again
+        if nodes != self._draining:
+            try:
+                await self._table.save_draining(nodes)
+            except STORE_ERRORS as exc:
+                self._store_failed(exc)
+                raise StoreUnavailableError(f"not done, PostgreSQL does not answer: {exc}") from exc
+            self._draining = self._supervisor.draining = nodes
+            self._supervisor.want()
+
     @property
     def waiting_for(self) -> str:
         """What keeps `start` from returning, as a sentence; "" if nothing does."""
@@ -180,7 +250,12 @@ class Coordinator:
             "postgres": self._table.error or "ok",
             "stalls": self._stalls,
             "nodes": [
-                {"node": info.node, "host": info.host, "head": info.is_head}
+                {
+                    "node": info.node,
+                    "host": info.host,
+                    "head": info.is_head,
+                    "draining": info.node in self._draining,
+                }
                 for info in (supervisor.live.values() if supervisor else ())
             ],
             "wanted": sorted(supervisor.wanted) if supervisor else [],
@@ -216,20 +291,13 @@ class Coordinator:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a task of the coordinator failed", exc_info=error)
 
-    def _advertised(self, bound_host: str) -> str:
-        cluster = self.config.settings.cluster
-        if cluster.advertise_host:
-            return cluster.advertise_host
-        if bound_host not in ("0.0.0.0", "::"):
-            return bound_host
-        if self.config.node == "local":
-            return "127.0.0.1"
-        return str(importlib.import_module("ray.util").get_node_ip_address())
-
     # -- Postgres -----------------------------------------------------------------------------------
 
     async def _load_first(self) -> None:
         stored = await self._table.open()
+        if self._supervisor is not None:
+            self._draining = self._supervisor.draining = set(stored.draining)
+            self._supervisor.want()
         # Everyone of the last map has one lease to join again. Those of nodes that Ray does not have are of
         # an earlier run of the cluster.
         now = self._clock.monotonic()
@@ -315,6 +383,7 @@ class Coordinator:
             if entry.is_joined
             and not entry.leaving
             and entry.member.node not in self._dead_nodes()
+            and entry.member.node not in self._draining
             and not self._leases.is_lapsed(name, now)
         }
 

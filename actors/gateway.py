@@ -25,7 +25,7 @@ from actors.gateway_handshake import Handshake
 from actors.gateway_keys import PostgresKeys, ReadKeys, Redeem, TenantKeys
 from actors.gateway_owners import Owners
 from actors.link import Link
-from actors.member import Membership
+from actors.member import Membership, advertised_host
 from carillon import server_frames
 from carillon.client_frames import Auth
 from carillon.clock import Clock, SystemClock
@@ -110,7 +110,8 @@ class Gateway:
         """
         self.loop = asyncio.get_running_loop()
         _raise_descriptor_limit(self.limits.max_connections + SPARE_SOCKETS + SPARE_DESCRIPTORS)
-        host = self.config.settings.cluster.bind_host
+        settings = self.config.settings
+        host = settings.cluster.bind_host
         try:
             self._server = await self.loop.create_server(
                 lambda: Connection(self), host, self.limits.port, backlog=BACKLOG, start_serving=False
@@ -130,7 +131,8 @@ class Gateway:
         self._membership = Membership(self.config, _NoLinks(), stats=self.stats, clock=self._clock)
         self.owners = Owners(self, self._membership, self.stats)
         try:
-            self.url = f"ws://{self._membership._advertised(host)}:{port}/ws"
+            shown = advertised_host(settings.cluster, self.config.node, host)
+            self.url = f"ws://{shown}:{port}/ws"
             self._membership.public = self.url
             await self._membership.start()
             await self._server.start_serving()

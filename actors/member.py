@@ -29,6 +29,7 @@ from carillon.clock import Clock, SystemClock
 from carillon.errors import CarillonError, LinkClosedError, LinkError, UnavailableError
 from carillon.messages import Address, ClusterMap, Join, Leave, Member, Message, Renew
 from carillon.metrics import Stats
+from carillon.settings import ClusterSettings
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,21 @@ def socket_path(runtime_dir: str, name: str) -> str:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         return ""
     return str(path) if len(os.fsencode(str(path))) <= UNIX_PATH_LIMIT else ""
+
+
+def advertised_host(cluster: ClusterSettings, node: str, bound_host: str) -> str:
+    """The host that others are told for what an actor of `node` listens on at `bound_host`.
+
+    `cluster.advertise_host` if it is set; else the bound address; for "any address" that of the Ray node,
+    because 0.0.0.0 leads nobody anywhere and 127.0.0.1 leads another machine to itself.
+    """
+    if cluster.advertise_host:
+        return cluster.advertise_host
+    if bound_host not in ("0.0.0.0", "::"):
+        return bound_host
+    if node == "local":
+        return "127.0.0.1"
+    return str(importlib.import_module("ray.util").get_node_ip_address())
 
 
 class RayCoordinatorResolver:
@@ -199,12 +215,13 @@ class Membership:
         try:
             path = socket_path(cluster.runtime_dir, self.config.name)
             host, port = await self._server.start(cluster.bind_host, 0, path)
+            shown = advertised_host(cluster, self.config.node, host)
             self.member = Member(
                 self.config.kind,
                 self.config.name,
                 self.config.node,
                 self.incarnation,
-                Address(self._advertised(host), port, path, self.machine if path else ""),
+                Address(shown, port, path, self.machine if path else ""),
                 self.public,
                 dict(self.config.labels),
             )
@@ -223,26 +240,36 @@ class Membership:
                 what this member owned. False looks like a crash to it: the lease runs out.
         """
         if leave:
-            with contextlib.suppress(CarillonError):
-                await self.ask_coordinator(Leave(self.config.name, self.incarnation))
+            await self.leave()
+        await self._stop_renewals()
+        await self._coordinator.close()
+        await self._server.close()
+
+    async def leave(self) -> bool:
+        """Tell the coordinator that this member goes; what it owned has moved when this returns.
+
+        It goes on answering links until `close`, with the last map: whoever still asks is sent to the new
+        owner.
+
+        Returns:
+            False if the coordinator could not be told: to it this will look like a crash.
+        """
+        await self._stop_renewals()  # one behind the Leave would be a stranger's: it would close the link
+        try:
+            await self.ask_coordinator(Leave(self.config.name, self.incarnation))
+            left = True
+        except CarillonError as exc:
+            log.info("%s: the coordinator was not told that it leaves: %s", self.config.name, exc)
+            left = False
+        await self._coordinator.close()  # a link that is lost would be dialled again, and joined
+        return left
+
+    async def _stop_renewals(self) -> None:
         if self._renewals is not None:
             self._renewals.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._renewals
             self._renewals = None
-        await self._coordinator.close()
-        await self._server.close()
-
-    def _advertised(self, bound_host: str) -> str:
-        cluster = self.config.settings.cluster
-        if cluster.advertise_host:
-            return cluster.advertise_host
-        if bound_host not in ("0.0.0.0", "::"):
-            return bound_host
-        if self.config.node == "local":
-            return "127.0.0.1"
-        ray_util = importlib.import_module("ray.util")
-        return str(ray_util.get_node_ip_address())
 
     # -- the map ------------------------------------------------------------------------------------
 

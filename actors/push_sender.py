@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from actors.link import Link, LinkServer, dial
-from actors.member import machine_id
+from actors.member import advertised_host, machine_id
 from carillon.clock import Clock, SystemClock
 from carillon.errors import BusyError, LinkError
 from carillon.messages import Address, Push, PushJob, PushOutcome, PushResult
@@ -134,7 +134,7 @@ class PushSender:
         self._server = LinkServer(self, config.settings.link, config.name, config.secret)
         cluster = config.settings.cluster
         host, port = await self._server.start(cluster.bind_host)
-        return Address(_advertised(cluster.advertise_host, host), port, "", machine_id())
+        return Address(advertised_host(cluster, "", host), port, "", machine_id())
 
     async def stop(self) -> None:
         """Close everything."""
@@ -166,14 +166,6 @@ class PushSender:
 
     def read_finished(self, link: Link) -> None:
         """Jobs start at once; there is nothing to gather."""
-
-
-def _advertised(advertise_host: str, bound_host: str) -> str:
-    if advertise_host:
-        return advertise_host
-    if bound_host not in ("0.0.0.0", "::"):
-        return bound_host
-    return str(importlib.import_module("ray.util").get_node_ip_address())
 
 
 class RaySender(PushSender):

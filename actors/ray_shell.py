@@ -29,7 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.config import ActorConfig
 from actors.names import COORDINATOR
 from carillon.clock import SystemClock
-from carillon.errors import ClusterError
+from carillon.errors import CarillonError, ClusterError
 from carillon.messages import Address
 from carillon.settings import Settings
 
@@ -123,6 +123,24 @@ class CoordinatorActor(ActorShell):
     async def link_address(self) -> Address | None:
         """Where members dial; None until it listens."""
         return None if self._actor is None else self._actor.link_address()
+
+    async def config(self) -> ActorConfig:
+        """What the cluster was deployed with. Only who may run code in it can ask."""
+        return self._config
+
+    async def drain_node(self, node: str) -> dict[str, Any]:
+        """See `Coordinator.drain_node`; a refusal is `{"error": sentence}`: Ray changes errors."""
+        try:
+            return await self._actor.drain_node(node)
+        except CarillonError as exc:
+            return {"error": str(exc)}
+
+    async def undrain_node(self, node: str) -> dict[str, Any]:
+        """See `Coordinator.undrain_node`."""
+        try:
+            return {"node": await self._actor.undrain_node(node)}
+        except CarillonError as exc:
+            return {"error": str(exc)}
 
 
 class RouterActor(ActorShell):
@@ -340,7 +358,7 @@ def undeploy(
     say = progress or (lambda _: None)
     clock = SystemClock()
     deadline = clock.monotonic() + timeout_s
-    handles = {name: handle for name in _names(namespace) if (handle := find_actor(name, namespace))}
+    handles = {name: handle for name in actor_names(namespace) if (handle := find_actor(name, namespace))}
     kinds: dict[str, list[Any]] = {}
     for name, handle in handles.items():
         kinds.setdefault(name.split("-", 1)[0], []).append(handle)
@@ -359,12 +377,13 @@ def undeploy(
     for handle in handles.values():
         ray.kill(handle, no_restart=True)
     gone_by = clock.monotonic() + 10.0
-    while _names(namespace) and clock.monotonic() < gone_by:
+    while actor_names(namespace) and clock.monotonic() < gone_by:
         time.sleep(0.05)
     return len(handles)
 
 
-def _names(namespace: str) -> list[str]:
+def actor_names(namespace: str) -> list[str]:
+    """Names of all named actors of a namespace."""
     found: Any = list_named_actors(all_namespaces=True)  # dicts, whatever its annotation says
     return [actor["name"] for actor in found if actor["namespace"] == namespace]
 

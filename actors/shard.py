@@ -192,8 +192,14 @@ class Shard:
         await self._store.close()
 
     async def drain(self) -> None:
-        """Give the slots away (the coordinator moves them), then stop."""
-        await self.stop(leave=True)
+        """Give the slots away (the coordinator moves them), then stop.
+
+        Serving goes on until they have moved: what comes meanwhile is appended, or answered "moved" by the
+        fence, and nobody waits for longer than the move takes.
+        """
+        if not self._stopped:
+            await self._membership.leave()
+        await self.stop()
 
     async def status(self) -> dict[str, Any]:
         """Facts for the command line."""

@@ -146,6 +146,10 @@ class SlotTable:
         """Keep the members of the newest map. Raises FencedError and STORE_ERRORS."""
         await self.store.save_members(self.epoch, members)
 
+    async def save_draining(self, nodes: Collection[str]) -> None:
+        """Keep which nodes are to be left. Raises FencedError and STORE_ERRORS."""
+        await self.store.save_draining(self.epoch, nodes)
+
     async def maintain(self, shards: Collection[str]) -> None:
         """Partitions ahead of time, and away with rows of shards long gone (`shards` stay).
 

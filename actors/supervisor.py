@@ -8,6 +8,7 @@ from typing import Protocol
 
 from actors.names import actor_name
 from carillon.clock import Clock
+from carillon.errors import ClusterError
 from carillon.placement import ActorSpec, NodeInfo, wanted_actors
 from carillon.settings import Settings
 
@@ -49,6 +50,8 @@ class Supervisor:
         """Nodes that Ray had, or says it had, and has no more."""
         self.wanted: dict[str, ActorSpec] = {}
         """By name, in the order in which to start them."""
+        self.draining: set[str] = set()
+        """Nodes on which nothing is to be started any more."""
         self._nodes = nodes
         self._settings = settings
         self._clock = clock
@@ -70,7 +73,21 @@ class Supervisor:
         self.live = now_alive
         self.dead = gone | (self.dead - now_alive.keys())
         self._to_remove |= {name for name, spec in self.wanted.items() if spec.node in self.dead}
-        self.wanted = {actor_name(spec): spec for spec in wanted_actors(self._settings, alive)}
+        self.want()
+
+    def want(self) -> None:
+        """Work out anew what should exist, after `draining` has changed."""
+        stay = [info for info in self.live.values() if info.node not in self.draining]
+        self.wanted = {actor_name(spec): spec for spec in wanted_actors(self._settings, stay)}
+
+    def find(self, wanted: str) -> NodeInfo:
+        """The live node whose id begins with `wanted`. Raises ClusterError: none does, or several do."""
+        found = [info for node, info in self.live.items() if wanted and node.startswith(wanted)]
+        if len(found) != 1:
+            known = ", ".join(sorted(node[:8] for node in self.live)) or "none"
+            what = "the ids of several nodes begin with" if found else "there is no live node"
+            raise ClusterError(f"{what} {wanted!r}; nodes: {known}")
+        return found[0]
 
     def missing(self) -> list[str]:
         """Wanted actors that have not joined."""

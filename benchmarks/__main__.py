@@ -26,7 +26,7 @@ import uvloop
 
 from benchmarks import report
 from benchmarks.bench import Measurement, Options, Progress
-from benchmarks.scenarios import SCENARIOS
+from benchmarks.scenarios import DESTRUCTIVE, SCENARIOS
 from benchmarks.target import ROOT, OwnSystem, Target, TargetError
 from benchmarks.wire import get_json
 
@@ -55,7 +55,11 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "scenarios", nargs="*", metavar="SCENARIO", type=str.upper, help="S1 ... S7; none means all"
+        "scenarios",
+        nargs="*",
+        metavar="SCENARIO",
+        type=str.upper,
+        help="S1 ... S9; none means all, but for those that kill processes unless --start is given",
     )
     where = parser.add_argument_group("the system")
     where.add_argument(
@@ -75,14 +79,14 @@ def make_parser() -> argparse.ArgumentParser:
     for name, kind, text in (
         ("users", int, "users that events go to"),
         ("devices", int, "sockets of each online user"),
-        ("duration-s", float, "length of S2 and S3 in seconds; S4 and S7 run twice as long"),
+        ("duration-s", float, "length of S2 and S3 in seconds; S4 and S7 run twice, S9 1.5 times as long"),
         ("concurrency", int, "HTTP connections"),
         ("batch", int, "events of a batch"),
-        ("rate-per-s", float, "events per second of S4 and S7"),
+        ("rate-per-s", float, "events per second of S4, S7 and S9"),
         ("ack-s", float, "seconds between a device's acknowledgements; 0 never acknowledges"),
         ("sequential-events", int, "events of S1"),
         ("offline-events", int, "events of S5"),
-        ("storm-connections", int, "connections of S6"),
+        ("storm-connections", int, "connections of S6 and S8"),
     ):
         now = getattr(default, name.replace("-", "_"))
         load.add_argument(f"--{name}", type=kind, default=None, metavar="N", help=f"{text} [{now}]")
@@ -156,7 +160,7 @@ def failed(name: str, verdict: str) -> dict[str, Any]:
 
 async def run(arguments: argparse.Namespace) -> int:
     """Find or start the system, measure, report."""
-    names = arguments.scenarios or list(SCENARIOS)
+    names = arguments.scenarios or [name for name in SCENARIOS if arguments.start or name not in DESTRUCTIVE]
     options = make_options(arguments)
     progress = Progress(arguments.quiet)
     own: OwnSystem | None = None

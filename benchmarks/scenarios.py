@@ -1,4 +1,4 @@
-"""The scenarios S1 to S7. Each sets up users of its own, sends, and ends in a `Measurement`."""
+"""The scenarios S1 to S9. Each sets up users of its own, sends, and ends in a `Measurement`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from benchmarks.bench import Bench, Measurement, Options, Progress, opened
 from benchmarks.checks import received_pushes
+from benchmarks.faults import reconnects, shard_killed
 from benchmarks.procs import cpu_between, snapshot
 from benchmarks.stats import summary_ms
 from benchmarks.storm import connection_storm
@@ -296,4 +297,9 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "S5": half_offline,
     "S6": storm,
     "S7": cpu_cost,
+    "S8": reconnects,
+    "S9": shard_killed,
 }
+
+DESTRUCTIVE: Final = frozenset({"S8", "S9"})
+"""They kill processes: of a system that was not started for it only when they are named."""

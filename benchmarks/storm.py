@@ -54,7 +54,7 @@ async def connection_storm(target: Target, options: Options, progress: Progress)
         after = snapshot(target.pids, exclude={os.getpid()}, memory=True)
         connected = sum(part["connected"] for part in opened)
         progress.line(f"S6: {connected:,} have WELCOME after {welcome_s:.1f} s; one event to each")
-        await _one_to_each(bench, options)
+        await one_to_each(bench, options)
         for child in children:
             _say(child, {"expect": True, "settle": options.settle_s, "linger": options.linger_s})
         closed = await asyncio.gather(*(_read(child) for child in children))
@@ -105,7 +105,8 @@ def memory_per_connection(
     return grown
 
 
-async def _one_to_each(bench: Bench, options: Options) -> None:
+async def one_to_each(bench: Bench, options: Options) -> None:
+    """Send one event to each user, in batches."""
     batches = [
         range(at, min(at + options.batch, len(bench.users)))
         for at in range(0, len(bench.users), options.batch)

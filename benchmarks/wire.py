@@ -294,6 +294,10 @@ class Receiver(asyncio.Protocol):
             self._transport.write(masked_frame(8, b"\x03\xe8"))
             self._transport.close()
 
+    def drop(self) -> None:
+        """Lose the connection without a word; what happens next is `on_lost`'s business."""
+        self._abort_transport()
+
     def acknowledge(self) -> None:
         """Send one cumulative ACK if something arrived since the last."""
         if self._seq > self._acked and self.ack and self._transport is not None:

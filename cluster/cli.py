@@ -16,6 +16,7 @@ from carillon.api_keys import SCOPES
 from carillon.errors import CarillonError, SettingsError
 from carillon.settings import Settings, load_settings
 from cluster import dead_letters
+from cluster.maintenance import KINDS
 
 Handler = Callable[[argparse.Namespace, Settings], int]
 
@@ -118,16 +119,37 @@ def _add_cluster_commands(commands: argparse._SubParsersAction[argparse.Argument
         commands,
         "drain",
         "drain",
-        "Drain actors: gateways close their sockets with 4201 spread over CARILLON_GATEWAY_DRAIN_S, pools "
-        "finish what they hold, shards give their slots away.",
+        "Leave a node: its slots move to other nodes, its gateways close their sockets with 4201 spread over "
+        "CARILLON_GATEWAY_DRAIN_S, then its actors end. Again, it goes on where it was.",
     )
-    drain.add_argument(
-        "name", nargs="+", metavar="ACTOR|NODE", help="actors, or nodes by the start of their id"
-    )
+    drain.add_argument("node", nargs="+", metavar="NODE", help="nodes by the start of their id, see `status`")
+    drain.add_argument("--undo", action="store_true", help="use the node again")
     _address(drain, "of the Ray cluster at this address")
     _data_dir(drain)
     drain.add_argument(
         "--timeout", type=float, default=40.0, metavar="S", help="longest wait, in seconds (default 40)"
+    )
+    restart = _command(
+        commands,
+        "restart",
+        "restart",
+        "Replace all actors one by one, each once the cluster is well again: new code without an end of "
+        "service. Interrupted, it goes on where it was.",
+    )
+    restart.add_argument(
+        "--actors", nargs="+", metavar="KIND|ACTOR", help=f"only these: {', '.join(KINDS)}, or names"
+    )
+    restart.add_argument(
+        "--anew", action="store_true", help="do not go on with a restart that was interrupted"
+    )
+    _address(restart, "of the Ray cluster at this address")
+    _data_dir(restart)
+    restart.add_argument(
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="longest wait for one actor, and for the cluster to be well after it (default 60)",
     )
 
 

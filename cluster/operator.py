@@ -154,20 +154,124 @@ def actor_statuses(namespace: str, names: list[str], timeout_s: float = 5.0) -> 
     return answers
 
 
-def drain_actors(namespace: str, names: list[str], timeout_s: float) -> list[str]:
-    """Drain actors by name, all at once; returns those that did not finish in time."""
-    import ray
+class RayControl:
+    """Actors of a namespace, through Ray (see `cluster.maintenance.Control`). `connect` was called.
 
-    from actors.ray_shell import find_actor
+    Args:
+        namespace: Ray namespace of all actors.
+        answer_s: longest wait for an actor that is only asked.
+    """
 
-    calls: dict[str, Any] = {}
-    for name in names:
-        handle = find_actor(name, namespace)
+    def __init__(self, namespace: str, answer_s: float = 10.0) -> None:
+        self._namespace = namespace
+        self._answer_s = answer_s
+
+    def status(self) -> dict[str, Any]:
+        """See `Control`."""
+        return coordinator_status(self._namespace, self._answer_s)
+
+    def actor(self, name: str) -> dict[str, Any]:
+        """See `Control`."""
+        return actor_statuses(self._namespace, [name])[name]
+
+    def start_drain(self, name: str) -> Callable[[float], bool]:
+        """See `Control`. An actor that is not there, or dies meanwhile, has nothing left to drain."""
+        import ray
+
+        from actors.ray_shell import find_actor
+
+        handle = find_actor(name, self._namespace)
         if handle is None:
-            raise ClusterError(f"there is no actor {name!r} in the namespace {namespace!r}")
-        calls[name] = handle.drain.remote()
-    done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=timeout_s)
-    return [name for name, call in calls.items() if call not in done]
+            return lambda _: True
+        call = handle.drain.remote()
+
+        def wait(timeout_s: float) -> bool:
+            done, _ = ray.wait([call], timeout=timeout_s)
+            return bool(done)
+
+        return wait
+
+    def stop(self, name: str, timeout_s: float) -> None:
+        """See `Control`."""
+        import ray
+
+        from actors.ray_shell import find_actor
+
+        handle = find_actor(name, self._namespace)
+        if handle is not None:
+            ray.wait([handle.stop.remote()], timeout=timeout_s)
+
+    def restart(self, name: str) -> None:
+        """See `Control`."""
+        self._kill(name, no_restart=False)
+
+    def remove(self, name: str) -> None:
+        """See `Control`."""
+        self._kill(name, no_restart=True)
+
+    def _kill(self, name: str, *, no_restart: bool) -> None:
+        import ray
+
+        from actors.ray_shell import find_actor
+
+        handle = find_actor(name, self._namespace)
+        if handle is not None:
+            ray.kill(handle, no_restart=no_restart)
+
+    def leave_node(self, node: str) -> dict[str, Any]:
+        """See `Control`."""
+        return self._ask("drain_node", node)
+
+    def return_to_node(self, node: str) -> str:
+        """See `Control`."""
+        return self._ask("undrain_node", node)["node"]
+
+    def _ask(self, method: str, *arguments: str) -> Any:
+        """Call the coordinator; a refusal comes as a document."""
+        import ray
+        from ray import exceptions
+
+        from actors.names import COORDINATOR
+        from actors.ray_shell import find_actor
+
+        handle = find_actor(COORDINATOR, self._namespace)
+        if handle is None:
+            raise ClusterError(f"Carillon is not deployed in the namespace {self._namespace!r}")
+        try:
+            answer: Any = ray.get(getattr(handle, method).remote(*arguments), timeout=self._answer_s)
+        except exceptions.RayError as exc:
+            raise ClusterError(f"the coordinator does not answer: {type(exc).__name__}") from exc
+        if isinstance(answer, dict) and "error" in answer:
+            raise ClusterError(answer["error"])
+        return answer
+
+    def actors_of(self, node: str) -> list[str]:
+        """See `Control`."""
+        from actors.names import short_node
+        from actors.ray_shell import actor_names
+
+        kinds = ("shard", "router", "gateway", "pool")
+        mine = [name for name in actor_names(self._namespace) if name.split("-")[0] in kinds]
+        return sorted(name for name in mine if short_node(node) in name.split("-") and "sender" not in name)
+
+    def replace_ingress(self, generation: str) -> None:
+        """See `Control`. On a single node one more replica serves meanwhile: a door is always open."""
+        import ray
+
+        from serve.deployment import deploy_ingress
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        config = self._ask("config")
+        nodes = sum(1 for node in ray.nodes() if node["Alive"])
+        spare = 1 if nodes == 1 else 0
+        try:
+            if spare:
+                deploy_ingress(config.settings, config.secret, nodes=nodes, spare=spare)
+            deploy_ingress(config.settings, config.secret, nodes=nodes, spare=spare, generation=generation)
+            deploy_ingress(config.settings, config.secret, nodes=nodes, generation=generation)
+        except Exception as exc:  # Serve's errors share no base
+            first = (str(exc).strip() or type(exc).__name__).splitlines()[0]
+            raise ClusterError(f"Serve does not replace the ingress: {first}") from exc
 
 
 def main() -> int:

@@ -1,13 +1,16 @@
-"""Commands that talk to a running system: deploy onto a cluster, down, status, drain."""
+"""Commands that talk to a running system: deploy onto a cluster, down, status, drain, restart."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any, Final
 
 from carillon.clock import SystemClock
@@ -97,21 +100,45 @@ def _down(options: argparse.Namespace, settings: Settings) -> int:
 
 def _drain(options: argparse.Namespace, settings: Settings) -> int:
     from cluster import operator
+    from cluster.maintenance import drain_node
+    from cluster.up import Console
 
-    namespace = _connect(options, settings)
-    members = operator.coordinator_status(namespace)["members"]
-    names: list[str] = []
-    for wanted in options.name:
-        found = [m["name"] for m in members if m["name"] == wanted or m["node"].startswith(wanted)]
-        found = [name for name in found if not name.startswith("ingress-")]  # Serve drains its own
-        if not found:
-            raise ClusterError(f"there is no actor or node {wanted!r}; `status` lists them")
-        names += [name for name in found if name not in names]
-    late = operator.drain_actors(namespace, names, options.timeout)
-    if late:
-        raise ClusterError(f"{', '.join(late)} did not finish within {options.timeout:g} s")
-    print(f"drained {', '.join(names)}")
+    console = Console()
+    control = operator.RayControl(_connect(options, settings))
+    with _told_how_to_go_on():
+        for wanted in options.node:
+            if options.undo:
+                node = control.return_to_node(wanted)
+                console.say(f"node {node[:8]} is used again: its actors are being started")
+            else:
+                node = drain_node(control, wanted, options.timeout, console.say)
+                console.say(f"node {node[:8]} is drained; `drain --undo {node[:8]}` uses it again")
     return 0
+
+
+def _restart(options: argparse.Namespace, settings: Settings) -> int:
+    from cluster import operator
+    from cluster.maintenance import Journal, restart_actors
+    from cluster.up import Console
+
+    console = Console()
+    control = operator.RayControl(_connect(options, settings))
+    journal = Journal(RunFolder(settings.cluster.runtime_dir).path / "restart.json")
+    if options.anew:
+        journal.clear()
+    with _told_how_to_go_on():
+        count = restart_actors(control, options.actors or (), journal, options.timeout, console.say)
+    console.say(f"{count} actors were replaced")
+    return 0
+
+
+@contextlib.contextmanager
+def _told_how_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on where this one ended", file=sys.stderr)
+        raise
 
 
 def _status(options: argparse.Namespace, settings: Settings) -> int:
@@ -134,6 +161,7 @@ def status_lines(status: dict[str, Any], actors: dict[str, dict[str, Any]]) -> l
     lines = [f"map version {status['version']}, PostgreSQL {status['postgres']}"]
     lines += [
         f"node {node['node'][:8]}  {node['host']}{'  (head)' if node['head'] else ''}"
+        f"{'  (drained)' if node.get('draining') else ''}"
         for node in nodes.values()
     ]
     lines.append(f"{'actor':<28} {'node':<9} {'state':<9} {'slots':>5} {'sessions':>8} {'sockets':>8}  queue")
@@ -179,5 +207,5 @@ def _app_line(app: dict[str, Any]) -> str:
     )
 
 
-HANDLERS: Final = {"down": _down, "status": _status, "drain": _drain}
+HANDLERS: Final = {"down": _down, "status": _status, "drain": _drain, "restart": _restart}
 """By the name that cluster/cli.py uses."""

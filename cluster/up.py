@@ -118,10 +118,11 @@ class System:
 
     async def start(self) -> None:
         """Start everything; return once the whole path answers. Raises ClusterError."""
-        self._check_ports()
+        # Before the ports are looked at: what an earlier run left may still hold them.
         became = self.folder.end_leftovers()
         if became:
             self.console.say(f"ended {len(became)} processes that an earlier run left")
+        self._check_ports()
         short = self.folder.fresh_short_folder()
         token = self.folder.ray_token_file()
         self._operator_env = os.environ | client_environment(token, self._loopback)

@@ -65,7 +65,14 @@ class IngressReplica:
 
 
 def deploy_ingress(
-    settings: Settings, secret: bytes, *, nodes: int = 1, wait: bool = True, route_prefix: str = "/"
+    settings: Settings,
+    secret: bytes,
+    *,
+    nodes: int = 1,
+    wait: bool = True,
+    route_prefix: str = "/",
+    generation: str = "",
+    spare: int = 0,
 ) -> None:
     """Start (or change) the ingress; Ray is initialised already.
 
@@ -74,6 +81,8 @@ def deploy_ingress(
         secret: the cluster secret.
         nodes: of the cluster; `ingress.replicas` run for each.
         wait: return only when every replica serves.
+        generation: another one than before replaces every replica, one after the other.
+        spare: replicas beyond those of the settings, to keep serving while others are replaced.
 
     Idempotent: deploying the same again changes nothing, other settings replace the replicas one by one.
     """
@@ -88,7 +97,7 @@ def deploy_ingress(
     deployment = make(
         IngressReplica,
         name=DEPLOYMENT,
-        num_replicas=ingress.replicas * nodes,
+        num_replicas=ingress.replicas * nodes + spare,
         # Serve's default of 5 would serialise commits; the app has the same bound for both doors together.
         max_ongoing_requests=ingress.max_in_flight,
         # Beyond it Serve answers 503 itself. Without a bound its proxy queues without limit.
@@ -105,7 +114,8 @@ def deploy_ingress(
     # Serve takes a deployment without version for new code each time and replaces every replica; with one, a
     # cluster that grows only adds replicas. The public argument is gone in 2.60 (Serve's own configuration
     # files still set it); to be removed when Serve compares deployments by what they hold.
-    fingerprint = hashlib.sha256(repr(settings).encode() + b"\0" + secret).hexdigest()
+    told = b"\0".join((repr(settings).encode(), secret, generation.encode()))
+    fingerprint = hashlib.sha256(told).hexdigest()
     deployment = deployment.options(version=fingerprint, _internal=True)
     target = ray_serve.RunTarget(
         deployment.bind(settings, secret), name=APPLICATION, route_prefix=route_prefix, logging_config=quiet

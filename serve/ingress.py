@@ -19,6 +19,7 @@ import asyncpg
 import uvicorn
 
 from actors.config import ActorConfig
+from actors.member import advertised_host
 from carillon.clock import Clock, SystemClock
 from carillon.errors import CarillonError, ClusterError
 from carillon.events import EventParser
@@ -91,10 +92,7 @@ class Ingress:
         try:
             self._socket = await bind_door(host, port, tag)
             bound = self._socket.getsockname()[1]
-            shown = settings.cluster.advertise_host or (
-                host if host not in ("0.0.0.0", "::") else "127.0.0.1"
-            )
-            self.url = f"http://{shown}:{bound}"
+            self.url = f"http://{advertised_host(settings.cluster, self.config.node, host)}:{bound}"
             self._pool = await open_pool(settings.postgres)
             self.backend = RouterBackend(self.config, self.stats, public=self.url, clock=self._clock)
             self.connections = Connections(settings, self.backend.membership, self.stats, self._clock)

@@ -46,6 +46,8 @@ class StoredMap:
     shards: dict[str, ShardRow]
     members: list[Member]
     """Members of the last map that was saved, shards included; terms are those of `shards`."""
+    draining: frozenset[str] = frozenset()
+    """Nodes that are to be left."""
 
 
 class ClusterStore:
@@ -102,6 +104,7 @@ class ClusterStore:
                 row["shard"]: ShardRow(**row) for row in await connection.fetch(self._sql["load_shards"])
             }
             text = await connection.fetchval(self._sql["load_members"])
+            draining = await connection.fetchval(self._sql["load_draining"])
         members: list[Member] = []
         if text:
             try:
@@ -114,7 +117,8 @@ class ClusterStore:
             for member in members
             if member.kind != "shard" or member.name in shards
         ]
-        return StoredMap(owners, shards, members)
+        nodes = frozenset(msgspec.json.decode(draining, type=list[str])) if draining else frozenset[str]()
+        return StoredMap(owners, shards, members, nodes)
 
     async def register_shard(self, epoch: int, shard: str, node: str, incarnation: str) -> int:
         """Give a shard's process its term: a new one for a new incarnation, the same for the same.
@@ -160,6 +164,11 @@ class ClusterStore:
         """Keep the members of the present map for the next coordinator. Raises like `register_shard`."""
         async with self._transaction(epoch) as connection:
             await connection.execute(self._sql["save_members"], msgspec.json.encode(members).decode())
+
+    async def save_draining(self, epoch: int, nodes: Collection[str]) -> None:
+        """Keep which nodes are to be left. Raises like `register_shard`."""
+        async with self._transaction(epoch) as connection:
+            await connection.execute(self._sql["save_draining"], msgspec.json.encode(sorted(nodes)).decode())
 
     async def forget_old_shards(self, epoch: int, keep: Collection[str] = ()) -> None:
         """Delete rows of shards that own nothing and have not begun a term for a week, but for `keep`."""

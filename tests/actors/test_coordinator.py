@@ -13,7 +13,7 @@ import pytest
 
 from actors.coordinator import Coordinator, coordinator_config
 from actors.link import Link, dial
-from carillon.errors import LinkClosedError, RemoteError
+from carillon.errors import ClusterError, LinkClosedError, RemoteError
 from carillon.ids import SLOTS
 from carillon.messages import Address, ClusterMap, Done, Join, Leave, Member, Renew, StatsQuery
 from carillon.placement import EPOCH_STRIDE, ActorSpec, NodeInfo
@@ -240,7 +240,10 @@ async def test_a_silence_of_all_members_moves_nothing(bench: Bench) -> None:
     first, second = await bench.shards(coordinator, "a", "b")
     version = first.map.version
     for member in (first, second):
+        # The last renewals of both at one moment: theirs come up to a renewal interval apart.
         member.fall_silent()
+        assert member.link is not None
+        member.link.send_nowait(Renew(member.name, member.incarnation))
     await eventually(lambda: coordinator._stalls >= 1, what="the coordinator noticed")
     assert coordinator.map.version == version
 
@@ -458,6 +461,62 @@ async def test_each_node_gets_its_actors_and_a_dead_one_loses_them(bench: Bench)
 
 
 KINDS = ("shard", "router", "gateway")
+
+
+async def test_a_drained_node_gives_its_slots_away_and_is_left(bench: Bench) -> None:
+    """Its slots are elsewhere when the answer comes, nothing is started there, and a successor knows it."""
+    nodes = FakeNodes("head")
+    nodes.live.append("second")
+    bench.settings = bench.settings.with_values(cluster={"shards_per_node": 1})
+    coordinator = await bench.coordinator(spawn=True, nodes=nodes)
+    head, second = (
+        bench.member("shard", "shard-head-0", "head"),
+        bench.member("shard", "shard-second-0", "second"),
+    )
+    for member in (head, second):
+        await member.join(coordinator)
+    await eventually(lambda: second.slots == SLOTS // 2)
+    answer = await coordinator.drain_node("sec")
+    assert answer["node"] == "second"
+    assert answer["slots"] == SLOTS // 2
+    assert answer["members"] == [{"kind": "shard", "name": "shard-second-0"}]
+    await eventually(lambda: slots(head.map) == {"shard-head-0": SLOTS})
+    assert (await coordinator.drain_node("second"))["slots"] == 0, "again is no error and changes nothing"
+    status = await coordinator.status()
+    assert [node["draining"] for node in status["nodes"]] == [False, True]
+    assert not [name for name in status["wanted"] if "second" in name]
+    second.die()
+    asked = len(nodes.asked)
+    successor = await bench.coordinator(spawn=True, nodes=nodes)
+    await head.join(successor)
+    await second.join(successor, "another")
+    await stays(lambda: slots(head.map) == {"shard-head-0": SLOTS}, 0.3, "slots went back")
+    assert not [spec for spec in nodes.asked[asked:] if spec.node == "second"]
+    assert await successor.undrain_node("second") == "second"
+    await eventually(lambda: [spec for spec in nodes.asked[asked:] if spec.node == "second"])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ("third", "no live node 'third'; nodes: head, second"),
+        ("", "no live node"),
+        ("head", "is the head"),
+        ("second", "no shard of another node"),
+    ],
+)
+async def test_a_node_that_cannot_be_drained_is_a_sentence(bench: Bench, wanted: str, words: str) -> None:
+    """Unknown, the head, or nobody to take over: nothing moves, and the sentence says why."""
+    nodes = FakeNodes("head")
+    nodes.live.append("second")
+    coordinator = await bench.coordinator(spawn=True, nodes=nodes)
+    shard = bench.member("shard", "shard-second-0", "second")
+    await shard.join(coordinator)
+    with pytest.raises(ClusterError, match=words):
+        await coordinator.drain_node(wanted)
+    await stays(lambda: shard.slots == SLOTS, 0.2, "slots moved")
+    status = await coordinator.status()
+    assert not [node for node in status["nodes"] if node["draining"]]
 
 
 async def test_an_actor_that_does_not_join_is_looked_at_again(bench: Bench) -> None:

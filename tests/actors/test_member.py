@@ -15,7 +15,13 @@ import pytest
 
 from actors.config import ActorConfig
 from actors.link import dial
-from actors.member import UNIX_PATH_LIMIT, Membership, RayCoordinatorResolver, socket_path
+from actors.member import (
+    UNIX_PATH_LIMIT,
+    Membership,
+    RayCoordinatorResolver,
+    advertised_host,
+    socket_path,
+)
 from carillon.clock import ManualClock
 from carillon.errors import LinkHandshakeError, UnavailableError
 from carillon.messages import Address, ClusterMap, Done, StatsQuery
@@ -261,6 +267,23 @@ def test_config_does_not_show_the_secret():
 
 
 # -- through Ray ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("advertise", "bound", "shown"),
+    [
+        ("gateway.example.org", "0.0.0.0", "gateway.example.org"),
+        ("gateway.example.org", "10.0.0.7", "gateway.example.org"),
+        ("", "10.0.0.7", "10.0.0.7"),
+        ("", "127.0.0.1", "127.0.0.1"),
+        ("", "0.0.0.0", "127.0.0.1"),
+        ("", "::", "127.0.0.1"),
+    ],
+)
+def test_what_others_are_told_to_dial(advertise: str, bound: str, shown: str) -> None:
+    """The setting wins, then the bound address; "any address" is never told to anybody."""
+    cluster = fast_settings(cluster={"advertise_host": advertise}).cluster
+    assert advertised_host(cluster, "local", bound) == shown
 
 
 async def test_address_through_ray(ray_local: str):

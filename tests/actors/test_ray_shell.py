@@ -17,7 +17,7 @@ from ray import exceptions
 
 from actors.config import ActorConfig
 from actors.names import COORDINATOR
-from actors.ray_shell import ActorShell, _names, find_actor, head_node, spawn_actor, undeploy
+from actors.ray_shell import ActorShell, actor_names, find_actor, head_node, spawn_actor, undeploy
 from carillon.ids import SLOTS
 from carillon.settings import Settings
 from tests.actors.plain_members import BrokenActor, LonelyCoordinatorActor, PlainActor
@@ -162,7 +162,7 @@ async def test_undeploy_ends_every_actor_and_its_process(deployed: Deployed) -> 
     steps: list[str] = []
     assert await asyncio.to_thread(undeploy, namespace, timeout_s=10, progress=steps.append) == 3
     assert any("router" in step for step in steps)
-    assert _names(namespace) == []
+    assert actor_names(namespace) == []
     await eventually(lambda: not any(is_running(pid) for pid in pids), what="the processes are gone")
     assert await asyncio.to_thread(undeploy, namespace) == 0
 

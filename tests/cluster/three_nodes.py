@@ -1,7 +1,7 @@
 """Three Ray nodes on one machine, real actors, a load, a node that joins and a node that is lost.
 
-Run in a process of its own (`python -m tests.cluster.three_nodes DSN FOLDER kill|stop`): the test session may
-be connected to another Ray. Prints one JSON line with what was measured and what was acknowledged.
+Run in a process of its own (`python -m tests.cluster.three_nodes DSN FOLDER kill|stop|drain`): the test
+session may be connected to another Ray. Prints one JSON line: what was measured and what was acknowledged.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from carillon.ids import Uuid7Source, slot_of, uuid_text
 from carillon.messages import Address, Event, Publish
 from carillon.notification import encode_content
 from carillon.settings import Settings
+from cluster.maintenance import drain_node
+from cluster.operator import RayControl
 
 SECRET = b"cluster secret of this test"
 TENANT = "acme"
@@ -208,6 +210,11 @@ async def run(cluster: Cluster, settings: Settings, fault: str) -> dict[str, Any
     before_loss = len(load.acknowledged)
     await asyncio.sleep(2)
 
+    if fault == "drain":
+        await drain_a_node(watch, load, settings, second.node_id, report)
+        report["acknowledged"] = {key: list(value) for key, value in load.acknowledged.items()}
+        return report
+
     # A node is lost: killed, or stopped as a whole (no link is closed, and Ray notices much later).
     lost = second.node_id
     family = raylet_family(second)
@@ -251,6 +258,38 @@ async def run(cluster: Cluster, settings: Settings, fault: str) -> dict[str, Any
     if fault == "kill":
         cluster.remove_node(second, allow_graceful=False)  # what is left of its bookkeeping
     return report
+
+
+async def drain_a_node(
+    watch: Watch, load: Load, settings: Settings, node: str, report: dict[str, Any]
+) -> None:
+    """Leave the node as `python -m cluster drain` does, twice, and use it again."""
+    namespace = settings.cluster.namespace
+    control = RayControl(namespace)
+    said: list[str] = []
+    names = control.actors_of(node)
+    report["before"] = names
+    load.slowest_s = 0.0
+    began = time.monotonic()
+    await asyncio.to_thread(drain_node, control, node[:8], 40.0, said.append)
+    report["drain_s"] = time.monotonic() - began
+    await watch.until(lambda s: is_balanced(s, 2 * settings.cluster.shards_per_node), "the slots have moved")
+    report["slots_left"] = slots_of(watch.status, node)
+    acknowledged = len(load.acknowledged)
+    while len(load.acknowledged) < acknowledged + 200:
+        await asyncio.sleep(0.05)
+    await asyncio.to_thread(drain_node, control, node[:8], 40.0, said.append)
+    await asyncio.sleep(2 * settings.cluster.node_poll_s)  # the coordinator looks, and starts nothing there
+    report["after"] = control.actors_of(node)
+    report["missing"] = (await watch.refresh())["missing"]
+    report["slowest_during_drain_s"] = load.slowest_s
+    report["said"] = said
+    control.return_to_node(node)
+    per_node = settings.cluster.shards_per_node
+    report["undone_s"] = await watch.until(lambda s: is_balanced(s, 3 * per_node), "the node is used again")
+    await load.stop()
+    report["unanswered"] = load.unanswered
+    report["retries"] = dict(load.retries)
 
 
 def main() -> None:

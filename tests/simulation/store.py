@@ -12,7 +12,7 @@ import copy
 import functools
 import inspect
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,6 +133,7 @@ class Database:
         self.at_statement: Callable[[str, Any, str], Exception | None] | None = None
         self.epoch = 0
         self.members: list[Member] = []
+        self.draining: frozenset[str] = frozenset()
         self.owners: list[str | None] = [None] * SLOTS
         self.shards: dict[str, ShardRow] = {}
         self.streams: dict[UserKey, StreamRow] = {}
@@ -821,7 +822,7 @@ class ModelClusterStore:
                     continue
                 fields = {name: getattr(member, name) for name in member.__struct_fields__}
                 members.append(Member(**(fields | {"term": terms.get(member.name, 0)})))
-            return StoredMap(list(db.owners), dict(db.shards), members)
+            return StoredMap(list(db.owners), dict(db.shards), members, db.draining)
 
         return await self._db.run(statement)
 
@@ -864,6 +865,15 @@ class ModelClusterStore:
         def statement() -> None:
             self._check(epoch)
             self._db.members = kept
+
+        await self._db.run(statement)
+
+    async def save_draining(self, epoch: int, nodes: Collection[str]) -> None:
+        kept = frozenset(nodes)
+
+        def statement() -> None:
+            self._check(epoch)
+            self._db.draining = kept
 
         await self._db.run(statement)
 

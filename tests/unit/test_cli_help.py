@@ -32,6 +32,7 @@ def test_commands_are_those_promised() -> None:
         "down",
         "status",
         "drain",
+        "restart",
         "migrate",
         "partitions",
         "tenant",
@@ -91,7 +92,7 @@ def test_wrong_setting_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert err == "carillon: expected gateway.port to be at most 65535, got 99999\n"
 
 
-@pytest.mark.parametrize("command", [["status"], ["drain", "gateway-x"], ["tenant", "list"]])
+@pytest.mark.parametrize("command", [["status"], ["drain", "1a2b"], ["restart"], ["tenant", "list"]])
 def test_nothing_running_is_one_sentence(
     command: list[str], tmp_path: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:

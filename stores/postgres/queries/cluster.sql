@@ -24,6 +24,14 @@ select value from cluster_state where key = 'members';
 insert into cluster_state (key, value) values ('members', $1::jsonb)
 on conflict (key) do update set value = excluded.value;
 
+-- name: load_draining
+select value from cluster_state where key = 'draining';
+
+-- name: save_draining
+-- Nodes that are to be left, so that a restarted coordinator does not move back in.
+insert into cluster_state (key, value) values ('draining', $1::jsonb)
+on conflict (key) do update set value = excluded.value;
+
 -- name: register_shard
 -- A new process of a shard begins a new term, which fences the process before it. The same incarnation again
 -- (its answer was lost) keeps its term.
