@@ -59,6 +59,15 @@ class RedisSettings:
     embedded_port: int = setting(
         0, "Port of the embedded server; 0 means any free one at each start.", low=0, high=65535
     )
+    feed_ttl_s: float = setting(
+        300.0,
+        "How long the top of a feed and its counters stay after they were read; 0 keeps none.",
+        low=0.0,
+        unit="s",
+    )
+    feed_max_bytes: int = setting(
+        131_072, "Longest entry of a feed; longer ones are read from PostgreSQL each time.", low=0
+    )
 
 
 @dataclass(frozen=True)
@@ -294,6 +303,18 @@ class IngressSettings:
     )
     retry_pause_s: float = setting(
         0.05, "Longest first wait between tries of a request (full jitter, doubled).", low=0.001, unit="s"
+    )
+    search_walk: int = setting(
+        1000,
+        "Notifications that a search looks through one by one before it has the words of a feed indexed.",
+        low=1,
+        high=100_000,
+    )
+    search_fill_batch: int = setting(
+        1000, "Notifications whose words are indexed in one transaction.", low=1, high=100_000
+    )
+    search_fills: int = setting(
+        2, "Feeds of which a replica indexes the words at once; each takes a connection.", low=1, high=100
     )
     ready_timeout_s: float = setting(2.0, "Longest check of GET /readyz.", low=0.05, unit="s")
     key_touch_s: float = setting(15.0, "How often the last use of API keys is written.", low=0.05, unit="s")

@@ -31,11 +31,14 @@ from serve.backend import RouterBackend
 from serve.connections import Connections
 from serve.door import protocol_of
 from serve.services import Services
+from stores.cached_feed import CachedFeed
 from stores.postgres.dead_letters import DeadLetterReader
 from stores.postgres.feed import FeedReader
 from stores.postgres.pool import open_pool
+from stores.postgres.search import SearchReader
 from stores.postgres.tenants import TenantStore
 from stores.postgres.tickets import TicketStore
+from stores.redis.hot_feed import HotFeedStore
 from stores.redis.rate_limiter import RateLimiter
 
 log = logging.getLogger(__name__)
@@ -98,18 +101,21 @@ class Ingress:
             self.connections = Connections(settings, self.backend.membership, self.stats, self._clock)
             tenants = TenantStore(self._pool, settings.postgres.connect_timeout_s)
             auth = Authenticator(tenants, settings.ingress, self._clock)
+            feed = FeedReader(self._pool, settings.postgres.connect_timeout_s)
             services = Services(
                 settings,
                 self._clock,
                 self.stats,
                 EventParser(Uuid7Source()),
                 auth,
-                FeedReader(self._pool, settings.postgres.connect_timeout_s),
+                feed,
                 tenants,
                 self.backend,
                 TicketStore(self._pool, settings.postgres.connect_timeout_s),
                 RateLimiter(settings.redis, settings.ingress.limit_lease_s, self._clock),
                 DeadLetterReader(self._pool, settings.postgres.connect_timeout_s),
+                CachedFeed(feed, HotFeedStore(settings.redis, self._clock), self.stats),
+                SearchReader(self._pool, settings.ingress, self._clock, settings.postgres.connect_timeout_s),
                 connections=self.connections,
                 url=self.url,
                 cluster_tag=tag,
@@ -190,6 +196,7 @@ class Ingress:
                 await self.app.services.auth.write_uses()
             await self.app.services.auth.close()
             await self.app.services.limits.close()
+            await self.app.services.feeds.close()
         if self.connections is not None:
             await self.connections.close()
         if self.backend is not None:

@@ -12,8 +12,10 @@ from carillon.metrics import Stats
 from carillon.settings import Settings
 from serve.auth import Authenticator
 from serve.connections import Connections
+from stores.cached_feed import CachedFeed
 from stores.postgres.dead_letters import DeadLetterReader
 from stores.postgres.feed import FeedReader
+from stores.postgres.search import SearchReader
 from stores.postgres.tenants import TenantStore
 from stores.postgres.tickets import TicketStore
 from stores.redis.rate_limiter import RateLimiter
@@ -58,6 +60,8 @@ class Services:
     tickets: TicketStore
     limits: RateLimiter
     dead_letters: DeadLetterReader
+    feeds: CachedFeed
+    search: SearchReader
     in_flight: int = 0
     draining: bool = False
     connections: Connections | None = None

@@ -78,7 +78,7 @@ async def post_logout(services: Services, request: Request) -> Response:
 
 async def get_unread_count(services: Services, request: Request) -> Response:
     """GET /api/notifications/unread-count."""
-    count, rev = await services.feed.unread_count(request.tenant, request.user, services.clock.now_ms())
+    count, rev = await services.feeds.unread_count(request.tenant, request.user, services.clock.now_ms())
     return json_response({"count": count, "rev": rev})
 
 

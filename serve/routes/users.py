@@ -30,11 +30,12 @@ from serve.routing import SERVICE, Query, Route
 from serve.schemas import INSTANT, SUCCESS, USER_ID, nullable, obj, ref
 from serve.services import Services
 from stores.postgres.feed import STATUSES, FeedFilter
+from stores.postgres.search import MAX_CHARS, MAX_WORDS
 
 MAX_LIMIT: Final = 100
 DEFAULT_LIMIT: Final = 20
 _FLAGS: Final = {"true": True, "1": True, "false": False, "0": False}
-_TEXT_FILTERS: Final = (("type", 64), ("category", 64), ("q", 255))
+_TEXT_FILTERS: Final = (("type", 64), ("category", 64))
 
 
 # -- the feed -----------------------------------------------------------------------------------------
@@ -58,21 +59,20 @@ async def feed(services: Services, request: Request, tenant: str, user: str) -> 
     for name, longest in _TEXT_FILTERS:
         if len(query.get(name, "")) > longest:
             raise _bad(name, f"at most {longest} characters", f"{len(query[name])} characters")
-    chosen = FeedFilter(
-        status, query.get("type") or None, query.get("category") or None, query.get("q") or None
-    )
-    rows, after = await services.feed.page(
-        tenant,
-        user,
-        services.clock.now_ms(),
-        limit=limit,
-        cursor=query.get("cursor") or None,
-        chosen=chosen,
-    )
-    user_json = user_json_of(user)
-    items = ",".join(notification_json(row, user_json) for row in rows)
-    cursor = "null" if after is None else f'"{after}"'
-    return Response(f'{{"notifications":[{items}],"nextCursor":{cursor}}}'.encode())
+    chosen = FeedFilter(status, query.get("type") or None, query.get("category") or None)
+    cursor, q, now_ms = query.get("cursor") or None, query.get("q"), services.clock.now_ms()
+    if q:
+        rows, after = await services.search.page(
+            tenant, user, q, now_ms, request.deadline, limit=limit, cursor=cursor, chosen=chosen
+        )
+        user_json = user_json_of(user)
+        items = [notification_json(row, user_json) for row in rows]
+    else:
+        items, after = await services.feeds.page(
+            tenant, user, now_ms, limit=limit, cursor=cursor, chosen=chosen
+        )
+    following = "null" if after is None else f'"{after}"'
+    return Response(f'{{"notifications":[{",".join(items)}],"nextCursor":{following}}}'.encode())
 
 
 def _bad(name: str, expected: str, got: str) -> ProblemError:
@@ -308,7 +308,11 @@ FEED_QUERY: Final = (
     Query("status", {"enum": list(STATUSES)}, "archived lists what was archived or dismissed."),
     Query("type", {"type": "string", "maxLength": 64}, "Only this type."),
     Query("category", {"type": "string", "maxLength": 64}, "Only this category."),
-    Query("q", {"type": "string", "maxLength": 255}, "Text in title or body, whatever its case."),
+    Query(
+        "q",
+        {"type": "string", "maxLength": MAX_CHARS},
+        f"Each word of it (at most {MAX_WORDS}) starts a word of title or body, in any case.",
+    ),
 )
 DEVICE_EXAMPLE: Final = {
     "platform": "android",

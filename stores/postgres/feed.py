@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -12,6 +13,7 @@ import asyncpg
 import msgspec
 
 from carillon.errors import InvalidInputError
+from carillon.hot_feed import NOWHERE, Standing
 from carillon.notification import NotificationRow
 from stores.postgres.named import load_queries
 from stores.postgres.pool import acquired
@@ -72,8 +74,20 @@ class FeedFilter:
     """unread | read | archived."""
     type: str | None = None
     category: str | None = None
-    q: str | None = None
-    """Text to find in title or body, whatever its case."""
+
+
+EVERYTHING: Final = FeedFilter()
+
+
+class PageRead(NamedTuple):
+    """A page, and where the stream stood when it was read."""
+
+    rows: list[NotificationRow]
+    follower: NotificationRow | None
+    """The first row of the next page; None: there is none."""
+    epoch: str
+    """Empty if there are no rows; for unread and archived ones, too."""
+    rev: int
 
 
 class Head(NamedTuple):
@@ -144,7 +158,7 @@ class FeedReader:
         *,
         limit: int,
         cursor: str | None = None,
-        chosen: FeedFilter = FeedFilter(),
+        chosen: FeedFilter = EVERYTHING,
     ) -> tuple[list[NotificationRow], str | None]:
         """One page, newest first, and the cursor of the next (None: this is the last).
 
@@ -153,25 +167,63 @@ class FeedReader:
         Raises:
             InvalidInputError: the cursor is none of ours.
         """
-        below = TOP if cursor is None else decode_cursor(cursor)
-        if any("\0" in text for text in (tenant, user, chosen.type, chosen.category, chosen.q) if text):
-            return [], None
+        below = None if cursor is None else decode_cursor(cursor)
+        read = await self.page_at(tenant, user, now_ms, limit=limit, below=below, chosen=chosen)
+        return read.rows, encode_cursor(read.rows[-1].position) if read.follower is not None else None
+
+    async def page_at(
+        self, tenant: str, user: str, now_ms: int, *, limit: int, below: int | None, chosen: FeedFilter
+    ) -> PageRead:
+        """`page` from a position on (None: the top), with where the stream stood in the same snapshot."""
+        if any("\0" in text for text in (tenant, user, chosen.type, chosen.category) if text):
+            return PageRead([], None, "", 0)
         name = {"unread": "feed_unread", "archived": "feed_archived"}.get(chosen.status or "", "feed")
         async with acquired(self._pool, self._timeout_s) as connection:
             found = await connection.fetch(
                 self._sql[name],
                 tenant,
                 user,
-                below,
+                TOP if below is None else below,
                 now_ms / 1000,
                 limit + 1,
                 chosen.type,
                 chosen.category,
                 chosen.status == "read",
-                chosen.q.lower() if chosen.q else None,
             )
-        rows = [_row(record) for record in found[:limit]]
-        return rows, encode_cursor(rows[-1].position) if len(found) > limit else None
+        rev, epoch = 0, ""
+        if found and name == "feed":
+            place, _, epoch = found[0]["place"].partition(" ")
+            rev = int(place)
+        rows = [row_of(record) for record in found]
+        return PageRead(rows[:limit], rows[limit] if len(rows) > limit else None, epoch, rev)
+
+    async def standings(self, asked: Sequence[tuple[str, str, Sequence[bytes]]]) -> list[Standing]:
+        """Where streams stand, in one question.
+
+        Args:
+            asked: (tenant, user, notifications that may have been acknowledged meanwhile); no NUL.
+        """
+        ids = [(uuid.UUID(bytes=raw), at) for at, (_, _, raws) in enumerate(asked, 1) for raw in raws]
+        async with acquired(self._pool, self._timeout_s) as connection:
+            found = await connection.fetch(
+                self._sql["standings"],
+                [tenant for tenant, _, _ in asked],
+                [user for _, user, _ in asked],
+                [one for one, _ in ids],
+                [at for _, at in ids],
+            )
+        return [NOWHERE if record["epoch"] is None else Standing(*record) for record in found]
+
+    async def counted(self, tenant: str, user: str, now_ms: int) -> tuple[Head, int, int | None]:
+        """(head, unread rows that have expired, when the next one will)."""
+        if "\0" in tenant or "\0" in user:
+            return NO_STREAM, 0, None
+        async with acquired(self._pool, self._timeout_s) as connection:
+            record = await connection.fetchrow(self._sql["counted"], tenant, user, now_ms / 1000)
+        if record is None:
+            return NO_STREAM, 0, None
+        stream_id, epoch, seq, rev, pruned_rev, unread, expired, next_ms = record
+        return Head(stream_id, epoch, seq, rev, pruned_rev, max(0, unread - expired)), expired, next_ms
 
     async def head(self, tenant: str, user: str, now_ms: int) -> Head:
         """Where the stream stands; NO_STREAM if nothing happened to the user yet."""
@@ -227,7 +279,7 @@ class FeedReader:
                 found = await connection.fetch(self._sql["notifications_after"], head.stream_id, since, limit)
             else:
                 found = []
-            rows = [_row(record) for record in found]
+            rows = [row_of(record) for record in found]
             # Seqs have no gaps: a hole, or rows missing at the end, were pruned.
             whole = all(row.seq == since + 1 + index for index, row in enumerate(rows))
             if not whole or (len(rows) < limit and since + len(rows) < head.seq):
@@ -252,7 +304,7 @@ class FeedReader:
         there are more."""
         while True:
             found = await connection.fetch(self._sql["changes_after"], head.stream_id, rev, since, limit + 1)
-            rows = [_row(record) for record in found]
+            rows = [row_of(record) for record in found]
             if len(rows) <= limit:
                 return rows, False
             last = rows[-1].rev
@@ -284,7 +336,7 @@ class FeedReader:
                     "started_ms", "duration_ms",
                 )  # fmt: skip
                 delivery["tries"].append({name: t[name] for name in names})
-        return Found(_row(record), record["user_id"], list(by_id.values()))
+        return Found(row_of(record), record["user_id"], list(by_id.values()))
 
     async def device(self, tenant: str, user: str, device: str) -> dict[str, Any] | None:
         """A push target by its columns (`registered_ms`, `disabled_ms` in ms), or None."""
@@ -308,7 +360,8 @@ class FeedReader:
             await connection.fetchval(self._sql["ping"])
 
 
-def _row(record: asyncpg.Record) -> NotificationRow:
+def row_of(record: asyncpg.Record) -> NotificationRow:
+    """A NotificationRow of a record selected with `ROW_COLUMNS`."""
     return NotificationRow(
         record["id"].bytes,
         record["seq"],

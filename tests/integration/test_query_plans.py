@@ -23,6 +23,7 @@ from stores.postgres.dead_letters import TOP as DEAD_TOP
 from stores.postgres.dead_letters import DeadLetterReader
 from stores.postgres.feed import ROW_COLUMNS, TOP
 from stores.postgres.named import load_queries
+from stores.postgres.search import search_queries
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -30,6 +31,7 @@ USERS = 5
 ROWS = 50_000
 NOW = SystemClock().now_ms()
 DEAD = DeadLetterReader(cast("Any", None))._sql
+SEARCH = search_queries()
 FEED = {name: text.replace("%(row)s", ROW_COLUMNS) for name, text in load_queries("feed").items()}
 
 
@@ -101,6 +103,9 @@ async def _fill(connection: asyncpg.Connection[Any]) -> None:
         "insert into preferences (tenant, user_id, document)"
         " select 'acme', 'user' || n, '{}' from generate_series(1, 2000) as n"
     )
+    await connection.execute(
+        "insert into search_progress (stream_id, seq) select 1000000 + n, 1 from generate_series(1, 5000) n"
+    )
     await connection.execute("vacuum analyze")
 
 
@@ -129,7 +134,7 @@ def assert_indexed(found: list[dict[str, Any]]) -> None:
     assert not {name: rows for name, rows in scans.items() if rows}
 
 
-FEED_ARGUMENTS: tuple[Any, ...] = ("acme", "user3", TOP, NOW / 1000, 21, None, None, False, None)
+FEED_ARGUMENTS: tuple[Any, ...] = ("acme", "user3", TOP, NOW / 1000, 21, None, None, False)
 
 
 @pytest.mark.parametrize("generic", [False, True])
@@ -198,6 +203,47 @@ async def test_dead_letters(filled: asyncpg.Connection[Any], generic: bool, user
     assert len(some) == 21
     assert_indexed(await plan_of(filled, DEAD["some"], "acme", some))
     assert_indexed(await plan_of(filled, DEAD["attempts"], some[0]))
+
+
+@pytest.mark.parametrize("generic", [False, True])
+async def test_hot_feed(filled: asyncpg.Connection[Any], generic: bool) -> None:
+    """To ask whether cached pages of many users are true is a look into an index for each, nothing more."""
+    await filled.execute(f"set plan_cache_mode = force_{'generic' if generic else 'custom'}_plan")
+    users = [f"user{n}" for n in range(1, 51)]
+    ids = [row["id"] for row in await filled.fetch("select id from notifications where seq > 9980")]
+    found = await plan_of(
+        filled, FEED["standings"], ["acme"] * 50, users, ids, [1 + n % 50 for n in range(len(ids))]
+    )
+    assert_indexed(found)
+    read = sum(
+        node["Actual Rows"] * node["Actual Loops"] for node in found if node["Node Type"].startswith("Index")
+    )
+    assert read <= 50 + len(ids), read
+    assert_indexed(await plan_of(filled, FEED["counted"], "acme", "user3", NOW / 1000))
+
+
+@pytest.mark.parametrize("generic", [False, True])
+async def test_search(filled: asyncpg.Connection[Any], generic: bool) -> None:
+    """A search looks at the newest rows by the feed's index; in a long feed it finds words by theirs."""
+    await filled.execute(f"set plan_cache_mode = force_{'generic' if generic else 'custom'}_plan")
+    place = await plan_of(filled, SEARCH["place"], "acme", "user3")
+    assert_indexed(place)
+    stream = await filled.fetchval("select stream_id from streams where user_id = 'user3'")
+    arguments = (stream, "n77", TOP, NOW / 1000, 21, None, None, None, "n77")
+    assert_indexed(await plan_of(filled, SEARCH["walk"], *arguments, 1000))
+    async with filled.transaction():
+        fill = await plan_of(filled, SEARCH["fill"], stream, 0, 5000)
+    assert_indexed(fill)
+    assert await filled.fetchval("select seq from search_progress where stream_id = $1", stream) >= 5000
+    others = "select stream_id from streams where user_id = any ('{user1,user2,user4,user5}')"
+    for other in await filled.fetch(others):
+        await filled.fetchval(SEARCH["fill"], other["stream_id"], 0, ROWS)
+    await filled.fetchval(SEARCH["fill"], stream, 5000, ROWS)
+    await filled.execute("analyze search_documents")
+    found = await plan_of(filled, SEARCH["search"], *arguments, ROWS // USERS - 10)
+    assert_indexed(found)
+    [words] = [node for node in found if node.get("Index Name") == "search_documents_words"]
+    assert words["Actual Rows"] == 111  # n77, n770 to n779, n7700 to n7799
 
 
 async def test_small_reads(filled: asyncpg.Connection[Any]) -> None:

@@ -7,8 +7,8 @@
 
 -- name: feed
 -- One page, newest first. $1 tenant, $2 user, $3 below this position, $4 now, $5 limit, $6 type, $7 category,
--- $8 true: only read ones, $9 lower-case text to find in title or body. Index: notifications_feed.
-select %(row)s
+-- $8 true: only read ones. `place` is where the stream stood in the same snapshot. Index: notifications_feed.
+select %(row)s, (select s.rev || ' ' || s.epoch from streams s where s.tenant = $1 and s.user_id = $2) as place
 from notifications n
 where n.stream_id = (select s.stream_id from streams s where s.tenant = $1 and s.user_id = $2)
   and n.position < $3
@@ -17,9 +17,6 @@ where n.stream_id = (select s.stream_id from streams s where s.tenant = $1 and s
   and ($6::text is null or n.type = $6)
   and ($7::text is null or n.category = $7)
   and (not $8::boolean or n.read_at is not null)
-  and ($9::text is null
-       or strpos(lower(concat_ws(e'\n', ('{' || n.content || '}')::jsonb ->> 'title',
-                                 ('{' || n.content || '}')::jsonb ->> 'body')), $9) > 0)
 order by n.position desc
 limit $5;
 
@@ -35,9 +32,6 @@ where n.stream_id = (select s.stream_id from streams s where s.tenant = $1 and s
   and ($6::text is null or n.type = $6)
   and ($7::text is null or n.category = $7)
   and not $8::boolean
-  and ($9::text is null
-       or strpos(lower(concat_ws(e'\n', ('{' || n.content || '}')::jsonb ->> 'title',
-                                 ('{' || n.content || '}')::jsonb ->> 'body')), $9) > 0)
 order by n.position desc
 limit $5;
 
@@ -52,9 +46,6 @@ where n.stream_id = (select s.stream_id from streams s where s.tenant = $1 and s
   and ($6::text is null or n.type = $6)
   and ($7::text is null or n.category = $7)
   and (not $8::boolean or n.read_at is not null)
-  and ($9::text is null
-       or strpos(lower(concat_ws(e'\n', ('{' || n.content || '}')::jsonb ->> 'title',
-                                 ('{' || n.content || '}')::jsonb ->> 'body')), $9) > 0)
 order by n.position desc
 limit $5;
 
@@ -68,6 +59,37 @@ select s.stream_id, s.epoch, s.seq, s.rev, s.pruned_rev,
              and n.archived_at is null and n.dismissed_at is null and n.retracted_at is null))::bigint as unread
 from streams s
 where s.tenant = $1 and s.user_id = $2;
+
+-- name: counted
+-- The same with what a cached count needs: unread rows that have expired, and when the next one will.
+-- $1 tenant, $2 user, $3 now. Index: notifications_expiring.
+select s.stream_id, s.epoch, s.seq, s.rev, s.pruned_rev, s.unread::bigint as unread,
+       (select count(*) from notifications n
+        where n.stream_id = s.stream_id and n.read_at is null and n.expires_at <= to_timestamp($3::float8)
+          and n.archived_at is null and n.dismissed_at is null and n.retracted_at is null) as expired,
+       (select (extract(epoch from n.expires_at) * 1000)::bigint from notifications n
+        where n.stream_id = s.stream_id and n.read_at is null and n.expires_at > to_timestamp($3::float8)
+          and n.archived_at is null and n.dismissed_at is null and n.retracted_at is null
+        order by n.expires_at limit 1) as next_ms
+from streams s
+where s.tenant = $1 and s.user_id = $2;
+
+-- name: standings
+-- Is what is cached of users still true? $1 tenants, $2 users: where their streams stand. $3 notifications, $4
+-- whose they are (1 is the first user): was one of them acknowledged? That moves no rev.
+-- `limit` keeps the planner from joining whole tables: a look into an index for each.
+with acknowledged as materialized (
+    select t.at
+    from unnest($3::uuid[], $4::bigint[]) as t (id, at)
+    cross join lateral (select n.delivered_at from notifications n where n.id = t.id limit 1) n
+    where n.delivered_at is not null
+)
+select s.epoch, s.rev, s.unread::bigint as unread, a.at = any (array(select k.at from acknowledged k)) as acknowledged
+from unnest($1::text[], $2::text[]) with ordinality as a (tenant, user_id, at)
+left join lateral (
+    select t.epoch, t.rev, t.unread from streams t where t.tenant = a.tenant and t.user_id = a.user_id limit 1
+) s on true
+order by a.at;
 
 -- name: notifications_after
 -- Catching up: $1 stream, $2 after seq, $3 limit. All rows, so that a gap shows. Index: notifications_seq.
