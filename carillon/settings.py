@@ -249,6 +249,18 @@ class IngressSettings:
     request_timeout_s: float = setting(10.0, "Deadline of a request, retries inside it.", low=0.1, unit="s")
     max_request_bytes: int = setting(8 * 1024 * 1024, "Longest request body (413 beyond).", low=1024)
     max_in_flight: int = setting(4096, "Requests at once before 503.", low=1)
+    max_connections: int = setting(
+        10_000, "Connections to a replica's own door, streams not counted; one more is cut off.", low=1
+    )
+    max_head_bytes: int = setting(
+        65_536, "Longest head of a request at a replica's own door (431 beyond).", low=1024
+    )
+    peer_timeout_s: float = setting(
+        30.0,
+        "Who takes longer to send a request, or to take its answer, is cut off.",
+        low=0.05,
+        unit="s",
+    )
     max_streams: int = setting(
         5000, "Event streams and long polls of one replica; more are answered 503.", low=1
     )

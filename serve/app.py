@@ -187,6 +187,10 @@ class IngressApp:
             request_id = b"%s-%x" % (self._id_prefix, self._next_id)
         return request_id
 
+    def knows(self, headers: dict[bytes, bytes]) -> bool:
+        """Whether the caller's API key is known to be good, without asking anybody."""
+        return self._known_key(headers) is not None
+
     def _known_key(self, headers: dict[bytes, bytes]) -> ApiKeyRecord | None:
         """The key if it is cached and may send events; None means: ask the slow way, which says why not."""
         auth = self.services.auth

@@ -8,12 +8,16 @@ limit, an answer still under way on the connection) takes uvicorn's way, unchang
 
 `GET /api/stream` is answered here alone: the socket of a stream leaves uvicorn (serve/stream.py).
 
+uvicorn bounds neither the length of a head nor how long a request may take to arrive, and it knows no most of
+connections: who can connect could fill memory and descriptors without a login. Here all three have a bound.
+
 Held to uvicorn's behaviour by tests/integration/test_door.py, because it overrides callbacks of a class that
 uvicorn does not document: its version is pinned in requirements.lock.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from http import HTTPStatus
 from typing import Any, Final
@@ -27,6 +31,11 @@ from serve.stream import EventStream
 _HOT_URL: Final = HOT_PATH.encode()
 _STREAM_URL: Final = STREAM_PATH.encode()
 _STATUS: Final = {s.value: b"HTTP/1.1 %d %s\r\n" % (s.value, s.phrase.encode()) for s in HTTPStatus}
+
+
+EARLY_BYTES: Final = 65_536
+"""A body up to here is taken before its caller is known; a longer one of a stranger waits for the login."""
+_TOO_LONG: Final = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n\r\n"
 
 
 class _Nothing:
@@ -76,10 +85,54 @@ class DoorProtocol(HttpToolsProtocol):
     def __init__(self, app: IngressApp, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._ingress = app
-        self._limit = app.services.settings.ingress.max_request_bytes
+        settings = app.services.settings.ingress
+        self._limit = settings.max_request_bytes
+        self._max_head = settings.max_head_bytes
+        self._most = settings.max_connections
+        self._head_bytes = 0
+        self._headed: Any = None  # the scope whose head is complete: while `scope` is another, a head arrives
+        self._looked: Any = None  # what the caller was at when it was looked at, and since when
+        self._since = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio: the socket is open."""
+        super().connection_made(transport)  # type: ignore[arg-type]
+        if len(self.connections) > self._most:
+            self.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio: bytes came."""
+        scope = self.scope
+        super().data_received(data)
+        if self.scope is self._headed:
+            return
+        if self.scope is not scope:
+            self._head_bytes = 0  # it began in these bytes, with perhaps a body before it
+            return
+        self._head_bytes += len(data)
+        if self._head_bytes > self._max_head and not self.transport.is_closing():
+            self.transport.write(_TOO_LONG)
+            self.transport.close()
+
+    def look(self, now: float, patience_s: float) -> None:
+        """Cut off a caller that takes longer than `patience_s` to send its request or to take its answer.
+
+        Args:
+            now: monotonic time; called from time to time, costs nothing in between.
+        """
+        cycle = self.cycle
+        if cycle is not None and not (cycle.more_body or cycle.response_complete or self.flow.write_paused):
+            self._looked = None  # it is our turn
+            return
+        at = (self.scope, cycle is not None and cycle.response_complete)
+        if self._looked is None or self._looked[0] is not at[0] or self._looked[1] != at[1]:
+            self._looked, self._since = at, now
+        elif now - self._since > patience_s:
+            self.transport.abort()
 
     def on_headers_complete(self) -> None:
         """httptools: the head is here. A plain hot request is kept from becoming an ASGI cycle."""
+        self._headed = self.scope
         if self.url == _HOT_URL and self.parser.get_method() == b"POST":
             before = self.cycle
             headers = dict(self.headers)  # at C speed; of a header sent twice the last
@@ -88,7 +141,10 @@ class DoorProtocol(HttpToolsProtocol):
                 (before is None or before.response_complete)
                 and length is not None
                 and length.isdigit()
-                and int(length[:18]) <= self._limit
+                and (
+                    (size := int(length[:18])) <= EARLY_BYTES
+                    or (size <= self._limit and self._ingress.knows(headers))
+                )
                 and b"transfer-encoding" not in headers
                 and not self.expect_100_continue
                 and not self.parser.should_upgrade()

@@ -29,7 +29,7 @@ from serve.app import IngressApp
 from serve.auth import Authenticator
 from serve.backend import RouterBackend
 from serve.connections import Connections
-from serve.door import protocol_of
+from serve.door import DoorProtocol, protocol_of
 from serve.services import Services
 from stores.cached_feed import CachedFeed
 from stores.postgres.dead_letters import DeadLetterReader
@@ -42,6 +42,8 @@ from stores.redis.hot_feed import HotFeedStore
 from stores.redis.rate_limiter import RateLimiter
 
 log = logging.getLogger(__name__)
+# It says that a request was no HTTP, once for each: whoever can connect could fill the disk with that.
+logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
 
 BACKLOG: Final = 2048
 
@@ -143,6 +145,7 @@ class Ingress:
         self._tasks = [
             loop.create_task(self._server.serve(sockets=[self._socket])),
             loop.create_task(self._write_uses(auth, settings.ingress.key_touch_s)),
+            loop.create_task(self._look(self._server, settings.ingress.peer_timeout_s)),
         ]
         while not self._server.started:
             if self._tasks[0].done():
@@ -215,6 +218,15 @@ class Ingress:
         """Begin to end streams and polls, while the listener closes: they come back to another replica."""
         assert self.connections is not None
         return asyncio.ensure_future(self.connections.drain(self.config.settings.ingress.drain_s / 2))
+
+    async def _look(self, server: _Server, patience_s: float) -> None:
+        """Cut off callers that neither speak nor listen."""
+        while True:
+            await asyncio.sleep(min(1.0, patience_s / 4))
+            now = self._clock.monotonic()
+            for protocol in tuple(server.server_state.connections):
+                if isinstance(protocol, DoorProtocol):
+                    protocol.look(now, patience_s)
 
     async def _write_uses(self, auth: Authenticator, every_s: float) -> None:
         while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -34,8 +35,8 @@ CHECKS = [
     response_headers_conformance,
     response_schema_conformance,
 ]
-EXAMPLES = 5
-"""Per operation and mode: a short run over every route, not a soak."""
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60")) // 12
+"""Per operation and mode: a short run over every route; `make fuzz` has more."""
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def run(operation: Any, mode: GenerationMode, checks: list[Any], headers: Any, s
         max_examples=EXAMPLES,
         deadline=None,
         database=None,
-        derandomize=True,
+        derandomize=EXAMPLES <= 5,
         phases=[Phase.explicit, Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
