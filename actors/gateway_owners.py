@@ -14,6 +14,7 @@ from typing import Any
 from actors.attached import AckMemory, Attached, Holder, Phase
 from actors.directory import ShardDirectory
 from actors.gateway_handshake import Encoding, binary_frame, text_frame
+from actors.gateway_watches import Watches
 from actors.link import Link
 from actors.member import Membership
 from carillon import server_frames
@@ -26,12 +27,15 @@ from carillon.messages import (
     ClientReady,
     ClientResume,
     ClientVisibility,
+    ClientWatch,
     CloseSocket,
     ClusterMap,
     Deliver,
     Detach,
     DeviceTold,
+    PresenceTold,
     SocketDrained,
+    WatchAnswer,
     Write,
 )
 from carillon.metrics import Stats
@@ -57,6 +61,8 @@ class Owners:
         self._retry_scheduled = False
         self._closed = False
         self._directory = ShardDirectory(membership, self)
+        presence = membership.config.settings.presence
+        self.watches = Watches(self._directory, presence, write=self._write_each, ask=self._forward)
         self._directory.on_change(self._attach_waiting)
         # After the directory's own callback, so that it knows the new owners already.
         membership.on_map(self._map_changed)
@@ -74,6 +80,7 @@ class Owners:
     async def close(self) -> None:
         """Close the links to the shards."""
         self._closed = True
+        self.watches.close()
         await self._directory.close()
 
     # -- attaching ------------------------------------------------------------------------------------
@@ -132,6 +139,8 @@ class Owners:
         conn.drain_wanted = False  # that page belonged to the attachment before
         conn.reschedule()
         if conn.welcomed:
+            if self.watches:
+                self.watches.attached(conn, conn.held or ())
             self._hand_over(conn)
 
     def _wait(self, conn: Attached) -> None:
@@ -141,6 +150,8 @@ class Owners:
     def detach(self, conn: Attached) -> None:
         """The connection's WebSocket ended."""
         self._waiting.pop(conn, None)
+        if self.watches:
+            self.watches.ended(conn)
         if conn.number:
             self._detach(conn, conn.clean)
 
@@ -177,9 +188,11 @@ class Owners:
             member = self._directory.owner(conn.slot)
             if member is None or member.name != conn.shard or member.term != conn.term:
                 self._orphan(conn)
+        self.watches.map_changed()
         self._attach_waiting()
 
     def _attach_waiting(self) -> None:
+        self.watches.owners_changed()
         for conn in list(self._waiting):
             self.attach(conn)
 
@@ -213,6 +226,9 @@ class Owners:
                 conn.acks.reached(reached, self._host.loop.time(), self._ack_repeat_s)
         elif kind is ClientVisibility:
             conn.attention, conn.viewing = frame.state, frame.viewing  # type: ignore[union-attr]
+        elif kind is ClientWatch:
+            if not self.watches.asked(conn, frame):  # type: ignore[arg-type]
+                return
         elif kind is ClientPing:
             return
         self._forward(conn, frame)
@@ -260,6 +276,7 @@ class Owners:
             return
         for conn in [conn for conn in self._attached.values() if conn.link is link]:
             self._orphan(conn)
+        self.watches.link_closed(link)
         self._retry_later()
 
     def read_finished(self, link: Link) -> None:
@@ -285,6 +302,12 @@ class Owners:
                     conn.attention, conn.viewing = message.state, message.viewing
                 if conn.acks is not None:
                     conn.acks.reached(min(message.seq, conn.seq), self._host.loop.time(), self._ack_repeat_s)
+        elif type(message) is PresenceTold:
+            if self._current(message.shard, message.term):
+                self.watches.told(link, message)
+        elif type(message) is WatchAnswer:
+            for conn in self._mine(link, (message.conn,)):
+                self.watches.answered(conn, message)
         else:
             kind = type(message).__name__
             link.fail_nowait(request, CarillonError(f"a holder of connections does not take {kind}"))
@@ -341,6 +364,17 @@ class Owners:
             else:
                 conn.ready = True
         self._stats.count("frames_written", written)
+
+    def _write_each(self, conns: Iterable[Attached], frame: bytes) -> None:
+        """Write a frame that moves no position to open connections."""
+        framed: list[bytes | None] = [None, None, None, None]
+        for conn in conns:
+            if conn.phase is Phase.OPEN:
+                encoding = conn.encoding
+                data = framed[encoding]
+                if data is None:
+                    data = framed[encoding] = _encode(frame, encoding)
+                conn.write_live(data)
 
     def _welcomed(self, conn: Attached) -> None:
         conn.acks = AckMemory(conn.seq, self._host.loop.time())

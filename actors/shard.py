@@ -13,9 +13,11 @@ from actors.member import Membership
 from actors.shard_acks import Acknowledgements
 from actors.shard_outbox import Outbox
 from actors.shard_policies import Policies
+from actors.shard_presence import Presence
 from actors.shard_replays import Replays
 from actors.shard_sessions import Sessions
 from actors.shard_users import User, UserCache
+from actors.shard_watch import WatchPermission
 from actors.shard_writer import ChangeEntry, Writer
 from carillon import server_frames
 from carillon.clock import Clock, SystemClock
@@ -42,7 +44,6 @@ from carillon.messages import (
     Detach,
     DeviceAck,
     DeviceDelete,
-    DevicePresence,
     DevicePut,
     DeviceVisibility,
     Done,
@@ -52,7 +53,7 @@ from carillon.messages import (
     Outcomes,
     PreferencesPut,
     PresenceQuery,
-    PresenceReply,
+    PresenceWatch,
     Publish,
     Push,
     PushLeft,
@@ -61,7 +62,6 @@ from carillon.messages import (
     Replay,
     SessionsRevoke,
     SocketDrained,
-    UserPresence,
 )
 from carillon.metrics import Stats
 from carillon.plan import Reach
@@ -138,7 +138,8 @@ class Shard:
                 log.warning("%s waits for PostgreSQL: %s", self._config.name, exc)
                 await asyncio.sleep(0.5)
         shard = self._settings.shard
-        self._policies = Policies(self._store, shard)
+        presence = self._settings.presence
+        self._policies = Policies(self._store, shard, presence)
         self._users = UserCache(self._store, self._term, shard.context_cache, self._policies.ensure)
         self._acks = Acknowledgements(
             self._store, self._clock, self._stats, shard, term=self._term, fenced=self._was_fenced,
@@ -151,10 +152,15 @@ class Shard:
             self._store, self._clock,
             term=self._term, owns=self._owns, due_now=self._outbox.due_now, fenced=self._was_fenced,
         )  # fmt: skip
+        self._presence = Presence(
+            self._config.name, self._store, self._users, self._clock, presence, shard.grace_s,
+            term=self._term, owns=self._owns,
+        )  # fmt: skip
+        self._watch = WatchPermission(self._policies)
         self._sessions = Sessions(
             self._config.name, self._store, self._users, self._clock, self._limits,
             term=self._term, map_version=lambda: self._membership.map.version, owns=self._owns,
-            acks=self._acks,
+            acks=self._acks, presence_changed=self._presence.changed, watch=self._watch.ask,
             take=lambda link, message: self.receive(link, message, 0),
         )  # fmt: skip
         self._writer = Writer(
@@ -184,6 +190,8 @@ class Shard:
         await self._acks.close()
         await self._policies.close()
         await self._sessions.close()
+        await self._watch.close()
+        await self._presence.close()
         await self._users.close()
         await self._membership.close(leave=leave)
         for task in list(self._tasks):
@@ -218,6 +226,7 @@ class Shard:
         while True:
             self._stats.gauge("sessions", self._sessions.live)
             self._stats.gauge("append_queue", self._writer.queued())
+            self._stats.gauge("presence_watched", self._presence.watched)
             await asyncio.sleep(self._settings.cluster.lease_renew_s)
             if self._clock.monotonic() >= prune_at:
                 prune_at = self._clock.monotonic() + 600
@@ -250,15 +259,19 @@ class Shard:
         if skipped:
             # Our term moved on in a map we did not see: slots may have been away and come back since, and
             # another owner may have written to their streams. Everything is read again.
+            self._presence.slots_lost(before & owned)
             self._sessions.forget_slots(self._users.forget_slots(before & owned))
+            self._presence.slots_taken(before & owned)
         self._slots = sorted(owned)
         for slot in before - owned:
             self._owned[slot] = 0
         for slot in owned - before:
             self._owned[slot] = 1
         if before - owned:
+            self._presence.slots_lost(before - owned)
             self._sessions.forget_slots(self._users.forget_slots(before - owned))
         if owned - before:
+            self._presence.slots_taken(owned - before)
             self._outbox.due_now()
 
     def _reach(self, user: User) -> tuple[Reach, int]:
@@ -308,6 +321,7 @@ class Shard:
         if self._links.get(link.peer) is link:
             del self._links[link.peer]
         self._sessions.link_closed(link)
+        self._presence.link_closed(link)
 
     def read_finished(self, link: Link) -> None:
         """Nothing to do: the writer batches by itself."""
@@ -334,8 +348,10 @@ class Shard:
             self._outbox.left(message)
         elif kind is Change:
             self._change(link, message, request)
+        elif kind is PresenceWatch:
+            self._presence.receive(link, message)
         elif kind is PresenceQuery:
-            self._spawn(self._answer(link, request, self._presence(message)))
+            self._spawn(self._answer(link, request, self._presence.query(message)))
         elif kind is DeviceAck or kind is DeviceVisibility:
             self._device_said(link, message, request)
         elif kind in _DOCUMENT_MESSAGES:
@@ -505,31 +521,6 @@ class Shard:
         self._sessions.close_user(
             user, 4001, "logged out", only=lambda a: a.token_id == token or a.device == device
         )
-
-    async def _presence(self, message: PresenceQuery) -> PresenceReply:
-        found: dict[str, UserPresence] = {}
-        unknown: list[str] = []
-        for name in message.users:
-            user = self._users.get(UserKey(message.tenant, name))
-            session = user.session if user is not None else None
-            if user is None:
-                unknown.append(name)
-            elif session is None:
-                found[name] = UserPresence(name, "offline", [], user.last_seen_ms)
-            else:
-                devices = [
-                    DevicePresence(a.device, a.attention, a.attention_since_ms) for a in session.attachments
-                ]
-                seen = self._clock.now_ms() if session.live else session.last_seen_ms
-                found[name] = UserPresence(name, session.status(), devices, seen)
-        if unknown:
-            try:
-                seen_at = await self._store.last_seen(message.tenant, unknown)
-            except CarillonError:
-                seen_at = {}  # who is not in memory is not connected, whatever Postgres says
-            for name in unknown:
-                found[name] = UserPresence(name, "offline", [], seen_at.get(name))
-        return PresenceReply([found[name] for name in message.users])
 
     async def _answer(self, link: Link, request: int, work: Any) -> None:
         try:

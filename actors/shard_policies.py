@@ -7,8 +7,8 @@ import logging
 from collections.abc import Iterable
 
 from carillon.errors import CarillonError
-from carillon.policy import TenantPolicy, build, cluster_default
-from carillon.settings import ShardSettings
+from carillon.policy import TenantPolicy, WatchRule, build, cluster_default
+from carillon.settings import PresenceSettings, ShardSettings
 from stores.postgres.shard_store import ShardStore
 
 log = logging.getLogger(__name__)
@@ -17,11 +17,12 @@ log = logging.getLogger(__name__)
 class Policies:
     """A cache that is right within `shard.policy_refresh_s`, for one query in that time."""
 
-    def __init__(self, store: ShardStore, settings: ShardSettings) -> None:
+    def __init__(self, store: ShardStore, settings: ShardSettings, presence: PresenceSettings) -> None:
         self._store = store
         self._settings = settings
         self._default = cluster_default(settings)
-        self._plain = TenantPolicy(self._default, {})
+        self._watch = WatchRule(presence.watch)
+        self._plain = TenantPolicy(self._default, {}, self._watch)
         self._known: dict[str, TenantPolicy] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -48,7 +49,7 @@ class Policies:
     async def _read(self, tenants: list[str]) -> None:
         found = await self._store.policies(tenants)
         for tenant in tenants:
-            self._known[tenant] = build(found.get(tenant), self._default)
+            self._known[tenant] = build(found.get(tenant), self._default, self._watch)
 
     async def _refresh_for_ever(self) -> None:
         while True:

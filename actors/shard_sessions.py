@@ -77,6 +77,8 @@ class Sessions:
         term, map_version: give the present values.
         owns: whether a slot is this shard's.
         acks: takes what devices acknowledge, how attention moves on, and when users were last seen.
+        presence_changed: told of users whose status changed.
+        watch: answers WATCH_PRESENCE.
         take: takes messages that came while their connection's user was still being loaded.
     """
 
@@ -92,6 +94,8 @@ class Sessions:
         map_version: Callable[[], int],
         owns: Callable[[int], bool],
         acks: Acknowledgements,
+        presence_changed: Callable[[User], None],
+        watch: Callable[[Link, ClientWatch, User], None],
         take: Callable[[Link, Any], None],
     ) -> None:
         self._shard = shard
@@ -103,6 +107,8 @@ class Sessions:
         self._map_version = map_version
         self._owns = owns
         self._acks = acks
+        self._presence_changed = presence_changed
+        self._watch = watch
         self._take = take
         self._peers: dict[Link, Peer] = {}
         self._dirty: dict[Peer, None] = {}
@@ -229,13 +235,7 @@ class Sessions:
             self._detach(user, attachment, message.clean)
             return
         elif kind is ClientWatch:
-            self.answer(
-                link,
-                message.conn,
-                server_frames.error(
-                    "not_supported", "WATCH_PRESENCE is not available on this server", False, message.ref
-                ),
-            )
+            self._watch(link, message, user)
             return
         if message.__struct_fields__[-1] == "ref" and message.ref is not None:
             self.answer(link, message.conn, server_frames.ok(message.ref))
@@ -352,6 +352,7 @@ class Sessions:
             elif kind is Close:
                 self._close_attachment(effect)  # type: ignore[arg-type]
             elif kind is PresenceChanged:
+                self._presence_changed(user)
                 if effect.status == "offline":  # type: ignore[union-attr]
                     self._acks.offline(user, user.last_seen_ms or self._clock.now_ms())
             elif kind is PushSignal:

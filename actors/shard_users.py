@@ -56,6 +56,13 @@ class User:
         """Position as committed; unread as shown."""
         return Head(self.epoch, self.seq, self.rev, self.shown_unread())
 
+    def presence(self, now_ms: int) -> tuple[str, int | None]:
+        """Status and when last seen (ms), as others may see it."""
+        session = self.session
+        if session is None:
+            return "offline", self.last_seen_ms
+        return session.status(), now_ms if session.live else session.last_seen_ms
+
     def shown_unread(self) -> int:
         """Unread without those that had expired when the user was loaded."""
         return max(0, self.unread - self.expired)
@@ -100,6 +107,10 @@ class UserCache:
         if user is not None:
             self._users.move_to_end(key)
         return user
+
+    def peek(self, key: UserKey) -> User | None:
+        """The user if in memory; being looked at is no use of it."""
+        return self._users.get(key)
 
     def users(self) -> list[User]:
         """All users in memory."""

@@ -197,8 +197,9 @@ class DevicePresence(Struct, array_like=True):
 
     device: str
     attention: str
-    """focused | visible | idle | hidden."""
+    """focused | visible | idle | hidden: the best of the device's connections."""
     since_ms: int
+    connections: int = 1
 
 
 class UserPresence(Struct, array_like=True):
@@ -206,9 +207,11 @@ class UserPresence(Struct, array_like=True):
 
     user: str
     status: str
-    """active | idle | offline."""
+    """active | idle | offline, as others may see it."""
     devices: list[DevicePresence] = []
     last_seen_ms: int | None = None
+    invisible: bool = False
+    """The user wants to be seen as offline; `devices` tells all the same."""
 
 
 class PresenceReply(Struct, array_like=True, tag=10):
@@ -380,11 +383,21 @@ class ClientVisibility(Struct, array_like=True, tag=26):
 
 
 class ClientWatch(Struct, array_like=True, tag=27):
-    """WATCH_PRESENCE."""
+    """WATCH_PRESENCE. The answer is a `WatchAnswer`."""
 
     conn: int
     users: list[str]
+    """All that are to be watched from now on; none: nobody."""
     ref: str | int | None = None
+
+
+class PresenceWatch(Struct, array_like=True, tag=29):
+    """A gateway's clients watch users, or (`watch` False) no longer do. Answered with `PresenceTold`: the
+    users' present state, then every change, until unwatched or until the link or the term ends."""
+
+    tenant: str
+    users: list[str]
+    watch: bool = True
 
 
 class SocketDrained(Struct, array_like=True, tag=28):
@@ -432,6 +445,40 @@ class CloseSocket(Struct, array_like=True, tag=31):
     conns: list[int]
     code: int
     reason: str
+
+
+class WatchedUser(Struct, array_like=True):
+    """What a watcher may know of a user."""
+
+    user: str
+    status: str
+    """active | idle | offline."""
+    last_seen_ms: int | None = None
+
+
+class PresenceTold(Struct, array_like=True, tag=35):
+    """Present state of users that this gateway watches. Gateways drop those of an older term."""
+
+    shard: str
+    term: int
+    tenant: str
+    users: list[WatchedUser]
+    moved: list[str] = []
+    """Not this shard's (any more): watch them at their owner."""
+
+
+class WatchAnswer(Struct, array_like=True, tag=36):
+    """Answer to `ClientWatch`: whom the connection may watch, in place of those before."""
+
+    conn: int
+    users: list[str]
+    refused: list[str] = []
+    """Those it may not watch."""
+    ref: str | int | None = None
+    code: str = ""
+    """Set: the request failed and changes nothing, unless it is for good (`temporary` False)."""
+    message: str = ""
+    temporary: bool = False
 
 
 class AttachRefused(Struct, array_like=True, tag=32):
@@ -646,7 +693,7 @@ type_union = (
     | ClientReady | ClientResume | ClientAck | ClientChange | ClientVisibility | ClientWatch
     | SocketDrained | Deliver | CloseSocket | AttachRefused | Push | PushAccepted | PushOutcome
     | PushLeft | Join | Renew | ClusterMap | Leave | StatsQuery | StatsReply | Failure | Ping
-    | DeviceAck | DeviceVisibility | DeviceTold
+    | DeviceAck | DeviceVisibility | DeviceTold | PresenceWatch | PresenceTold | WatchAnswer
 )  # fmt: skip
 Message = type_union
 

@@ -1,7 +1,8 @@
-"""What a tenant wants done about push while its users are connected: the policy document.
+"""What a tenant wants: push while its users are connected, and who may watch whose presence.
 
-Kept as `policy` in `tenants.settings`. Validated strictly and stored as it came; what it leaves out is the
-cluster's default (`shard.when_away`, `shard.when_away_delay_s`, `shard.hold_s`).
+The policy document is kept as `policy` in `tenants.settings`. Validated strictly and stored as it came; what
+it leaves out is the cluster's default (`shard.when_away`, `shard.when_away_delay_s`, `shard.hold_s`,
+`presence.watch`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import msgspec
 from carillon.errors import InvalidInputError
 from carillon.event_rules import Text, is_object, text_error, tree_errors
 from carillon.problems import FieldError, shown
-from carillon.settings import WHEN_AWAY, ShardSettings
+from carillon.settings import WATCH, WHEN_AWAY, ShardSettings
+from carillon.token_keys import check_jwks_url
 
 MAX_TYPES: Final = 200
 """Types that one document may name."""
@@ -43,11 +45,25 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class WatchRule:
+    """Who may watch whose presence.
+
+    Attributes:
+        watch: `nobody`, `tenant` (all users of the tenant each other) or `callback` (`url` decides).
+        url: asked by POST, with `callback`.
+    """
+
+    watch: str = "nobody"
+    url: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class TenantPolicy:
-    """A tenant's policy and what differs for single types of notifications."""
+    """A tenant's policy, what differs for single types of notifications, and its rule of presence."""
 
     default: Policy
     types: dict[str, Policy]
+    presence: WatchRule = WatchRule()
 
     def of(self, kind: str) -> Policy:
         """The policy for notifications of one type."""
@@ -74,12 +90,22 @@ def cluster_default(settings: ShardSettings) -> Policy:
     return Policy(settings.when_away, round(settings.when_away_delay_s * 1000), round(settings.hold_s * 1000))
 
 
-def build(document: dict[str, Any] | None, default: Policy) -> TenantPolicy:
-    """The policy of a stored (hence valid) document; None if the tenant stored none."""
+def build(
+    document: dict[str, Any] | None, default: Policy, presence: WatchRule = WatchRule()
+) -> TenantPolicy:
+    """The policy of a stored (hence valid) document; None if the tenant stored none.
+
+    Args:
+        default, presence: what holds where the document says nothing.
+    """
     if not document:
-        return TenantPolicy(default, {})
+        return TenantPolicy(default, {}, presence)
     own = _over(default, document)
-    return TenantPolicy(own, {kind: _over(own, some) for kind, some in document.get("types", {}).items()})
+    if "presence" in document:
+        rule = document["presence"]
+        presence = WatchRule(rule["watch"], rule.get("url", ""))
+    types = {kind: _over(own, some) for kind, some in document.get("types", {}).items()}
+    return TenantPolicy(own, types, presence)
 
 
 def _over(base: Policy, some: dict[str, Any]) -> Policy:
@@ -91,7 +117,9 @@ def _over(base: Policy, some: dict[str, Any]) -> Policy:
     )
 
 
-def complete(document: dict[str, Any] | None, default: Policy) -> dict[str, Any]:
+def complete(
+    document: dict[str, Any] | None, default: Policy, presence: WatchRule = WatchRule()
+) -> dict[str, Any]:
     """A stored document with every member, those left out as they hold now; types as they were given."""
     own = _over(default, document or {})
     return {
@@ -99,6 +127,7 @@ def complete(document: dict[str, Any] | None, default: Policy) -> dict[str, Any]
         "whenAwayDelayS": own.delay_ms / 1000,
         "holdS": own.hold_ms / 1000,
         "types": (document or {}).get("types", {}),
+        "presence": (document or {}).get("presence", {"watch": presence.watch}),
     }
 
 
@@ -143,6 +172,30 @@ def _rules(prefix: str, some: dict[str, Any]) -> list[FieldError]:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not 0 <= value <= most:
                 errors.append(FieldError(path, f"seconds from 0 to {most}", shown(value)))
+        elif name == "presence" and not prefix:
+            errors.extend(_presence_errors(value))
         elif name != "types" or prefix:
             errors.append(FieldError(path, "a member of the policy", "an unknown field"))
+    return errors
+
+
+def _presence_errors(rule: Any) -> list[FieldError]:
+    if not is_object(rule):
+        return [FieldError("presence", "an object", shown(rule))]
+    watch, url = rule.get("watch"), rule.get("url")
+    errors = [
+        FieldError(f"presence/{shown(name)}", "a member of presence", "an unknown field")
+        for name in rule
+        if name not in ("watch", "url")
+    ]
+    if not isinstance(watch, str) or watch not in WATCH:
+        errors.append(FieldError("presence/watch", "|".join(WATCH), shown(watch)))
+    elif (watch == "callback") != ("url" in rule):
+        got = shown(url) if "url" in rule else "nothing"
+        errors.append(FieldError("presence/url", "a URL with callback, and only then", got))
+    elif "url" in rule:
+        try:
+            check_jwks_url(url if isinstance(url, str) else "")
+        except InvalidInputError as exc:
+            errors.append(FieldError("presence/url", exc.expected, shown(url)))
     return errors

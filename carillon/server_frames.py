@@ -114,6 +114,13 @@ def ok(ref: str | int) -> bytes:
     return b'{"type":"OK","id":' + _json(ref) + b"}"
 
 
+def watching(ref: str | int, refused: Iterable[str]) -> bytes:
+    """OK to WATCH_PRESENCE; `refused` are the users among those asked for that may not be watched."""
+    users = ",".join(map(_text, refused))
+    more = f',"refusedUserIds":[{users}]' if users else ""
+    return f'{{"type":"OK","id":{_json(ref).decode()}{more}}}'.encode()
+
+
 def pong(ref: str | int | None = None) -> bytes:
     """PONG, echoing the `id` of a PING that had one."""
     return PONG if ref is None else b'{"type":"PONG","id":' + _json(ref) + b"}"

@@ -20,6 +20,8 @@ from carillon.errors import SettingsError
 
 T = TypeVar("T")
 
+WATCH: tuple[str, ...] = ("nobody", "tenant")
+"""Who may watch whose presence (carillon/policy.py)."""
 WHEN_AWAY = ("in_app", "both", "push_after")
 """What may be done while every device of a connected user is hidden or idle (carillon/policy.py)."""
 
@@ -234,6 +236,31 @@ class GatewaySettings:
     )
     close_timeout_s: float = setting(
         3.0, "A peer that does not finish the closing handshake in so long is cut off.", low=0.05, unit="s"
+    )
+
+
+@dataclass(frozen=True)
+class PresenceSettings:
+    """What others learn of a user's presence."""
+
+    watch: str = setting(
+        "nobody",
+        "Whom a client may watch: nobody, or tenant (every user of its tenant). A tenant's policy wins.",
+    )
+    coalesce_s: float = setting(
+        0.1, "Changes of a watched user within so long are told as one.", low=0.0, unit="s"
+    )
+    max_per_connection: int = setting(1000, "Users that one connection may watch.", low=0, high=1000)
+    max_per_gateway: int = setting(
+        500_000,
+        "Users watched by a gateway's connections, each counted per connection; more is refused as busy.",
+        low=0,
+    )
+    recheck_s: float = setting(
+        300.0, "Whether a connection may still watch whom it watches is asked so often.", low=0.05, unit="s"
+    )
+    retry_s: float = setting(
+        0.2, "Pause before a watched user is asked for again whose shard refused.", low=0.01, unit="s"
     )
 
 
@@ -461,6 +488,7 @@ class Settings:
     ingress: IngressSettings = field(default_factory=IngressSettings)
     push: PushSettings = field(default_factory=PushSettings)
     router: RouterSettings = field(default_factory=RouterSettings)
+    presence: PresenceSettings = field(default_factory=PresenceSettings)
 
     def __post_init__(self) -> None:
         for section in dataclasses.fields(self):
@@ -475,6 +503,8 @@ class Settings:
             raise SettingsError(
                 f"expected shard.when_away to be {'|'.join(WHEN_AWAY)}, got {self.shard.when_away!r}"
             )
+        if self.presence.watch not in ("nobody", "tenant"):
+            raise SettingsError(f"expected presence.watch to be nobody|tenant, got {self.presence.watch!r}")
         if self.link.reconnect_max_s < self.link.reconnect_min_s:
             raise SettingsError(
                 "expected link.reconnect_max_s to be at least link.reconnect_min_s, got "

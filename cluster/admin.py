@@ -175,24 +175,31 @@ def _tenant_policy(options: argparse.Namespace, settings: Settings) -> int:
             await store.put_policy(options.tenant, policy.validate(document))
         return document
 
-    print(json.dumps(policy.complete(_with_store(database(options, settings), work), default), indent=2))
+    watch = policy.WatchRule(settings.presence.watch)
+    stored = _with_store(database(options, settings), work)
+    print(json.dumps(policy.complete(stored, default, watch), indent=2))
     return 0
 
 
 def policy_set(document: dict[str, Any], assignment: str) -> None:
-    """Apply one `member=value` or `types.TYPE.member=value` to a policy; an empty value takes it out.
+    """Apply one `member=value`, `presence.member=value` or `types.TYPE.member=value` to a policy.
 
-    Types may have dots of their own. Raises ClusterError for anything else.
+    An empty value takes it out. Types may have dots of their own. Raises ClusterError for anything else.
     """
     path, equals, text = assignment.partition("=")
     where, name = document, path
     if path.startswith("types."):
         kind, _, name = path.removeprefix("types.").rpartition(".")
         where = document.setdefault("types", {}).setdefault(kind, {})
+    elif path.startswith("presence."):
+        name = path.removeprefix("presence.")
+        where = document.setdefault("presence", {})
     if not equals or not name:
         raise ClusterError(f"expected --set member=value or types.TYPE.member=value, got {assignment!r}")
     if not text:
         where.pop(name, None)
+        if path.startswith("presence.") and not where:
+            del document["presence"]
         return
     try:
         where[name] = float(text)

@@ -46,7 +46,10 @@ async def ensure_demo_tenant(postgres: PostgresSettings, folder: RunFolder) -> D
     pool = await open_pool(postgres, 1)
     try:
         store = TenantStore(pool)
-        tenant = await store.tenant(DEMO_TENANT) or await store.create_tenant(DEMO_TENANT)
+        tenant = await store.tenant(DEMO_TENANT)
+        if tenant is None:
+            tenant = await store.create_tenant(DEMO_TENANT)
+            await store.put_policy(DEMO_TENANT, '{"presence":{"watch":"tenant"}}')
         key = folder.api_key()
         known = await store.api_key(hash_key(key)) if key else None
         if key is None or known is None or known.revoked or known.tenant != DEMO_TENANT:

@@ -315,8 +315,13 @@ COMPONENTS: Final[dict[str, Schema]] = {
             "devices": {
                 "type": "array",
                 "items": obj(
-                    {"deviceId": {"type": "string"}, "attention": {"type": "string"}, "since": INSTANT},
-                    ["deviceId", "attention", "since"],
+                    {
+                        "deviceId": {"type": "string"},
+                        "attention": {"enum": ["focused", "visible", "idle", "hidden"]},
+                        "since": INSTANT,
+                        "connections": {"type": "integer", "minimum": 1},
+                    },
+                    ["deviceId", "attention", "since", "connections"],
                 ),
             },
             "lastSeenAt": {"anyOf": [{"type": "null"}, INSTANT]},

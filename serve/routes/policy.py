@@ -1,13 +1,13 @@
-"""The policy of a tenant: what is done about push while its users are connected."""
+"""The policy of a tenant: push while its users are connected, and who may watch whose presence."""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from carillon import policy
 from carillon.events import ProblemError
 from carillon.problems import problem
-from carillon.settings import WHEN_AWAY
+from carillon.settings import WATCH, WHEN_AWAY
 from serve.audit import audited
 from serve.http import Request, Response, json_response
 from serve.routing import SERVICE, Route
@@ -17,8 +17,13 @@ from serve.services import Services
 
 async def get_policy(services: Services, request: Request) -> Response:
     """GET /v1/policy."""
-    stored = await services.tenants.policy(request.tenant)
-    return json_response(policy.complete(stored, policy.cluster_default(services.settings.shard)))
+    return _complete(services, await services.tenants.policy(request.tenant))
+
+
+def _complete(services: Services, document: Any) -> Response:
+    settings = services.settings
+    watch = policy.WatchRule(settings.presence.watch)
+    return json_response(policy.complete(document, policy.cluster_default(settings.shard), watch))
 
 
 async def put_policy(services: Services, request: Request) -> Response:
@@ -30,7 +35,7 @@ async def put_policy(services: Services, request: Request) -> Response:
         raise ProblemError(problem("invalid", str(exc), exc.errors)) from None
     await services.tenants.put_policy(request.tenant, text)
     await audited(services, request, "policy.put")
-    return json_response(policy.complete(document, policy.cluster_default(services.settings.shard)))
+    return _complete(services, document)
 
 
 _MEMBERS: Final = {
@@ -51,15 +56,22 @@ _POLICY: Final = obj(
             "maxProperties": policy.MAX_TYPES,
             "additionalProperties": obj(_MEMBERS),
         },
+        "presence": obj(
+            {"watch": {"enum": list(WATCH)}, "url": {"type": "string", "maxLength": 2048}}, ["watch"]
+        ),
     }
 )
 _EXAMPLE: Final = {"whenAway": "push_after", "whenAwayDelayS": 20, "types": {"chat.message": {"holdS": 30}}}
+_ANSWER: Final = {
+    "whenAway": "push_after", "whenAwayDelayS": 30.0, "holdS": 60.0, "types": {},
+    "presence": {"watch": "nobody"},
+}  # fmt: skip
 
 ROUTES: Final = (
     Route(
         "GET", "/v1/policy", get_policy, SERVICE, "Read the tenant's policy", scope="policy:write",
         doc="With every member, those not stored as they hold now.", answer=_POLICY,
-        answer_example={"whenAway": "push_after", "whenAwayDelayS": 30.0, "holdS": 60.0, "types": {}},
+        answer_example=_ANSWER,
         tag="Policy",
     ),
     Route(

@@ -267,7 +267,12 @@ def _presence(one: UserPresence) -> dict[str, Any]:
         "userId": one.user,
         "status": one.status,
         "devices": [
-            {"deviceId": d.device, "attention": d.attention, "since": rfc3339(d.since_ms)}
+            {
+                "deviceId": d.device,
+                "attention": d.attention,
+                "since": rfc3339(d.since_ms),
+                "connections": d.connections,
+            }
             for d in one.devices
         ],
         "lastSeenAt": None if one.last_seen_ms is None else rfc3339(one.last_seen_ms),

@@ -99,11 +99,20 @@ class HandGateway:
 class Kit:
     """Everything around one shard."""
 
-    def __init__(self, dsn: str, *, push: dict[str, Any] | None = None, **shard: Any) -> None:
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        push: dict[str, Any] | None = None,
+        presence: dict[str, Any] | None = None,
+        **shard: Any,
+    ) -> None:
         self.dsn = dsn
         values = {"ack_flush_s": 0.01, "sweep_s": 0.1, "resume_wait_s": 0.3, "grace_s": 0.3}
         values["clean_close_grace_s"] = 0.05
-        self.settings = fast_settings(postgres={"dsn": dsn}, shard=values | shard, push=push or {})
+        self.settings = fast_settings(
+            postgres={"dsn": dsn}, shard=values | shard, push=push or {}, presence=presence or {}
+        )
         self.shards: list[Shard] = []
         self.links: list[Link] = []
 

@@ -706,7 +706,13 @@ async def test_policy(own_world: World) -> None:
     world = own_world
     document = {"whenAway": "both", "types": {"chat": {"holdS": 5}}}
     answer = await world.http.put("/v1/policy", json=document, headers=world.service())
-    complete = {"whenAway": "both", "whenAwayDelayS": 30.0, "holdS": 60.0, "types": {"chat": {"holdS": 5}}}
+    complete = {
+        "whenAway": "both",
+        "whenAwayDelayS": 30.0,
+        "holdS": 60.0,
+        "types": {"chat": {"holdS": 5}},
+        "presence": {"watch": "nobody"},
+    }
     assert (answer.status_code, answer.json()) == (200, complete)
     wrong = await world.http.put("/v1/policy", json={"holdS": -1}, headers=world.service())
     assert problem(wrong, 422, "invalid")["errors"][0]["path"] == "holdS"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from carillon.errors import ClusterError
-from carillon.policy import Policy, PolicyError, build, complete, validate
+from carillon.policy import Policy, PolicyError, WatchRule, build, complete, validate
 from cluster.admin import policy_set
 
 DEFAULT = Policy("push_after", 30_000, 60_000)
@@ -21,6 +21,7 @@ def test_what_a_document_leaves_out_is_the_default() -> None:
     assert build(None, DEFAULT).of("chat") == DEFAULT
     assert complete({"holdS": 5}, DEFAULT) == {
         "whenAway": "push_after", "whenAwayDelayS": 30.0, "holdS": 5.0, "types": {},
+        "presence": {"watch": "nobody"},
     }  # fmt: skip
 
 
@@ -33,6 +34,13 @@ def test_what_a_document_leaves_out_is_the_default() -> None:
         ({"holdS": 3601}, "holdS"),
         ({"whenAwayDelayS": True}, "whenAwayDelayS"),
         ({"delay": 3}, "delay"),
+        ({"presence": "tenant"}, "presence"),
+        ({"presence": {}}, "presence/watch"),
+        ({"presence": {"watch": "friends"}}, "presence/watch"),
+        ({"presence": {"watch": ["tenant"]}}, "presence/watch"),
+        ({"presence": {"watch": "tenant", "who": 1}}, "presence/who"),
+        ({"presence": {"watch": "tenant", "url": "https://a.example/"}}, "presence/url"),
+        ({"types": {"chat": {"presence": {"watch": "tenant"}}}}, "types/chat/presence"),
         ({"types": []}, "types"),
         ({"types": {"": {}}}, "types/"),
         ({"types": {"chat": {"types": {}}}}, "types/chat/types"),
@@ -54,3 +62,15 @@ def test_members_are_set_one_by_one() -> None:
     assert document == {"whenAway": "both", "types": {"chat.message": {"holdS": 3.0}}}
     with pytest.raises(ClusterError, match="member=value"):
         policy_set(document, "whenAway")
+    policy_set(document, "presence.watch=tenant")
+    assert document["presence"] == {"watch": "tenant"}
+    policy_set(document, "presence.watch=")
+    assert "presence" not in document
+
+
+def test_presence_is_the_tenants_or_the_clusters() -> None:
+    """Who may watch whom: the document's rule if it has one, else the cluster's."""
+    everybody = WatchRule("tenant")
+    assert build(None, DEFAULT).presence == WatchRule("nobody")
+    assert build({"holdS": 3}, DEFAULT, everybody).presence == everybody
+    assert build({"presence": {"watch": "nobody"}}, DEFAULT, everybody).presence == WatchRule("nobody")
