@@ -130,6 +130,24 @@ _NOTIFICATION_ALWAYS: Final[dict[str, Schema]] = {
     "createdAt": INSTANT,
 }
 
+_NOTIFICATION_WHEN_SET: Final[dict[str, Schema]] = {
+    **{
+        name: {"type": "string"}
+        for name in ("imageUrl", "icon", "link", "campaignId", "sourceApp", "aggregationKey", "collapseKey")
+    },
+    "channels": {"type": "array", "items": {"type": "string"}},
+    "count": {"type": "integer", "minimum": 1},
+    "actors": {"type": "array"},
+    "clicked": {"const": True},
+    "dismissed": {"const": True},
+    **{
+        f"{name}At": INSTANT
+        for name in (
+            "expires", "updated", "delivered", "seen", "read", "clicked", "dismissed", "archived",
+        )
+    },
+}  # fmt: skip
+
 OUTCOMES: Final = ("sent", "unknown", "failed", "dead", "invalid_target", "disabled_target")
 """Of one try at one target (docs/reference/push.md)."""
 
@@ -219,7 +237,9 @@ COMPONENTS: Final[dict[str, Schema]] = {
         },
         list(_DEAD_LETTER),
     ),
-    "Notification": obj(_NOTIFICATION_ALWAYS, list(_NOTIFICATION_ALWAYS), strict=False),
+    "Notification": obj(
+        {**_NOTIFICATION_ALWAYS, **_NOTIFICATION_WHEN_SET}, list(_NOTIFICATION_ALWAYS), strict=False
+    ),
     "Feed": obj(
         {
             "notifications": {"type": "array", "items": ref("Notification")},

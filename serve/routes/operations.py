@@ -8,6 +8,7 @@ from typing import Final
 from carillon.errors import CarillonError
 from carillon.metrics import render_prometheus
 from carillon.problems import FieldError, problem
+from serve.asyncapi import asyncapi_json
 from serve.docs_page import DOCS_HTML
 from serve.http import Request, Response, json_response, problem_response
 from serve.routing import OPEN, Route
@@ -67,6 +68,11 @@ async def openapi(services: Services, request: Request) -> Response:
     return Response(openapi_json())
 
 
+async def asyncapi(services: Services, request: Request) -> Response:
+    """GET /asyncapi.json."""
+    return Response(asyncapi_json())
+
+
 async def docs(services: Services, request: Request) -> Response:
     """GET /docs: a page that shows /openapi.json, without anything from elsewhere."""
     return Response(DOCS_HTML, content_type=b"text/html; charset=utf-8")
@@ -93,6 +99,10 @@ ROUTES: Final = (
     ),
     Route(
         "GET", "/openapi.json", openapi, OPEN, "This description", answer=obj({}, strict=False), tag=_TAG,
+    ),
+    Route(
+        "GET", "/asyncapi.json", asyncapi, OPEN, "The frames of WebSocket and event stream (AsyncAPI 3.0)",
+        answer=obj({}, strict=False), tag=_TAG,
     ),
     Route("GET", "/docs", docs, OPEN, "This description, to read", answer_type="text/html", tag=_TAG),
 )  # fmt: skip

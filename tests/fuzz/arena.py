@@ -23,6 +23,7 @@ from carillon.tokens import mint
 from stores.postgres.pool import open_pool
 from stores.postgres.tenants import TenantStore
 from tests.fuzz.attacks import OPEN, REFUSED, Attack, Facts, make
+from tests.fuzz.schema import check_server_frame
 from tests.fuzz.wire import Reader, request
 from tests.integration.client_world import ClientWorld
 from tests.support import eventually
@@ -292,22 +293,12 @@ async def _leave(sink: asyncio.StreamWriter, reader: Reader, spoken: asyncio.Eve
         sink.write_eof()
 
 
-TYPES = frozenset(
-    (
-        "WELCOME", "NEW_NOTIFICATION", "NOTIFICATION_UPDATED", "NOTIFICATIONS_READ", "ALL_NOTIFICATIONS_READ",
-        "NOTIFICATIONS_SEEN", "NOTIFICATION_ARCHIVED", "NOTIFICATION_DISMISSED", "NOTIFICATION_CLICKED",
-        "NOTIFICATION_RETRACTED", "UNREAD_COUNT", "PRESENCE", "PONG", "OK", "ERROR",
-    )
-)  # fmt: skip
-"""Everything a server may say."""
-
-
 def _judge(attack: Attack, reader: Reader) -> None:
     heard = reader.heard
     documents = [json.loads(message) for message in heard.messages]
     for message, document in zip(heard.messages, documents, strict=True):
         assert message.startswith(b'{"type":"'), str(message)
-        assert document["type"] in TYPES, str(document)
+        check_server_frame(document)
     told = {document["type"] for document in documents}
     if attack.who == OPEN:
         assert documents, "no WELCOME"

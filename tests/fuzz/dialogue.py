@@ -11,8 +11,9 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from carillon.client_frames import MAX_DEPTH, MAX_INT
-from tests.fuzz.arena import LONGEST_S, TYPES, Arena
+from tests.fuzz.arena import LONGEST_S, Arena
 from tests.fuzz.frames import as_json, as_msgpack
+from tests.fuzz.schema import check_server_frame
 
 BARRIER = "the end of this dialogue"
 
@@ -71,7 +72,7 @@ async def converse(arena: Arena, sent: list[Any], packed: bool, own_ids: dict[st
                 assert isinstance(frame, bytes) is packed
                 told = msgspec.msgpack.decode(frame) if packed else json.loads(frame)  # type: ignore[arg-type]
                 assert next(iter(told)) == "type", f"{told} does not begin with its type"
-                assert told["type"] in TYPES, f"{told} is no frame"
+                check_server_frame(told)
                 if told["type"] in ("OK", "ERROR", "PONG") and "id" in told:
                     answers.append(told["id"])
                 if told.get("id") == BARRIER:

@@ -61,7 +61,11 @@ def documents(draw: st.DrawFn, kinds: tuple[str, ...] = tuple(MEMBERS)) -> Any:
     frame: dict[str, Any] = {"type": kind}
     if draw(st.integers(0, 3)):
         frame["id"] = draw(refs)
-    for name, values in MEMBERS[kind].items():
+    members = MEMBERS[kind]
+    if kind == "ACK" and draw(st.booleans()):  # it has exactly one of them
+        name = draw(st.sampled_from(tuple(members)))
+        members = {name: members[name]}
+    for name, values in members.items():
         way = draw(st.integers(0, 9))
         if way < 7:
             frame[name] = draw(values)
