@@ -108,7 +108,8 @@ class Shard:
         self._map_version = 0
         self._owned = bytearray(SLOTS)
         self._slots: list[int] = []
-        self._store = ShardStore(self._settings.postgres, config.name)
+        push = self._settings.push
+        self._store = ShardStore(self._settings.postgres, config.name, push.withdraw, push.withdraw_attempts)
         self._routers: dict[str, Link] = {}
         self._links: dict[str, Link] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -166,7 +167,8 @@ class Shard:
         self._writer = Writer(
             self._store, self._users, self._clock, self._stats, shard,
             term=self._term, owns=self._owns, run=self._sessions.run, reach=self._reach,
-            policy=self._policies.of, planned=self._planned, fenced=self._was_fenced,
+            policy=self._policies.of, planned=self._planned, withdrawn=self._outbox.due_now,
+            fenced=self._was_fenced,
         )  # fmt: skip
         self._policies.start()
         self._writer.start()
@@ -395,12 +397,14 @@ class Shard:
             self._sessions.answer(link, message.conn, frame)
 
         strict = message.op in ("archive", "dismiss", "click")
-        self._submit_change(found[0], message, strict, done)
+        self._submit_change(found[0], message, strict, done, found[1].device)
 
-    def _submit_change(self, user: User, message: Change | ClientChange, strict: bool, done: Any) -> None:
+    def _submit_change(
+        self, user: User, message: Change | ClientChange, strict: bool, done: Any, device: str = ""
+    ) -> None:
         self._outbox.settled_in_app(message.ids)
         self._writer.submit_change(
-            ChangeEntry(user, message.op, message.ids, message.up_to_seq, strict, done)
+            ChangeEntry(user, message.op, message.ids, message.up_to_seq, strict, done, device)
         )
 
     def _change(self, link: Link, message: Change, request: int) -> None:

@@ -18,7 +18,7 @@ from actors.link import Link
 from actors.shard_acks import Acknowledgements
 from actors.shard_returns import Returns
 from actors.shard_users import User, UserCache
-from carillon.attention import HELD, SEEN, at_due
+from carillon.attention import HELD, SEEN, WITHDRAWN, at_due
 from carillon.clock import Clock
 from carillon.errors import CarillonError, FencedError, StoreUnavailableError
 from carillon.external import EXTERNAL
@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 
 MAX_WAITING = 200_000
 """Live deliveries whose push is watched in memory; beyond it the periodic sweep finds them."""
+
+WITHDRAW = "withdraw"
+"""Channel of rows that take back what was pushed."""
 
 AFTER_DELAY_MS = 50
 """A row that waits for its user to see it is looked at so long after its time: the session, which knows more,
@@ -274,7 +277,13 @@ class Outbox:
         jobs: list[PushJob] = []
         settled: list[SettleRow] = []
         for row, targets in claimed:
-            if row.expires_ms is not None and row.expires_ms <= now_ms:
+            withdraw = row.channel == WITHDRAW
+            if row.gate == WITHDRAWN:  # dealt with while it was claimed, and nobody tried it
+                settled.append(
+                    SettleRow(row.delivery, row.attempt, "cancelled", now_ms, "seen", onward=False)
+                )
+                continue
+            if row.expires_ms is not None and row.expires_ms <= now_ms and not withdraw:
                 settled.append(SettleRow(row.delivery, row.attempt, "dead", now_ms, "expired", onward=False))
                 continue
             if row.gate in (HELD, SEEN) and row.attempt == 1:
@@ -287,14 +296,19 @@ class Outbox:
                 if verdict == "hold":
                     self._returns.add([ReleaseRow(row.delivery, row.attempt, row.hold_until_ms, "active")])
                     continue
-            reaches = EXTERNAL[row.channel].providers
-            mine = [t for t in targets if t.provider in reaches]
+            if withdraw:
+                mine = [t for t in targets if t.device in row.reached]
+            else:
+                reaches = EXTERNAL[row.channel].providers
+                mine = [t for t in targets if t.provider in reaches]
             left = [t for t in mine if t.device not in row.sent_to and t.device not in row.shown_on]
             if not left:
                 if row.sent_to:
                     state, reason = "sent", None
                 elif mine:
                     state, reason = "cancelled", "shown on every device"
+                elif withdraw:
+                    state, reason = "cancelled", "no device got it"
                 else:
                     state, reason = without_target(row.channel, row.step, row.chain)
                 settled.append(SettleRow(row.delivery, row.attempt, state, now_ms, reason, onward=not mine))
@@ -309,7 +323,11 @@ class Outbox:
             for target in left:
                 by_provider.setdefault(target.provider, []).append(target)
             self._flights[row.delivery] = _Flight(
-                row.attempt, row.expires_ms, set(by_provider), lease_end_ms, row.base_attempt
+                row.attempt,
+                None if withdraw else row.expires_ms,
+                set(by_provider),
+                lease_end_ms,
+                row.base_attempt,
             )
             members = decode_content(row.content)
             for provider, some in by_provider.items():
@@ -481,7 +499,8 @@ def job_of(row: Claimed, members: dict[str, Any], provider: str, targets: list[P
         collapse_key=members.get("collapseKey") or uuid_text(row.notification),
         priority=row.priority,
         badge=max(0, row.unread),
-        expires_ms=row.expires_ms,
+        expires_ms=None if row.channel == WITHDRAW else row.expires_ms,
         targets=targets,
         provider=provider,
+        withdraw=row.channel == WITHDRAW,
     )

@@ -64,9 +64,10 @@ class ChangeEntry:
 
     Attributes:
         done: called with (changed, rev, unread) after the commit, or with the error.
+        device: that made it; "" if that is not known.
     """
 
-    __slots__ = ("done", "ids", "op", "strict", "up_to_seq", "user")
+    __slots__ = ("device", "done", "ids", "op", "strict", "up_to_seq", "user")
 
     def __init__(
         self,
@@ -76,7 +77,9 @@ class ChangeEntry:
         up_to_seq: int | None,
         strict: bool,
         done: Callable[[tuple[int, int, int] | CarillonError], None],
+        device: str = "",
     ) -> None:
+        self.device = device
         self.user = user
         self.op = op
         self.ids = ids
@@ -94,6 +97,7 @@ class Writer:
         reach: tells how a user is found now, and the wall time at which grace ends.
         policy: gives a tenant's policy.
         planned: called with what was committed with a push: (user, entry, outbox row).
+        withdrawn: called when pushes are to be taken back.
         fenced: called when the term turns out to be over.
     """
 
@@ -111,8 +115,10 @@ class Writer:
         reach: Callable[[User], tuple[Reach, int]],
         policy: Callable[[str], TenantPolicy],
         planned: Callable[[User, Event, int, OutboxRow], None],
+        withdrawn: Callable[[], None],
         fenced: Callable[[], None],
     ) -> None:
+        self._withdrawn = withdrawn
         self._store = store
         self._users = users
         self._clock = clock
@@ -589,18 +595,19 @@ class Writer:
     async def _apply(self, op: str, changes: list[ChangeEntry]) -> None:
         now_ms = self._clock.now_ms()
         results: dict[int, ChangeDone] = {}
+        devices = {c.user.stream_id: c.device for c in changes if c.device}
         if op == "read_all":
             upto = {
                 c.user.stream_id: c.user.seq if c.up_to_seq is None else min(c.up_to_seq, c.user.seq)
                 for c in changes
             }
             if upto:
-                results = await self._store.read_all(self._term(), list(upto.items()), now_ms)
+                results = await self._store.read_all(self._term(), list(upto.items()), now_ms, devices)
         else:
             upto = {}
             wanted = [(c.user.stream_id, list(dict.fromkeys(c.ids))) for c in changes if c.ids]
             if wanted:
-                results = await self._store.change(self._term(), op, wanted, now_ms)
+                results = await self._store.change(self._term(), op, wanted, now_ms, devices)
         await self._recount([c.user for c in changes if c.user.expired and c.user.stream_id in results])
         unknown = await self._unknown([c for c in changes if c.strict and c.user.stream_id not in results])
         for change in changes:
@@ -613,6 +620,8 @@ class Writer:
                     self._finish([change], (0, user.rev, user.shown_unread()))
                 continue
             user.rev, user.unread = result.rev, result.unread
+            if result.withdrawn:
+                self._withdrawn()
             session = user.session
             if session is not None:
                 session.dealt_with(result.ids, upto.get(user.stream_id, 0))

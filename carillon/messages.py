@@ -540,6 +540,8 @@ class PushJob(Struct, array_like=True):
     targets: list[PushTarget]
     provider: str = ""
     """All targets are of this provider."""
+    withdraw: bool = False
+    """True: silent; takes back what was pushed with this collapse key."""
 
 
 class Push(Struct, array_like=True, tag=40):

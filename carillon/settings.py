@@ -382,6 +382,12 @@ class PushSettings:
         2_419_200.0, "Lifetime at the provider when the event names none (28 days).", low=0.0, unit="s"
     )
     max_attempts: int = setting(6, "Tries of one push before it is dead.", low=1, high=100)
+    withdraw: bool = setting(
+        True, "What was read, clicked, dismissed or archived elsewhere is taken back from phones, silently."
+    )
+    withdraw_attempts: int = setting(
+        3, "Tries of such a withdrawal; then it is left at that, without a dead letter.", low=1, high=100
+    )
     give_up_after_s: float = setting(
         86_400.0, "A push without any verdict of a provider for so long is dead.", low=1.0, unit="s"
     )

@@ -32,7 +32,7 @@ from channels.http2 import (
     client_tls,
     secret_header,
 )
-from channels.ports import collapse_id, cut, fit, json_size, retry_after_s, stable_id
+from channels.ports import collapse_id, cut, fit, json_size, retry_after_s, stable_id, withdrawal
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +109,8 @@ class ProviderToken:
 
 def apns_payload(job: PushJob) -> bytes:
     """The JSON body of a push, at most 4,096 bytes: texts that do not fit are cut."""
+    if job.withdraw:
+        return msgspec.json.encode({"aps": {"content-available": 1}, **withdrawal(job)})
 
     def document(title: str, body: str | None, link: str | None) -> dict[str, Any]:
         alert: dict[str, str] = {"title": title}
@@ -244,9 +246,9 @@ class ApnsChannel:
             (":authority", pool.authority),
             secret_header(":path", f"/3/device/{urllib.parse.quote(target.token, safe='')}"),
             ("authorization", token),
-            ("apns-push-type", "alert"),
+            ("apns-push-type", "background" if job.withdraw else "alert"),
             ("apns-topic", target.app_id or self.settings.apns_topic),
-            ("apns-priority", "10" if job.priority >= 1 else "5"),
+            ("apns-priority", "10" if job.priority >= 1 and not job.withdraw else "5"),
             ("apns-expiration", str(expires_ms // 1000)),
             secret_header("apns-id", result.provider_id),
             secret_header("apns-collapse-id", collapse_id(job.collapse_key)),

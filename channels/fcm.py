@@ -42,7 +42,7 @@ from channels.http2 import (
     UnknownResultError,
     client_tls,
 )
-from channels.ports import collapse_id, cut, fit, json_size, retry_after_s
+from channels.ports import collapse_id, cut, fit, json_size, retry_after_s, withdrawal
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,8 @@ def fcm_message(job: PushJob, target: PushTarget, now_ms: int, ttl_s: float) -> 
     event without one gets none, because FCM keeps only four different keys per device and drops the rest.
     `tag` and apns-collapse-id, which replace what is *shown*, are always set: a repeated try shows once.
     """
+    if job.withdraw:
+        return _withdraw_message(job, target)
     identifier = uuid_text(job.notification)
 
     def parts(title: str, body: str | None, link: str | None) -> tuple[dict[str, str], dict[str, str]]:
@@ -81,12 +83,11 @@ def fcm_message(job: PushJob, target: PushTarget, now_ms: int, ttl_s: float) -> 
         left_s = max((job.expires_ms - now_ms) / 1000, 0.0)
     urgent = job.priority >= 1
     badge = max(job.badge, 0)
-    collapse = job.collapse_key if job.collapse_key != identifier else None
     message = messaging.Message(
         data=data,
         notification=messaging.Notification(title=shown["title"], body=shown.get("body")),
         android=messaging.AndroidConfig(
-            collapse_key=collapse,
+            collapse_key=_collapse_key(job),
             priority="high" if urgent else "normal",
             ttl=datetime.timedelta(seconds=int(min(left_s, ttl_s, _MAX_TTL_S))),
             notification=messaging.AndroidNotification(tag=job.collapse_key, notification_count=badge),
@@ -99,6 +100,10 @@ def fcm_message(job: PushJob, target: PushTarget, now_ms: int, ttl_s: float) -> 
             payload=messaging.APNSPayload(messaging.Aps(badge=badge, sound="default" if urgent else None)),
         ),
     )
+    return _addressed(message, target)
+
+
+def _addressed(message: messaging.Message, target: PushTarget) -> messaging.Message:
     # Set afterwards: the constructor warns that tokens are deprecated, yet a device that registered with a
     # token has no Firebase installation id to offer.
     if target.token_kind == "fid":  # noqa: S105
@@ -106,6 +111,33 @@ def fcm_message(job: PushJob, target: PushTarget, now_ms: int, ttl_s: float) -> 
     else:
         message.token = target.token
     return message
+
+
+def _collapse_key(job: PushJob) -> str | None:
+    return job.collapse_key if job.collapse_key != uuid_text(job.notification) else None
+
+
+def _withdraw_message(job: PushJob, target: PushTarget) -> messaging.Message:
+    """Data only, so that nothing is shown; values are text, so the ids are JSON in a text."""
+    told = withdrawal(job)
+    return _addressed(
+        messaging.Message(
+            data={
+                "type": told["type"],
+                "notificationIds": msgspec.json.encode(told["notificationIds"]).decode(),
+            },
+            android=messaging.AndroidConfig(collapse_key=_collapse_key(job), priority="normal"),
+            apns=messaging.APNSConfig(
+                headers={
+                    "apns-collapse-id": collapse_id(job.collapse_key),
+                    "apns-priority": "5",
+                    "apns-push-type": "background",
+                },
+                payload=messaging.APNSPayload(messaging.Aps(content_available=True)),
+            ),
+        ),
+        target,
+    )
 
 
 class FcmChannel:

@@ -13,6 +13,7 @@ import msgspec
 
 from carillon.clock import Clock
 from carillon.errors import SettingsError
+from carillon.ids import uuid_text
 from carillon.messages import PushJob, PushResult, PushTarget
 from carillon.settings import PushSettings
 
@@ -117,6 +118,11 @@ def retry_after_s(value: str | None, now_ms: int) -> float:
     except (ValueError, TypeError, OverflowError):
         return 0.0
     return min(max(at.timestamp() - now_ms / 1000, 0.0), 86_400.0)
+
+
+def withdrawal(job: PushJob) -> dict[str, Any]:
+    """What a silent push tells the app: take these off the screen."""
+    return {"type": "WITHDRAW", "notificationIds": [uuid_text(job.notification)]}
 
 
 def json_size(document: Any) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -46,6 +46,8 @@ PLANS: Final = {
 }
 """Every statement of a shard finds its rows by an index, whatever their number."""
 
+NOBODY: Final[Mapping[int, str]] = {}
+
 _NOW = "to_timestamp($5)"
 _DELIVERED = f"delivered_at = coalesce(n.delivered_at, {_NOW})"
 _SEEN = f"seen_at = coalesce(n.seen_at, {_NOW})"
@@ -55,35 +57,35 @@ OPERATIONS: Final[dict[str, dict[str, str]]] = {
         "where": "n.read_at is null",
         "set": f"read_at = {_NOW}, {_SEEN}, {_DELIVERED}",
         "gone": "a.gone",
-        "withdraw": "true",
+        "retire": "true",
         "reason": "'read'",
     },
     "seen": {
         "where": "n.seen_at is null",
         "set": f"seen_at = {_NOW}, {_DELIVERED}",
         "gone": "0",
-        "withdraw": "true",
+        "retire": "false",
         "reason": "'seen'",
     },
     "archive": {
         "where": "n.archived_at is null",
         "set": f"archived_at = {_NOW}",
         "gone": "a.gone",
-        "withdraw": "true",
+        "retire": "true",
         "reason": "'archived'",
     },
     "dismiss": {
         "where": "n.dismissed_at is null",
         "set": f"dismissed_at = {_NOW}",
         "gone": "a.gone",
-        "withdraw": "true",
+        "retire": "true",
         "reason": "'dismissed'",
     },
     "click": {
         "where": "n.clicked_at is null",
         "set": f"clicked_at = {_NOW}, read_at = coalesce(n.read_at, {_NOW}), {_SEEN}, {_DELIVERED}",
         "gone": "a.gone",
-        "withdraw": "true",
+        "retire": "true",
         "reason": "'clicked'",
     },
 }
@@ -159,6 +161,8 @@ class ChangeDone:
     unread: int
     ids: list[bytes]
     changed: int
+    withdrawn: int = 0
+    """Pushes that are to be taken back from phones, due now."""
 
 
 @dataclass(slots=True)
@@ -190,6 +194,8 @@ class Claimed:
     """When the row was planned, or last replayed."""
     base_attempt: int = 0
     """Tries before that: they no longer count."""
+    reached: Sequence[str] = ()
+    """Of a withdrawal: devices that got what it takes back."""
 
 
 @dataclass(slots=True)
@@ -271,13 +277,18 @@ class ShardStore:
     Args:
         settings: connection settings; `shard_pool_size` connections are opened as needed.
         shard: name of the shard, its row in `shards`.
+        withdraw, withdraw_attempts: as in `PushSettings`.
 
     Every method raises StoreUnavailableError while the server does not answer, and every write raises
     FencedError once the term is over: nothing was written then.
     """
 
-    def __init__(self, settings: PostgresSettings, shard: str) -> None:
+    def __init__(
+        self, settings: PostgresSettings, shard: str, withdraw: bool = True, withdraw_attempts: int = 3
+    ) -> None:
         self._settings = settings
+        self._withdraw = withdraw
+        self._withdraw_attempts = withdraw_attempts
         self._shard = shard
         self._pool: asyncpg.Pool | None = None
         self._writer: asyncpg.Connection | None = None
@@ -513,9 +524,17 @@ class ShardStore:
     # -- changes ----------------------------------------------------------------------------------------
 
     async def change(
-        self, term: int, op: str, wanted: Sequence[tuple[int, Sequence[bytes]]], now_ms: int
+        self,
+        term: int,
+        op: str,
+        wanted: Sequence[tuple[int, Sequence[bytes]]],
+        now_ms: int,
+        devices: Mapping[int, str] = NOBODY,
     ) -> dict[int, ChangeDone]:
         """Apply one operation of `OPERATIONS` to ids of streams, each stream at most once.
+
+        Args:
+            devices: stream id -> the device that made the change, where it is known.
 
         Returns:
             stream id -> what changed; streams where nothing changed are left out.
@@ -524,24 +543,30 @@ class ShardStore:
         streams = [stream for stream, some in wanted for _ in some]
         async with self._writing() as connection:
             rows = await connection.fetch(
-                self._change_sql[op], self._shard, term, ids, streams, now_ms / 1000
-            )
+                self._change_sql[op], self._shard, term, ids, streams, now_ms / 1000,
+                [devices.get(stream, "") for stream in streams], self._withdraw,
+            )  # fmt: skip
         if not rows:
             raise FencedError(f"term {term} of {self._shard} is over")
-        return {r[0]: ChangeDone(r[1], r[2], [u.bytes for u in r[3]], len(r[3])) for r in rows if r[0]}
+        return {r[0]: ChangeDone(r[1], r[2], [u.bytes for u in r[3]], len(r[3]), r[4]) for r in rows if r[0]}
 
     async def read_all(
-        self, term: int, wanted: Sequence[tuple[int, int]], now_ms: int
+        self,
+        term: int,
+        wanted: Sequence[tuple[int, int]],
+        now_ms: int,
+        devices: Mapping[int, str] = NOBODY,
     ) -> dict[int, ChangeDone]:
         """Mark everything visible up to a seq as read, per (stream id, seq)."""
         async with self._writing() as connection:
             rows = await connection.fetch(
                 self._sql["read_all"], self._shard, term,
                 [stream for stream, _ in wanted], [upto for _, upto in wanted], now_ms / 1000,
+                [devices.get(stream, "") for stream, _ in wanted], self._withdraw,
             )  # fmt: skip
         if not rows:
             raise FencedError(f"term {term} of {self._shard} is over")
-        return {r[0]: ChangeDone(r[1], r[2], [], r[3]) for r in rows if r[0]}
+        return {r[0]: ChangeDone(r[1], r[2], [], r[3], r[4]) for r in rows if r[0]}
 
     async def existing(self, wanted: Sequence[tuple[int, bytes]]) -> set[bytes]:
         """Which of the (stream id, id) pairs exist."""
@@ -621,6 +646,7 @@ class ShardStore:
                 r["expires_ms"], r["sent_to"], r["gate"], r["acknowledged"],
                 r["hold_until_ms"] or 0, r["shown_on"], r["channel"], r["chain"], r["step"], r["since_ms"],
                 r["base_attempt"],
+                r["reached"],
             )
             for r in rows
         ]  # fmt: skip
@@ -694,7 +720,7 @@ class ShardStore:
             gone, disabled: (user, device id, token) of targets to delete or switch off.
 
         Returns:
-            How many rows of next channels were made; they are due now.
+            How many rows of next channels, and withdrawals, were made; they are due now.
         """
         fell = 0
         with translated():
@@ -714,17 +740,20 @@ class ShardStore:
                         [a.started_ms / 1000 for a in attempts], [a.duration_ms for a in attempts],
                     )  # fmt: skip
                 if settled:
-                    failed = await connection.fetch(
+                    ended = await connection.fetch(
                         self._sql["settle"],
                         [s.delivery for s in settled], [s.attempt for s in settled],
                         [s.state for s in settled], [s.due_ms / 1000 for s in settled],
                         [s.reason for s in settled], now_ms / 1000, [s.onward for s in settled],
+                        self._withdraw_attempts,
                     )  # fmt: skip
+                    failed = [r for r in ended if r["falls"]]
+                    fell = len(ended) - len(failed)
                     if failed:
                         made = await connection.fetch(
                             self._sql["fall_back"], [r[0] for r in failed], now_ms / 1000
                         )
-                        fell = len(made)
+                        fell += len(made)
                 for name, targets in (("drop_targets", gone), ("disable_targets", disabled)):
                     if not targets:
                         continue

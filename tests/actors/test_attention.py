@@ -9,19 +9,24 @@ from typing import Any
 
 import pytest
 
+from actors.push_sender import outcome_of
 from carillon import attention
 from carillon.attention import on_signal
-from carillon.ids import slot_of
+from carillon.ids import slot_of, uuid_text
 from carillon.messages import (
     Change,
     ClientAck,
+    ClientChange,
     ClientVisibility,
     Detach,
     DevicePut,
     Event,
+    PushResult,
 )
 from carillon.notification import encode_content
+from channels.fcm import FcmChannel
 from tests.actors.shard_kit import HandGateway, Kit, make_event
+from tests.push_kit import fcm
 from tests.support import eventually
 
 
@@ -47,7 +52,8 @@ async def attached(
 
 async def row(kit: Kit, event: Event) -> tuple[Any, ...]:
     found = await kit.db.fetchrow(
-        "select state, gate, reason from deliveries where notification_id = $1", uuid.UUID(bytes=event.id)
+        "select state, gate, reason from deliveries where notification_id = $1 and channel <> 'withdraw'",
+        uuid.UUID(bytes=event.id),
     )
     assert found is not None
     return tuple(found)
@@ -304,6 +310,76 @@ async def test_a_cumulative_acknowledgement_reaches_back_over_a_reattach(postgre
         assert (await row(kit, events[4]))[0] == "planned"
         gateway.link.send_nowait(ClientAck(2, seq=5))
         await acknowledged(kit, events[4])
+
+
+async def pushed(kit: Kit, channel: FcmChannel, count: int) -> None:
+    """Play router and pool: send a job to FCM, report what it said."""
+    await eventually(lambda: len(kit.router.jobs) >= count, what=f"job {count}")
+    job = kit.router.jobs[count - 1]
+    (results,) = await channel.send([job])
+    await kit.router.link.request(outcome_of(job, results))
+
+
+async def test_reading_here_withdraws_there(postgres_dsn: str) -> None:
+    """Pushed to phone and tablet, read on the tablet's socket: a silent push to the phone, with its key."""
+    async with Kit(postgres_dsn) as kit, fcm() as (server, channel):
+        await kit.router.link.request(device("phone"))
+        await kit.router.link.request(device("tablet"))
+        event = make_event()
+        await kit.publish(event)
+        await pushed(kit, channel, 1)
+        await attached(kit, 1, device="tablet")
+        kit.gateway.link.send_nowait(ClientChange(1, "read", [event.id]))
+        await pushed(kit, channel, 2)
+        shown, also, withdrawn = server.pushes
+        assert {shown.target, also.target} == {"phone of u", "tablet of u"}
+        assert withdrawn.target == "phone of u"
+        message = withdrawn.payload
+        assert message["data"]["type"] == "WITHDRAW"
+        assert json.loads(message["data"]["notificationIds"]) == [uuid_text(event.id)]
+        assert "notification" not in message
+        assert message["apns"]["headers"]["apns-collapse-id"] == uuid_text(event.id)
+        rows = await kit.db.fetch("select channel, state from deliveries order by id")
+        assert sorted(tuple(r) for r in rows) == [("push", "sent"), ("withdraw", "sent")]
+        await kit.router.link.request(Change("t", "u", slot_of("t", "u"), "dismiss", [event.id]))
+        assert await kit.db.fetchval("select count(*) from deliveries") == 2, "once"
+
+
+async def test_a_push_that_was_on_its_way_is_withdrawn_when_it_arrived(postgres_dsn: str) -> None:
+    """Read between the claim and the provider's answer: sent, it is taken back; failed, not repeated."""
+    async with Kit(postgres_dsn) as kit, fcm() as (_, channel):
+        await kit.router.link.request(device("phone"))
+        sent, failed = make_event(), make_event()
+        await kit.publish(sent)
+        await kit.publish(failed)
+        await eventually(lambda: len(kit.router.jobs) == 2)
+        await kit.router.link.request(Change("t", "u", slot_of("t", "u"), "read_all"))
+        answer = PushResult("phone", "failed", error="UNAVAILABLE")
+        await kit.router.link.request(outcome_of(kit.router.jobs[1], [answer]))
+        assert (await row(kit, failed))[0] == "cancelled"
+        await pushed(kit, channel, 1)
+        await pushed(kit, channel, 3)
+        assert kit.router.jobs[2].withdraw
+        assert kit.router.jobs[2].notification == sent.id
+        states = await kit.db.fetch("select state from deliveries order by state")
+        assert [r[0] for r in states] == ["cancelled", "sent", "sent"]
+
+
+async def test_a_withdrawal_gives_up_quietly(postgres_dsn: str) -> None:
+    """A few tries, then it is left at that: cancelled, no dead letter."""
+    async with Kit(postgres_dsn) as kit, fcm() as (_, channel):
+        await kit.router.link.request(device("phone"))
+        event = make_event()
+        await kit.publish(event)
+        await pushed(kit, channel, 1)
+        await kit.router.link.request(Change("t", "u", slot_of("t", "u"), "archive", [event.id]))
+        for count in range(2, 5):
+            await eventually(lambda count=count: len(kit.router.jobs) >= count, what=f"try {count - 1}")
+            answer = PushResult("phone", "failed", error="UNAVAILABLE")
+            await kit.router.link.request(outcome_of(kit.router.jobs[count - 1], [answer]))
+            await kit.db.execute("update deliveries set due_at = now() where state = 'failed'")
+        state = await kit.db.fetchval("select state from deliveries where channel = 'withdraw'")
+        assert state == "cancelled"
 
 
 async def test_the_database_decides_as_the_core_does(postgres_dsn: str) -> None:

@@ -12,7 +12,7 @@ import copy
 import functools
 import inspect
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from carillon.notification import NotificationRow
 from carillon.settings import Settings
 from stores.postgres.cluster import ShardRow, StoredMap
 from stores.postgres.shard_store import (
+    NOBODY,
     AppendRow,
     AttemptRow,
     ChangeDone,
@@ -411,8 +412,14 @@ class ModelShardStore:
                 delivery.state, delivery.reason = "cancelled", reason
 
     async def change(
-        self, term: int, op: str, wanted: Sequence[tuple[int, Sequence[bytes]]], now_ms: int
+        self,
+        term: int,
+        op: str,
+        wanted: Sequence[tuple[int, Sequence[bytes]]],
+        now_ms: int,
+        devices: Mapping[int, str] = NOBODY,
     ) -> dict[int, ChangeDone]:
+        # As with `push.withdraw` off: what was sent is not taken back here.
         def statement() -> dict[int, ChangeDone]:
             self._fence(term)
             done: dict[int, ChangeDone] = {}
@@ -450,7 +457,11 @@ class ModelShardStore:
         note.changed = True
 
     async def read_all(
-        self, term: int, wanted: Sequence[tuple[int, int]], now_ms: int
+        self,
+        term: int,
+        wanted: Sequence[tuple[int, int]],
+        now_ms: int,
+        devices: Mapping[int, str] = NOBODY,
     ) -> dict[int, ChangeDone]:
         def statement() -> dict[int, ChangeDone]:
             self._fence(term)

@@ -178,3 +178,19 @@ def test_a_provider_without_credentials_is_not_configured() -> None:
     assert not provider_configured(PushSettings(fcm_credentials="a.json"), "webpush")
     assert provider_configured(PushSettings(fcm_credentials="a.json"), "fcm")
     assert provider_configured(PushSettings(apns_key_file="k", apns_key_id="A", apns_team_id="T"), "apns")
+
+
+def test_a_withdrawal_is_silent() -> None:
+    """Nothing to show: FCM data only, APNs background of priority 5; the ids are all the app gets."""
+    identifier = str(uuid.UUID(int=7))
+    document = json.loads(apns_payload(job_of(7, withdraw=True)))
+    assert document == {
+        "aps": {"content-available": 1}, "type": "WITHDRAW", "notificationIds": [identifier],
+    }  # fmt: skip
+    message = fcm_message(job_of(7, withdraw=True), target_of("abc"), now_ms=1_000, ttl_s=3600.0)
+    assert (message.token, message.notification, message.android.notification) == ("abc", None, None)
+    assert message.data == {"type": "WITHDRAW", "notificationIds": json.dumps([identifier])}
+    assert message.apns.headers == {
+        "apns-collapse-id": "key-7", "apns-priority": "5", "apns-push-type": "background",
+    }  # fmt: skip
+    assert message.apns.payload.aps.content_available is True

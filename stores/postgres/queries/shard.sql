@@ -115,7 +115,8 @@ select nextval(pg_get_serial_sequence('deliveries', 'id')) as id from generate_s
 
 -- name: change
 -- One durable state change per stream; %(set)s and %(where)s come from the operation (shard_store.py).
--- $3,$4 the ids and their streams, $5 now. Answers a row per stream that really changed.
+-- $3,$4 the ids and their streams, $5 now, $6 by the id: the device that made the change, $7 whether what was
+-- sent is taken back. A push that is on its way is marked (gate withdrawn): `settle` sees to it. Answers a row per stream that really changed.
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
 target as materialized (
     select n.id, n.stream_id,
@@ -138,17 +139,38 @@ done as (
     returning n.id, n.stream_id
 ),
 withdrawn as (
-    update deliveries d set state = 'cancelled', reason = %(reason)s, updated_at = to_timestamp($5)
+    update deliveries d
+    set state = case when d.state in ('sending', 'sent') then d.state else 'cancelled' end,
+        reason = case when d.state in ('sending', 'sent') then d.reason else %(reason)s end,
+        gate = case when d.state in ('sending', 'sent') then 'withdrawn' else d.gate end,
+        updated_at = to_timestamp($5)
     from target t
-    where d.notification_id = t.id and d.state in ('planned', 'failed', 'unknown') and %(withdraw)s
+    where d.notification_id = t.id and d.channel <> 'withdraw'
+      and (d.state in ('planned', 'failed', 'unknown')
+           or ($7 and %(retire)s and d.state in ('sending', 'sent') and d.gate is distinct from 'withdrawn'))
+    returning d.notification_id, d.stream_id, d.slot, d.state, d.attempts
+),
+-- What phones show already is taken back: not from the device that made the change.
+retired as (
+    insert into deliveries
+        (notification_id, stream_id, slot, channel, state, due_at, created_at, updated_at, shown_on)
+    select distinct on (w.notification_id) w.notification_id, w.stream_id, w.slot, 'withdraw', 'planned',
+           to_timestamp($5), to_timestamp($5), to_timestamp($5), array[nullif(b.device, '')]
+    from withdrawn w
+    join (select distinct on (stream_id) b.stream_id, b.device
+          from unnest($4::bigint[], $6::text[]) as b (stream_id, device)) b using (stream_id)
+    where $7 and %(retire)s and (w.state = 'sent' or (w.state = 'cancelled' and w.attempts > 0))
+    returning stream_id
 )
-select m.stream_id, m.rev, m.unread, array(select d.id from done d where d.stream_id = m.stream_id) as ids
+select m.stream_id, m.rev, m.unread, array(select d.id from done d where d.stream_id = m.stream_id) as ids,
+       (select count(*) from retired r where r.stream_id = m.stream_id) as retired
 from moved m
 union all
-select 0, term, 0, '{}' from fence;
+select 0, term, 0, '{}', 0 from fence;
 
 -- name: read_all
--- Everything visible and unread up to a seq, one per stream. $3 streams, $4 seqs, $5 now.
+-- Everything visible and unread up to a seq, one per stream. $3 streams, $4 seqs, $5 now,
+-- $6 devices by stream, $7 as in `change`.
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
 target as materialized (
     select n.id, n.stream_id
@@ -171,13 +193,34 @@ done as (
     returning n.id, n.stream_id
 ),
 withdrawn as (
-    update deliveries d set state = 'cancelled', reason = 'read', updated_at = to_timestamp($5)
-    from target t where d.notification_id = t.id and d.state in ('planned', 'failed', 'unknown')
+    update deliveries d
+    set state = case when d.state in ('sending', 'sent') then d.state else 'cancelled' end,
+        reason = case when d.state in ('sending', 'sent') then d.reason else 'read' end,
+        gate = case when d.state in ('sending', 'sent') then 'withdrawn' else d.gate end,
+        updated_at = to_timestamp($5)
+    from target t
+    where d.notification_id = t.id and d.channel <> 'withdraw'
+      and (d.state in ('planned', 'failed', 'unknown')
+           or ($7 and d.state in ('sending', 'sent') and d.gate is distinct from 'withdrawn'))
+    returning d.notification_id, d.stream_id, d.slot, d.state, d.attempts
+),
+-- What phones show already is taken back: not from the device that made the change.
+retired as (
+    insert into deliveries
+        (notification_id, stream_id, slot, channel, state, due_at, created_at, updated_at, shown_on)
+    select distinct on (w.notification_id) w.notification_id, w.stream_id, w.slot, 'withdraw', 'planned',
+           to_timestamp($5), to_timestamp($5), to_timestamp($5), array[nullif(b.device, '')]
+    from withdrawn w
+    join (select distinct on (stream_id) b.stream_id, b.device
+          from unnest($3::bigint[], $6::text[]) as b (stream_id, device)) b using (stream_id)
+    where $7 and (w.state = 'sent' or (w.state = 'cancelled' and w.attempts > 0))
+    returning stream_id
 )
-select m.stream_id, m.rev, m.unread, (select count(*) from done d where d.stream_id = m.stream_id) as changed
+select m.stream_id, m.rev, m.unread, (select count(*) from done d where d.stream_id = m.stream_id) as changed,
+       (select count(*) from retired r where r.stream_id = m.stream_id) as retired
 from moved m
 union all
-select 0, term, 0, 0 from fence;
+select 0, term, 0, 0, 0 from fence;
 
 -- name: last_seen
 -- When users were last seen. $1 tenant, $2 users.
@@ -275,7 +318,11 @@ select d.id, d.attempts, d.slot, s.tenant, s.user_id, s.unread, n.id as notifica
        d.base_attempt, (extract(epoch from coalesce(d.replayed_at, d.created_at)) * 1000)::bigint as since_ms,
        n.delivered_at is not null as acknowledged, (extract(epoch from d.hold_until) * 1000)::bigint as hold_until_ms,
        coalesce(d.shown_on, '{}') as shown_on,
-       array(select a.device_id from delivery_attempts a where a.delivery_id = d.id and a.outcome = 'sent') as sent_to
+       array(select a.device_id from delivery_attempts a where a.delivery_id = d.id and a.outcome = 'sent') as sent_to,
+       -- A withdrawal is for the devices that got the push, or may have.
+       array(select distinct a.device_id from deliveries p join delivery_attempts a on a.delivery_id = p.id
+             where d.channel = 'withdraw' and p.notification_id = d.notification_id and p.channel <> 'withdraw'
+               and a.outcome in ('sent', 'unknown')) as reached
 from unnest($1::bigint[]) as t (id)
 join deliveries d using (id)
 join streams s using (stream_id)
@@ -350,18 +397,37 @@ on conflict do nothing;
 -- $1 ids, $2 attempts, $3 states, $4 due, $5 reasons, $6 now, $7 true: the next channel may follow.
 -- Answers the rows that ended without success and have a next channel: `fall_back` is for them. These are
 -- cancelled, never dead: only the end of a chain is a dead letter.
+-- A withdrawal gives up after $8 tries and is never a dead letter. A push that was sent while its notification
+-- was dealt with is withdrawn; one that was not is not tried again.
 with done as (
     update deliveries d
-    set state = case when t.state = 'dead' and t.onward and d.chain <> '' then 'cancelled' else t.state end,
+    set state = case
+            when d.channel = 'withdraw' and (t.state = 'dead' or (t.state in ('failed', 'unknown') and t.attempt >= $8))
+                then 'cancelled'
+            when d.gate = 'withdrawn' and t.state <> 'sent' then 'cancelled'
+            when t.state = 'dead' and t.onward and d.chain <> '' then 'cancelled'
+            else t.state end,
         due_at = to_timestamp(t.due_s), reason = t.reason, updated_at = to_timestamp($6),
         tenant = case when t.state = 'dead' then (select s.tenant from streams s where s.stream_id = d.stream_id)
                  else d.tenant end
     from unnest($1::bigint[], $2::smallint[], $3::text[], $4::float8[], $5::text[], $7::boolean[])
          as t (id, attempt, state, due_s, reason, onward)
     where d.id = t.id and d.attempts = t.attempt and d.state = 'sending'
-    returning d.id, t.state in ('dead', 'cancelled') and t.onward and d.chain <> '' as falls
+    returning d.id, t.state in ('dead', 'cancelled') and t.onward and d.chain <> '' as falls, d.gate,
+              d.notification_id, d.stream_id, d.slot
+),
+retired as (
+    insert into deliveries (notification_id, stream_id, slot, channel, state, due_at, created_at, updated_at)
+    select distinct on (notification_id) notification_id, stream_id, slot, 'withdraw', 'planned', to_timestamp($6),
+           to_timestamp($6), to_timestamp($6)
+    from done d
+    where gate = 'withdrawn'
+      and exists (select from delivery_attempts a where a.delivery_id = d.id and a.outcome in ('sent', 'unknown'))
+    returning id
 )
-select id from done where falls;
+select id, falls, false as retired from done where falls
+union all
+select id, false, true from retired;
 
 -- name: fall_back
 -- The next channel of the chain, due now, once per notification: if no other channel of the same step may
