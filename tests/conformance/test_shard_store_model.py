@@ -292,7 +292,7 @@ def _tokens_sorted(records: list[UserRecord]) -> list[UserRecord]:
 @pytest.mark.parametrize("seed", range(1, 9))
 async def test_the_model_answers_as_postgres_does(postgres_dsn: str, seed: int) -> None:
     """A hundred and fifty random calls: equal answers, equal refusals, and the same outbox at the end."""
-    real = ShardStore(PostgresSettings(dsn=postgres_dsn), "shard-a")
+    real = ShardStore(PostgresSettings(dsn=postgres_dsn), "shard-a", withdraw=False)
     db = await asyncpg.connect(postgres_dsn)
     await real.open()
     try:

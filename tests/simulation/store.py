@@ -603,7 +603,7 @@ class ModelShardStore:
                     e.priority, n.row.content, n.row.expires_ms, sent_to, d.gate,
                     n.row.delivered_ms is not None, d.hold_until_ms or 0, list(d.shown_on),
                     d.channel, d.chain, d.step, d.created_ms if d.replayed_ms is None else d.replayed_ms,
-                    d.base_attempt,
+                    d.base_attempt, [],
                 )
             )  # fmt: skip
         return claimed
