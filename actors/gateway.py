@@ -26,6 +26,7 @@ from actors.gateway_keys import PostgresKeys, ReadKeys, Redeem, TenantKeys
 from actors.gateway_owners import Owners
 from actors.link import Link
 from actors.member import Membership, advertised_host
+from actors.tls import server_context
 from carillon import server_frames
 from carillon.client_frames import Auth
 from carillon.clock import Clock, SystemClock
@@ -112,9 +113,16 @@ class Gateway:
         _raise_descriptor_limit(self.limits.max_connections + SPARE_SOCKETS + SPARE_DESCRIPTORS)
         settings = self.config.settings
         host = settings.cluster.bind_host
+        tls = server_context(self.limits.tls_cert_file, self.limits.tls_key_file, "gateway")
         try:
             self._server = await self.loop.create_server(
-                lambda: Connection(self), host, self.limits.port, backlog=BACKLOG, start_serving=False
+                lambda: Connection(self),
+                host,
+                self.limits.port,
+                backlog=BACKLOG,
+                start_serving=False,
+                ssl=tls,
+                ssl_handshake_timeout=None if tls is None else self.limits.handshake_timeout_s,
             )
         except OSError as exc:
             if exc.errno != errno.EADDRINUSE:
@@ -132,7 +140,7 @@ class Gateway:
         self.owners = Owners(self, self._membership, self.stats)
         try:
             shown = advertised_host(settings.cluster, self.config.node, host)
-            self.url = f"ws://{shown}:{port}/ws"
+            self.url = f"{'ws' if tls is None else 'wss'}://{shown}:{port}/ws"
             self._membership.public = self.url
             await self._membership.start()
             await self._server.start_serving()

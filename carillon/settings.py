@@ -237,6 +237,8 @@ class GatewaySettings:
     close_timeout_s: float = setting(
         3.0, "A peer that does not finish the closing handshake in so long is cut off.", low=0.05, unit="s"
     )
+    tls_cert_file: str = setting("", "PEM file of a certificate and its chain; empty means no TLS.")
+    tls_key_file: str = setting("", "PEM file of the certificate's key.")
 
 
 @dataclass(frozen=True)
@@ -273,6 +275,10 @@ class IngressSettings:
         8080, "Port of the replica's own door; 0 means any free one.", low=0, high=65535
     )
     replicas: int = setting(1, "Serve replicas on each node.", low=1, high=64)
+    tls_cert_file: str = setting(
+        "", "PEM file of a certificate and its chain for the own door; empty means no TLS."
+    )
+    tls_key_file: str = setting("", "PEM file of the certificate's key.")
     request_timeout_s: float = setting(10.0, "Deadline of a request, retries inside it.", low=0.1, unit="s")
     max_request_bytes: int = setting(8 * 1024 * 1024, "Longest request body (413 beyond).", low=1024)
     max_in_flight: int = setting(4096, "Requests at once before 503.", low=1)
@@ -499,6 +505,11 @@ class Settings:
     def __post_init__(self) -> None:
         for section in dataclasses.fields(self):
             _check_bounds(section.name, getattr(self, section.name))
+        for name, section in (("gateway", self.gateway), ("ingress", self.ingress)):
+            if bool(section.tls_cert_file) != bool(section.tls_key_file):
+                raise SettingsError(
+                    f"expected {name}.tls_cert_file and {name}.tls_key_file together, got one of them"
+                )
         if self.cluster.lease_timeout_s < 2 * self.cluster.lease_renew_s:
             raise SettingsError(
                 "expected cluster.lease_timeout_s to be at least twice cluster.lease_renew_s, got "

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import logging
 import socket
+import ssl
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ import uvicorn
 
 from actors.config import ActorConfig
 from actors.member import advertised_host
+from actors.tls import server_context
 from carillon.clock import Clock, SystemClock
 from carillon.errors import CarillonError, ClusterError
 from carillon.events import EventParser
@@ -95,9 +97,11 @@ class Ingress:
         tag = cluster_tag(self.config.secret)
         host, port = settings.cluster.bind_host, settings.ingress.direct_port
         try:
-            self._socket = await bind_door(host, port, tag)
+            self._socket = await bind_door(host, port, tag, tls=bool(settings.ingress.tls_cert_file))
             bound = self._socket.getsockname()[1]
-            self.url = f"http://{advertised_host(settings.cluster, self.config.node, host)}:{bound}"
+            tls = server_context(settings.ingress.tls_cert_file, settings.ingress.tls_key_file, "ingress")
+            shown = advertised_host(settings.cluster, self.config.node, host)
+            self.url = f"{'http' if tls is None else 'https'}://{shown}:{bound}"
             self._pool = await open_pool(settings.postgres)
             self.backend = RouterBackend(self.config, self.stats, public=self.url, clock=self._clock)
             self.connections = Connections(settings, self.backend.membership, self.stats, self._clock)
@@ -138,6 +142,7 @@ class Ingress:
                 date_header=False,
                 proxy_headers=False,  # nothing here looks at the peer's address: one layer less per request
                 backlog=BACKLOG,
+                ssl_context_factory=None if tls is None else lambda *_: tls,
                 timeout_graceful_shutdown=max(1, round(settings.ingress.drain_s)),
             )
         )
@@ -237,7 +242,7 @@ class Ingress:
                 log.info("the last use of API keys is not written yet: %s", exc)
 
 
-async def bind_door(host: str, port: int, tag: str) -> socket.socket:
+async def bind_door(host: str, port: int, tag: str, *, tls: bool = False) -> socket.socket:
     """A listening address shared by all replicas of this cluster on this machine (SO_REUSEPORT).
 
     SO_REUSEPORT lets any process of the same user share the port, another cluster's too, and the kernel would
@@ -252,7 +257,7 @@ async def bind_door(host: str, port: int, tag: str) -> socket.socket:
         door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if port:
-            other = await _who_listens(host, port)
+            other = await _who_listens(host, port, tls)
             if other is not None and other != tag:
                 who = "another Carillon" if other else "another program"
                 raise ClusterError(
@@ -274,12 +279,22 @@ async def bind_door(host: str, port: int, tag: str) -> socket.socket:
         raise
 
 
-async def _who_listens(host: str, port: int) -> str | None:
+def _unverified() -> ssl.SSLContext:
+    """For asking who listens on this machine: what is told is a tag, compared, and no secret is sent."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+async def _who_listens(host: str, port: int, tls: bool) -> str | None:
     """The cluster tag of the ingress that listens there; "" for anything else, None if nothing does."""
     target = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     try:
         async with asyncio.timeout(1.0):
-            reader, writer = await asyncio.open_connection(target, port)
+            reader, writer = await asyncio.open_connection(target, port, ssl=_unverified() if tls else None)
+    except ssl.SSLError:
+        return ""
     except (OSError, TimeoutError):
         return None
     try:
