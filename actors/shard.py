@@ -16,10 +16,11 @@ from actors.shard_policies import Policies
 from actors.shard_presence import Presence
 from actors.shard_replays import Replays
 from actors.shard_sessions import Sessions
-from actors.shard_users import User, UserCache
+from actors.shard_users import User, UserCache, read_preferences
 from actors.shard_watch import WatchPermission
 from actors.shard_writer import ChangeEntry, Writer
 from carillon import server_frames
+from carillon.attention import DEFERRED
 from carillon.clock import Clock, SystemClock
 from carillon.errors import (
     CarillonError,
@@ -290,7 +291,7 @@ class Shard:
     def _planned(self, user: User, event: Event, seq: int, row: OutboxRow) -> None:
         session = user.session
         self._outbox.planned(user, event, seq, row, live=session is not None and session.live)
-        if session is not None and not row.claimed:
+        if session is not None and not row.claimed and row.gate != DEFERRED:
             effects = session.push_planned(
                 event.id, seq, row.gate, row.due_ms, row.hold_until_ms,
                 self._clock.monotonic(), self._clock.now_ms(),
@@ -505,6 +506,9 @@ class Shard:
             await self._store.put_preferences(
                 self._term_now, message.tenant, message.user, message.document, now_ms
             )
+            # Whoever holds the user now: it may have been loaded anew meanwhile.
+            for known in {user, self._users.get(user.key) or user}:
+                known.preferences = read_preferences(message.document)
             return Done()
         if kind is Logout:
             await self._log_out(user, message)

@@ -18,7 +18,7 @@ from actors.link import Link
 from actors.shard_acks import Acknowledgements
 from actors.shard_returns import Returns
 from actors.shard_users import User, UserCache
-from carillon.attention import HELD, SEEN, WITHDRAWN, at_due
+from carillon.attention import DEFERRED, HELD, SEEN, WITHDRAWN, at_due
 from carillon.clock import Clock
 from carillon.errors import CarillonError, FencedError, StoreUnavailableError
 from carillon.external import EXTERNAL
@@ -141,6 +141,8 @@ class Outbox:
         if row.claimed:
             self._fresh.append((user, event, seq, row))
             self._fresh_wake.set()
+        elif row.gate == DEFERRED:
+            return  # hours away, and for many users at once: the sweep finds it
         elif live and row.gate != SEEN and len(self._waiting) < MAX_WAITING:
             self._waiting[event.id] = row.due_ms
             if len(self._waiting) == 1:

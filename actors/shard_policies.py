@@ -49,7 +49,10 @@ class Policies:
     async def _read(self, tenants: list[str]) -> None:
         found = await self._store.policies(tenants)
         for tenant in tenants:
-            self._known[tenant] = build(found.get(tenant), self._default, self._watch)
+            new, known = build(found.get(tenant), self._default, self._watch), self._known.get(tenant)
+            # What did not change stays the same object: users remember what they made of it.
+            if known is None or known.text != new.text:
+                self._known[tenant] = new
 
     async def _refresh_for_ever(self) -> None:
         while True:

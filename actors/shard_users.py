@@ -12,10 +12,14 @@ import os
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
 
+import msgspec
+
+from carillon.budget import Spent
 from carillon.errors import CarillonError, FencedError, UnavailableError
 from carillon.ids import UserKey
 from carillon.messages import PushTarget
 from carillon.session import Head, Session
+from carillon.switches import Preferences
 from stores.postgres.shard_store import ShardStore, UserRecord
 
 log = logging.getLogger(__name__)
@@ -27,8 +31,8 @@ class User:
     """One user in memory."""
 
     __slots__ = (
-        "epoch", "expired", "key", "last_seen_ms", "pins", "providers", "rev", "revoked", "seq", "session",
-        "slot", "stream_id", "unread", "valid_from_ms",
+        "epoch", "expired", "key", "last_seen_ms", "pins", "preferences", "providers", "rev", "revoked",
+        "seq", "session", "slot", "spent", "stream_id", "unread", "valid_from_ms",
     )  # fmt: skip
 
     def __init__(self, record: UserRecord, slot: int) -> None:
@@ -45,6 +49,8 @@ class User:
         self.last_seen_ms = record.last_seen_ms
         self.valid_from_ms = record.valid_from_ms
         self.revoked = frozenset(record.revoked)  # tokens that were logged out
+        self.preferences = None if record.preferences is None else read_preferences(record.preferences)
+        self.spent: Spent | None = None  # of the tenant's limits
         self.session: Session | None = None
         self.pins = 0  # events queued or in a batch: not to be evicted
 
@@ -66,6 +72,15 @@ class User:
     def shown_unread(self) -> int:
         """Unread without those that had expired when the user was loaded."""
         return max(0, self.unread - self.expired)
+
+
+def read_preferences(text: str) -> Preferences | None:
+    """A stored document; one that cannot be read (its time zone is gone) holds nothing back."""
+    try:
+        return Preferences(msgspec.json.decode(text))
+    except (LookupError, ValueError, TypeError, AttributeError):
+        log.exception("a preferences document cannot be read: it is left out of account")
+        return None
 
 
 Loaded = Callable[[User | None, CarillonError | None], None]

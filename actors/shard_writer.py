@@ -16,8 +16,10 @@ from typing import Any
 
 from actors.shard_users import LOAD_BATCH, User, UserCache
 from carillon import server_frames
-from carillon.attention import Attention
+from carillon.attention import DEFERRED, Attention
+from carillon.budget import Spent
 from carillon.clock import Clock, rfc3339
+from carillon.decision import Verdict, judge, no_rules, pack
 from carillon.errors import CarillonError, FencedError, NotFoundError, UnavailableError
 from carillon.external import IN_APP
 from carillon.ids import UserKey
@@ -38,6 +40,9 @@ from stores.postgres.shard_store import (
 )
 
 log = logging.getLogger(__name__)
+
+NO_RULES = no_rules()
+"""Of a tenant without any, whose user has preferences."""
 
 IDS_BLOCK = 1000
 """Outbox ids drawn at a time."""
@@ -398,7 +403,8 @@ class Writer:
     def _keys_since_ms(self) -> int:
         return self._clock.now_ms() - round(self._settings.idempotency_ttl_s * 1000)
 
-    def _plan(self, entry: Entry, now_ms: int) -> Plan:
+    def _plan(self, entry: Entry, now_ms: int, *, spend: bool = False) -> Plan:
+        """Decide for one event; with `spend` what it takes of the user's limits is noted."""
         user = entry.user
         assert user is not None
         event = entry.event
@@ -406,7 +412,11 @@ class Writer:
         attention = Attention.UNKNOWN
         if reach is Reach.LIVE and wants_push(event, user.providers):
             attention = self._attention(user, event, now_ms)
-        return plan(
+        policy = self._policy(event.tenant)
+        verdict: Verdict | None = None
+        if user.preferences is not None or policy.rules is not None:
+            verdict = judge(event, user.preferences, policy.rules or NO_RULES, now_ms, user.spent)
+        found = plan(
             event,
             reach,
             providers=user.providers,
@@ -415,8 +425,15 @@ class Writer:
             grace_end_ms=grace_end_ms,
             lease_ms=round(self._settings.delivery_lease_s * 1000),
             attention=attention,
-            policy=self._policy(event.tenant).of(event.type),
+            policy=policy.of(event.type),
+            verdict=verdict,
         )
+        if spend and verdict is not None and verdict.spends and disturbs(found, reach):
+            if user.spent is None:
+                user.spent = Spent()
+            for name, limit in verdict.spends:
+                user.spent.spend(name, limit, now_ms)
+        return found
 
     def _attention(self, user: User, event: Event, now_ms: int) -> Attention:
         session = user.session
@@ -432,13 +449,20 @@ class Writer:
         rows: list[AppendRow] = []
         outbox: list[OutboxRow] = []
         pushes: list[tuple[User, Event, OutboxRow]] = []
+        archived = False
         for entry in batch:
             user, event = entry.user, entry.event
             assert user is not None
             stream_id = user.stream_id
             counts[stream_id] = counts.get(stream_id, 0) + 1
-            rows.append(AppendRow(event, stream_id, -counts[stream_id]))  # completed below
-            decided = entry.plan = self._plan(entry, now_ms)
+            row_of_event = AppendRow(event, stream_id, -counts[stream_id])  # completed below
+            rows.append(row_of_event)
+            # Planned before, the batch met a taken idempotency key: limits are not spent twice.
+            decided = entry.plan = self._plan(entry, now_ms, spend=entry.plan is None)
+            if decided.rules:
+                row_of_event.decision = pack(decided.rules)
+                row_of_event.archived, row_of_event.priority = decided.archived, decided.priority
+                archived = archived or decided.archived
             if decided.push_due_ms is not None:
                 for channel in decided.channels:
                     if channel == IN_APP:
@@ -457,7 +481,8 @@ class Writer:
         )
         committed_ms = self._clock.now_ms()
         seqs: dict[bytes, int] = {}
-        for entry, row in zip(batch, rows, strict=True):
+        unread_after = _unread_after(rows) if archived else None
+        for index, (entry, row) in enumerate(zip(batch, rows, strict=True)):
             head = heads.get(row.stream_id)
             if head is None:
                 # The stream was erased since it was loaded; its next event makes a new one.
@@ -466,34 +491,43 @@ class Writer:
                 self._fail(entry, UnavailableError("the user was erased while the event was on its way"))
                 continue
             seqs[entry.event.id] = head[0] - row.back
-            self._committed(entry, head, row.back, committed_ms)
+            unread = head[2] - (row.back if unread_after is None else unread_after[index])
+            self._committed(entry, head[0] - row.back, head[1] - row.back, unread, committed_ms)
         for user, event, outbox_row in pushes:
             if event.id in seqs:
                 self._planned(user, event, seqs[event.id], outbox_row)
 
-    def _committed(self, entry: Entry, head: tuple[int, int, int], back: int, now_ms: int) -> None:
+    def _committed(self, entry: Entry, seq: int, rev: int, unread: int, now_ms: int) -> None:
         user, event, decided = entry.user, entry.event, entry.plan
         assert user is not None
         assert decided is not None
-        seq, rev, unread = head[0] - back, head[1] - back, head[2] - back
         user.seq, user.rev, user.unread = seq, rev, unread
         status = decided.status
         session = user.session
         if session is not None:
             try:
-                effects = session.deliver(event.id, seq, rev, user.shown_unread(), event.content)
+                if decided.archived:
+                    effects = session.pass_over(seq, rev, user.shown_unread())
+                else:
+                    effects = session.deliver(
+                        event.id, seq, rev, user.shown_unread(), event.content, silent=decided.silent
+                    )
             except ValueError:
                 # Somebody else wrote to this stream (a term that was ours before): read on from the store.
                 log.warning("gap in the stream of a user at seq %d: replaying from the store", seq)
                 effects = session.heal(user.head())
             self._run_effects(user, effects)
-            if session.live:
+            if session.live and not decided.archived:
                 self._stats.count("events_delivered")
                 self._stats.observe_ms("deliver_ms", max(0, now_ms - event.created_ms))
                 if status == "stored":
                     status = "delivered"
         if status == "delivered" and (session is None or not session.live):
             status = "queued" if decided.push_due_ms is not None else "stored"
+            if decided.gate == DEFERRED:
+                status = "deferred"
+        if decided.priority is not None:
+            event.priority = decided.priority  # for the push
         self._done(entry, Outcome(event.id, seq, status, list(decided.channels), reason=decided.reason))
 
     async def _bisect(self, batch: list[Entry], error: PoisonError) -> None:
@@ -650,6 +684,23 @@ class Writer:
             return []
         existing = await self._store.existing([(c.user.stream_id, raw) for c in changes for raw in c.ids])
         return [c for c in changes if not any(raw in existing for raw in c.ids)]
+
+
+def _unread_after(rows: Sequence[AppendRow]) -> list[int]:
+    """Of each row how many of its stream that follow in the batch count as unread."""
+    after: dict[int, int] = {}
+    found: list[int] = []
+    for row in reversed(rows):
+        found.append(after.get(row.stream_id, 0))
+        after[row.stream_id] = found[-1] + (not row.archived)
+    found.reverse()
+    return found
+
+
+def disturbs(found: Plan, reach: Reach) -> bool:
+    """Whether a plan takes something of the user's attention now."""
+    pushed = found.push_due_ms is not None and found.gate != DEFERRED
+    return pushed or (reach is Reach.LIVE and not found.archived and not found.silent)
 
 
 def _answered(_: Any) -> None:

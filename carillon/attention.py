@@ -10,6 +10,7 @@ the device that acknowledges told of its visibility:
 | SEEN | the end of the delay of `push_after` | nothing | nothing | nothing |
 | HELD | the end of the hold | cancels | nothing | nothing |
 | ALWAYS | a provider | nothing | nothing | nothing |
+| DEFERRED | the end of quiet hours, a digest | nothing | nothing | nothing |
 
 (*) or cancels, if it may not be held (`holdS` 0, too old, or tried already).
 
@@ -26,6 +27,8 @@ ANY: Final = "any"
 SEEN: Final = "seen"
 HELD: Final = "held"
 ALWAYS: Final = "always"
+DEFERRED: Final = "deferred"
+"""Gate of a push that quiet hours, a digest or a limit holds: it is decided again when that ends."""
 WITHDRAWN: Final = "withdrawn"
 """Gate of a push that was sent, or is being sent, for something that was dealt with elsewhere."""
 

@@ -59,6 +59,11 @@ class NotificationRow(Struct):
     expires_ms: int | None = None
 
 
+def filed_away(row: NotificationRow) -> bool:
+    """Whether the user wanted nothing of it in the app: archived no later than its id was."""
+    return row.archived_ms is not None and row.archived_ms <= int.from_bytes(row.id[:6])
+
+
 def encode_content(members: dict[str, Any]) -> str:
     """Write the immutable members in a fixed order, without braces.
 

@@ -1,4 +1,7 @@
-"""Where a notification goes: a pure function of the event, the user's reachability and attention, and time.
+"""Where a notification goes: a pure function of the event, the user's context, and time.
+
+The context is how the user is reached, where the user looks, and what preferences and the tenant's rules
+allow (`carillon.decision`); where there are neither, nothing is paid for them.
 
 The outbox row of an external channel exists whether the user is live or not; liveness and attention only say
 when it is due and what may cancel it (guarantees G6, G7).
@@ -9,15 +12,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Final
+from typing import Any, Final
 
-from carillon.attention import ALWAYS, ANY, AWAY_LEVELS, SEEN, Attention
+from carillon.attention import ALWAYS, ANY, AWAY_LEVELS, DEFERRED, SEEN, Attention
+from carillon.decision import URGENT, Verdict, fired, opened
 from carillon.external import IN_APP, PUSH, choose
 from carillon.messages import Event
 from carillon.policy import Policy
-
-URGENT: Final = 3
-"""`Event.priority` that nothing silences."""
+from carillon.switches import Fired
 
 
 class Reach(Enum):
@@ -42,6 +44,10 @@ class Plan:
         reason: why it is silent, told in the answer and kept with the row; None for what needs no word.
         chain: channels that follow when all external ones of `channels` ended without success.
         step: 0 if the external channels are those asked for; n for the n-th fallback.
+        archived: the user wants nothing of it in the app: it is filed away, and no socket shows it.
+        silent: sockets show it without a sound.
+        priority: with the user's override; None: as the event says.
+        rules: what fired of preferences and tenant's rules.
     """
 
     status: str
@@ -53,6 +59,10 @@ class Plan:
     reason: str | None = None
     chain: tuple[str, ...] = ()
     step: int = 0
+    archived: bool = False
+    silent: bool = False
+    priority: int | None = None
+    rules: tuple[Fired, ...] = ()
 
 
 _FEED_ONLY = Plan("stored", (IN_APP,))
@@ -61,7 +71,7 @@ _DEFAULT: Final = (PUSH,)
 
 
 def wants_push(event: Event, providers: Collection[str]) -> bool:
-    """Whether anything external is planned at all: then, and only then, attention matters."""
+    """Whether anything external may be planned at all: then, and only then, attention matters."""
     if event.channels is None and not event.fallback:
         return bool(providers)
     return bool(choose(event.channels, event.fallback, providers).channels)
@@ -78,6 +88,7 @@ def plan(
     lease_ms: int,
     attention: Attention,
     policy: Policy,
+    verdict: Verdict | None = None,
 ) -> Plan:
     """Decide for one event.
 
@@ -95,6 +106,9 @@ def plan(
 
     Read, seen, click, dismiss and archive cancel it while it waits, in every row of this table.
 
+    With a verdict closed channels are left out, and what is held is due when that ends (gate DEFERRED), to be
+    decided again then, whatever the table says.
+
     Args:
         providers: push providers at which the user has a target.
         ack_window_ms: how long a live delivery may stay unacknowledged before its push.
@@ -102,18 +116,91 @@ def plan(
         lease_ms: lease of a row born claimed.
         attention: of the user now; VIEWING if a focused device shows the event's target. Used with
             Reach.LIVE.
+        verdict: what preferences and the tenant's rules allow; None: there are none.
     """
+    if verdict is not None:
+        return _ruled(
+            event, reach, providers, now_ms, ack_window_ms, grace_end_ms, lease_ms, attention, policy, verdict
+        )
     chain: tuple[str, ...] = ()
     step = 0
     external = _DEFAULT if providers else ()
     if event.channels is not None or event.fallback:
         external, chain, step = choose(event.channels, event.fallback, providers)
-    found = _decide(event, reach, external, now_ms, ack_window_ms, grace_end_ms, lease_ms, attention, policy)
+    alone = event.channels is not None and IN_APP not in event.channels
+    found = _decide(
+        alone,
+        event.priority,
+        reach,
+        external,
+        now_ms,
+        ack_window_ms,
+        grace_end_ms,
+        lease_ms,
+        attention,
+        policy,
+    )
     return replace(found, chain=chain, step=step) if chain or step else found
 
 
-def _decide(
+def asked_for(event: Event) -> list[str]:
+    """Every channel the event would use, fallbacks included, in order."""
+    names = [IN_APP, PUSH] if event.channels is None else list(event.channels)
+    return names + [name for name in event.fallback or () if name not in names]
+
+
+def _ruled(
     event: Event,
+    reach: Reach,
+    providers: Collection[str],
+    now_ms: int,
+    ack_window_ms: int,
+    grace_end_ms: int,
+    lease_ms: int,
+    attention: Attention,
+    policy: Policy,
+    verdict: Verdict,
+) -> Plan:
+    names = asked_for(event)
+    asked = opened([IN_APP, PUSH] if event.channels is None else event.channels, verdict.off)
+    choice = choose(asked, opened(event.fallback or (), verdict.off), providers)
+    archived = IN_APP in verdict.off
+    live = reach is Reach.LIVE and not archived
+    if archived and IN_APP not in names:
+        names.insert(0, IN_APP)  # not asked for, but sockets and feed would have shown it
+    rules = tuple(fired(verdict, names))
+    priority = None if verdict.priority == event.priority else verdict.priority
+    common: dict[str, Any] = {
+        "chain": choice.chain, "step": choice.step, "archived": archived, "silent": verdict.silent,
+        "priority": priority, "rules": rules,
+    }  # fmt: skip
+    if not choice.channels:
+        reason = verdict.reason if verdict.reason is not None else "preferences" if rules else None
+        if archived:
+            return Plan("suppressed", (), reason="preferences", **common)
+        return Plan("delivered" if live else "stored", (IN_APP,), reason=_less(reason, verdict), **common)
+    alone = archived or (event.channels is not None and IN_APP not in event.channels)
+    if verdict.until_ms is not None:
+        channels = choice.channels if alone else (IN_APP, *choice.channels)
+        status = "delivered" if live and not alone else "deferred"
+        return Plan(status, channels, verdict.until_ms, False, DEFERRED, None, verdict.reason, **common)
+    found = _decide(
+        alone, verdict.priority, reach, choice.channels, now_ms, ack_window_ms, grace_end_ms, lease_ms,
+        attention, policy,
+    )  # fmt: skip
+    return replace(found, **common)
+
+
+def _less(reason: str | None, verdict: Verdict) -> str | None:
+    """Why nothing leaves the system, if a rule says so: without a target there was nothing to hold."""
+    if reason is None or (verdict.until_ms is not None and not verdict.off):
+        return None
+    return reason
+
+
+def _decide(
+    alone: bool,
+    priority: int,
     reach: Reach,
     external: tuple[str, ...],
     now_ms: int,
@@ -123,18 +210,17 @@ def _decide(
     attention: Attention,
     policy: Policy,
 ) -> Plan:
-    asked = event.channels
     live = reach is Reach.LIVE
     if not external:
         return _LIVE_ONLY if live else _FEED_ONLY
-    if asked is not None and IN_APP not in asked:
+    if alone:
         # Nothing in-app was asked for: sockets show the feed's change, but nothing waits for them.
         return Plan("queued", external, now_ms + lease_ms, True)
     both = (IN_APP, *external)
     at_once = now_ms + lease_ms
     hold_ms = now_ms + policy.hold_ms if policy.hold_ms else None
     gate = ANY if policy.when_away == IN_APP else None
-    if event.priority >= URGENT:
+    if priority >= URGENT:
         return Plan("delivered" if live else "queued", both, at_once, True, ALWAYS)
     if reach is Reach.GRACE:
         return Plan("queued", both, grace_end_ms, False, gate, hold_ms)

@@ -1,8 +1,9 @@
-"""What a tenant wants: push while its users are connected, and who may watch whose presence.
+"""What a tenant wants: push while its users are connected, who may watch whose presence, and rules about the
+users' preferences (carillon/tenant_rules.py).
 
 The policy document is kept as `policy` in `tenants.settings`. Validated strictly and stored as it came; what
 it leaves out is the cluster's default (`shard.when_away`, `shard.when_away_delay_s`, `shard.hold_s`,
-`presence.watch`).
+`presence.watch`), and no rule at all.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from typing import Any, Final
 
 import msgspec
 
+from carillon.decision import TenantRules
 from carillon.errors import InvalidInputError
 from carillon.event_rules import Text, is_object, text_error, tree_errors
 from carillon.problems import FieldError, shown
 from carillon.settings import WATCH, WHEN_AWAY, ShardSettings
+from carillon.tenant_rules import RULES, rules_of, rules_problems
 from carillon.token_keys import check_jwks_url
 
 MAX_TYPES: Final = 200
@@ -59,11 +62,18 @@ class WatchRule:
 
 @dataclass(frozen=True, slots=True)
 class TenantPolicy:
-    """A tenant's policy, what differs for single types of notifications, and its rule of presence."""
+    """A tenant's policy, what differs for single types of notifications, and its rule of presence.
+
+    Attributes:
+        rules: about its users' preferences; None: there are none, and nothing has to be looked at.
+        text: the document, to see whether another one differs.
+    """
 
     default: Policy
     types: dict[str, Policy]
     presence: WatchRule = WatchRule()
+    rules: TenantRules | None = None
+    text: bytes = b""
 
     def of(self, kind: str) -> Policy:
         """The policy for notifications of one type."""
@@ -105,7 +115,8 @@ def build(
         rule = document["presence"]
         presence = WatchRule(rule["watch"], rule.get("url", ""))
     types = {kind: _over(own, some) for kind, some in document.get("types", {}).items()}
-    return TenantPolicy(own, types, presence)
+    text = msgspec.json.encode(document, order="sorted")
+    return TenantPolicy(own, types, presence, rules_of(document), text)
 
 
 def _over(base: Policy, some: dict[str, Any]) -> Policy:
@@ -128,7 +139,7 @@ def complete(
         "holdS": own.hold_ms / 1000,
         "types": (document or {}).get("types", {}),
         "presence": (document or {}).get("presence", {"watch": presence.watch}),
-    }
+    } | {name: document[name] for name in RULES if document and name in document}
 
 
 def validate(document: Any) -> str:
@@ -140,6 +151,8 @@ def validate(document: Any) -> str:
     if not is_object(document):
         raise PolicyError([FieldError("", "an object", shown(document))])
     errors = tree_errors(document) or _rules("", document)
+    if not errors:
+        errors = rules_problems(document)
     types = document.get("types", {})
     if not errors and not is_object(types):
         errors.append(FieldError("types", "an object", shown(types)))
@@ -174,7 +187,7 @@ def _rules(prefix: str, some: dict[str, Any]) -> list[FieldError]:
                 errors.append(FieldError(path, f"seconds from 0 to {most}", shown(value)))
         elif name == "presence" and not prefix:
             errors.extend(_presence_errors(value))
-        elif name != "types" or prefix:
+        elif (name != "types" and name not in RULES) or prefix:
             errors.append(FieldError(path, "a member of the policy", "an unknown field"))
     return errors
 

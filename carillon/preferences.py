@@ -1,6 +1,7 @@
 """The preferences document of a user: what may be sent, where, and when.
 
-Validated strictly and stored as it came; policy applies it when it plans channels.
+Validated strictly and stored as it came; `carillon.switches` reads it and `carillon.decision` applies it. A
+tenant's defaults are such a document, too (carillon/policy.py).
 """
 
 from __future__ import annotations
@@ -13,15 +14,26 @@ from typing import Any, Final
 import msgspec
 
 from carillon.errors import InvalidInputError
-from carillon.event_rules import Instant, Text, is_array, is_object, text_error, tree_errors
+from carillon.event_rules import (
+    PRIORITY_NAMES,
+    Instant,
+    Text,
+    is_array,
+    is_object,
+    text_error,
+    tree_errors,
+)
 from carillon.problems import FieldError, shown
 
 CHANNELS: Final = ("in_app", "push", "email", "sms", "webhook", "chat")
 DAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-DIGESTS: Final = ("off", "hourly", "daily", "weekly")
+DIGESTS: Final = ("off", "instant", "hourly", "daily", "weekly")
+"""`off` and `instant` are the same: nothing is collected."""
 MAX_ENTRIES: Final = 200
 """Categories or types that one document may name."""
 MAX_DOCUMENT_BYTES: Final = 32 * 1024
+MAX_SHOWN_MS: Final = 3_600_000
+"""Longest `durationMs` of an in-app notification on the screen."""
 
 DEFAULTS: Final[dict[str, Any]] = {
     "global": True,
@@ -33,6 +45,8 @@ DEFAULTS: Final[dict[str, Any]] = {
     "digest": "off",
     "sound": True,
     "badge": True,
+    "vibration": True,
+    "timezone": None,
 }
 """What holds while the user has stored nothing, and for every member a stored document leaves out."""
 
@@ -40,9 +54,14 @@ _TIME: Final = re.compile(r"(?:[01]\d|2[0-3]):[0-5]\d")
 _NAME: Final = Text(1, 64)
 
 
-def complete(document: dict[str, Any]) -> dict[str, Any]:
-    """A stored document with every member, in the order of `DEFAULTS`."""
-    return {name: document.get(name, default) for name, default in DEFAULTS.items()}
+def complete(document: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A stored document with every member, in the order of `DEFAULTS`.
+
+    Args:
+        defaults: the tenant's document; it fills in what the user's leaves out.
+    """
+    beneath = defaults or {}
+    return {name: document.get(name, beneath.get(name, default)) for name, default in DEFAULTS.items()}
 
 
 def validate(document: Any) -> str:
@@ -53,16 +72,7 @@ def validate(document: Any) -> str:
     """
     if not is_object(document):
         raise PreferencesError([FieldError("", "an object", shown(document))])
-    errors = tree_errors(document)
-    if not errors:
-        for name, value in document.items():
-            check = _CHECKS.get(name)
-            if check is None:
-                errors.append(
-                    FieldError(shown(name), "a member of the preferences document", "an unknown field")
-                )
-            else:
-                errors.extend(check(name, value))
+    errors = tree_errors(document) or document_errors("", document)
     if errors:
         raise PreferencesError(errors)
     text = msgspec.json.encode(document).decode()
@@ -86,11 +96,28 @@ class PreferencesError(InvalidInputError):
         return self.message
 
 
+def document_errors(prefix: str, document: dict[str, Any]) -> list[FieldError]:
+    """What is wrong with a document that is part of another one at `prefix` ("" or ending in a slash)."""
+    errors: list[FieldError] = []
+    for name, value in document.items():
+        check = _CHECKS.get(name)
+        if check is None:
+            errors.append(
+                FieldError(
+                    f"{prefix}{shown(name)}", "a member of the preferences document", "an unknown field"
+                )
+            )
+        else:
+            errors.extend(check(f"{prefix}{name}", value))
+    return errors
+
+
 def _flag(path: str, value: Any) -> list[FieldError]:
     return [] if isinstance(value, bool) else [FieldError(path, "true or false", shown(value))]
 
 
 def _channels(path: str, value: Any) -> list[FieldError]:
+    """channels: each true, false, or what is wanted of it."""
     if not is_object(value):
         return [FieldError(path, "an object of channels", shown(value))]
     errors: list[FieldError] = []
@@ -98,13 +125,36 @@ def _channels(path: str, value: Any) -> list[FieldError]:
         below = f"{path}/{shown(channel)}"
         if channel not in CHANNELS:
             errors.append(FieldError(below, f"a channel: {', '.join(CHANNELS)}", "an unknown channel"))
-        else:
-            errors.extend(_flag(below, wanted))
+        elif is_object(wanted):
+            errors.extend(_members(below, wanted, _OF_CHANNEL, "a channel"))
+        elif not isinstance(wanted, bool):
+            errors.append(FieldError(below, "true, false or an object", shown(wanted)))
     return errors
 
 
-def _rules(path: str, value: Any) -> list[FieldError]:
-    """categories and types: a name to true, false, or channels each."""
+def _switches(path: str, value: Any) -> list[FieldError]:
+    """The channels of a category or type: each true or false."""
+    if not is_object(value):
+        return [FieldError(path, "an object of channels", shown(value))]
+    return _members(path, value, dict.fromkeys(CHANNELS, _flag), "channels")
+
+
+def _members(
+    path: str, value: dict[str, Any], checks: dict[str, Callable[[str, Any], list[FieldError]]], what: str
+) -> list[FieldError]:
+    errors: list[FieldError] = []
+    for name, member in value.items():
+        below = f"{path}/{shown(name)}"
+        check = checks.get(name)
+        if check is None:
+            errors.append(FieldError(below, f"a member of {what}", "an unknown field"))
+        else:
+            errors.extend(check(below, member))
+    return errors
+
+
+def rules_errors(path: str, value: Any) -> list[FieldError]:
+    """categories and types: a name to true, false, or what is wanted of it."""
     if not is_object(value):
         return [FieldError(path, "an object", shown(value))]
     if len(value) > MAX_ENTRIES:
@@ -116,7 +166,7 @@ def _rules(path: str, value: Any) -> list[FieldError]:
         if wrong is not None:
             errors.append(wrong)
         elif is_object(wanted):
-            errors.extend(_channels(below, wanted))
+            errors.extend(_members(below, wanted, _OF_ENTRY, "a category or type"))
         elif not isinstance(wanted, bool):
             errors.append(FieldError(below, "true, false or an object of channels", shown(wanted)))
     return errors
@@ -126,22 +176,33 @@ def _quiet_hours(path: str, value: Any) -> list[FieldError]:
     if value is None:
         return []
     if not is_object(value):
-        return [FieldError(path, "null or {start, end, timezone, days}", shown(value))]
+        return [FieldError(path, "null or {start, end, timezone, days, enabled}", shown(value))]
     errors: list[FieldError] = []
     for name in ("start", "end"):
         at = value.get(name)
         if not isinstance(at, str) or not _TIME.fullmatch(at):
             errors.append(FieldError(f"{path}/{name}", "HH:MM", shown(at) if name in value else "nothing"))
-    zone = value.get("timezone", "UTC")
-    if not isinstance(zone, str) or not _known_zone(zone):
-        errors.append(FieldError(f"{path}/timezone", "a time zone name such as Europe/Vienna", shown(zone)))
+    if "timezone" in value:
+        errors.extend(_zone(f"{path}/timezone", value["timezone"]))
+    if "enabled" in value:
+        errors.extend(_flag(f"{path}/enabled", value["enabled"]))
     days = value.get("days", list(DAYS))
     if not is_array(days) or len(days) > 7 or any(day not in DAYS for day in days):
         errors.append(FieldError(f"{path}/days", f"an array of {', '.join(DAYS)}", shown(days)))
     for name in value:
-        if name not in ("start", "end", "timezone", "days"):
+        if name not in ("start", "end", "timezone", "days", "enabled"):
             errors.append(FieldError(f"{path}/{shown(name)}", "a member of quietHours", "an unknown field"))
     return errors
+
+
+def _zone(path: str, value: Any) -> list[FieldError]:
+    if isinstance(value, str) and _known_zone(value):
+        return []
+    return [FieldError(path, "a time zone name such as Europe/Vienna", shown(value))]
+
+
+def _maybe_zone(path: str, value: Any) -> list[FieldError]:
+    return [] if value is None else _zone(path, value)
 
 
 def _known_zone(name: str) -> bool:
@@ -170,8 +231,38 @@ def _instant(path: str, value: Any) -> list[FieldError]:
 
 
 def _digest(path: str, value: Any) -> list[FieldError]:
-    ok = isinstance(value, str) and value in DIGESTS
-    return [] if ok else [FieldError(path, "|".join(DIGESTS), shown(value))]
+    words = "|".join(DIGESTS)
+    if isinstance(value, str):
+        return [] if value in DIGESTS else [FieldError(path, words, shown(value))]
+    if not is_object(value):
+        return [FieldError(path, f"{words} or {{frequency, at, day}}", shown(value))]
+    errors = _members(path, value, {"frequency": _digest_word, "at": _clock, "day": _day}, "digest")
+    if "frequency" not in value:
+        errors.append(FieldError(f"{path}/frequency", words, "nothing"))
+    return errors
+
+
+def _one_of(*words: str) -> Callable[[str, Any], list[FieldError]]:
+    def check(path: str, value: Any) -> list[FieldError]:
+        ok = isinstance(value, str) and value in words
+        return [] if ok else [FieldError(path, "|".join(words), shown(value))]
+
+    return check
+
+
+_digest_word: Final = _one_of(*DIGESTS)
+_day: Final = _one_of(*DAYS)
+_priority: Final = _one_of(*PRIORITY_NAMES)
+
+
+def _clock(path: str, value: Any) -> list[FieldError]:
+    ok = isinstance(value, str) and _TIME.fullmatch(value) is not None
+    return [] if ok else [FieldError(path, "HH:MM", shown(value))]
+
+
+def _duration(path: str, value: Any) -> list[FieldError]:
+    ok = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_SHOWN_MS
+    return [] if ok else [FieldError(path, f"milliseconds from 0 to {MAX_SHOWN_MS}", shown(value))]
 
 
 def _sound(path: str, value: Any) -> list[FieldError]:
@@ -184,11 +275,29 @@ def _sound(path: str, value: Any) -> list[FieldError]:
 _CHECKS: Final[dict[str, Callable[[str, Any], list[FieldError]]]] = {
     "global": _flag,
     "channels": _channels,
-    "categories": _rules,
-    "types": _rules,
+    "categories": rules_errors,
+    "types": rules_errors,
     "quietHours": _quiet_hours,
     "doNotDisturbUntil": _instant,
     "digest": _digest,
     "sound": _sound,
     "badge": _flag,
+    "vibration": _flag,
+    "timezone": _maybe_zone,
+}
+_OF_CHANNEL: Final[dict[str, Callable[[str, Any], list[FieldError]]]] = {
+    "enabled": _flag,
+    "sound": _sound,
+    "badge": _flag,
+    "vibration": _flag,
+    "emergencyOnly": _flag,
+    "durationMs": _duration,
+    "autoDismiss": _flag,
+}
+_OF_ENTRY: Final[dict[str, Callable[[str, Any], list[FieldError]]]] = {
+    "enabled": _flag,
+    "channels": _switches,
+    "priority": _priority,
+    "digest": _digest,
+    **dict.fromkeys(CHANNELS, _flag),
 }

@@ -60,8 +60,14 @@ def welcome(
     ).encode()
 
 
-def new_notification(json_text: str) -> bytes:
-    """NEW_NOTIFICATION; `json_text` is the notification's JSON (carillon/notification.py)."""
+def new_notification(json_text: str, silent: bool = False) -> bytes:
+    """NEW_NOTIFICATION; `json_text` is the notification's JSON (carillon/notification.py).
+
+    Args:
+        silent: to be shown without a sound: quiet hours, do-not-disturb, or too many of late.
+    """
+    if silent:
+        return f'{{"type":"NEW_NOTIFICATION","notification":{json_text},"silent":true}}'.encode()
     return f'{{"type":"NEW_NOTIFICATION","notification":{json_text}}}'.encode()
 
 

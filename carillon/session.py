@@ -58,7 +58,7 @@ from carillon.effects import (
     Send,
     Wake,
 )
-from carillon.notification import NotificationRow, fresh_json, notification_json, user_json_of
+from carillon.notification import NotificationRow, filed_away, fresh_json, notification_json, user_json_of
 from carillon.push_watch import PushWatch, Waiting
 
 MAX_UNACKED: Final = 1000
@@ -296,8 +296,13 @@ class Session:
 
     # -- what happens to the user -----------------------------------------------------------------------
 
-    def deliver(self, notification_id: bytes, seq: int, rev: int, unread: int, content: str) -> list[Effect]:
+    def deliver(
+        self, notification_id: bytes, seq: int, rev: int, unread: int, content: str, *, silent: bool = False
+    ) -> list[Effect]:
         """A notification was committed: write it to every live attachment, keep it for the others.
+
+        Args:
+            silent: clients are to show it without a sound.
 
         Raises:
             ValueError: the position does not follow the head (a gap in `seq`, or in `rev`: a change that this
@@ -307,10 +312,28 @@ class Session:
             raise ValueError(
                 f"expected seq {self.seq + 1} and rev {self.rev + 1}, got seq {seq} and rev {rev}"
             )
-        frame = server_frames.new_notification(fresh_json(notification_id, seq, rev, self.user_json, content))
+        frame = server_frames.new_notification(
+            fresh_json(notification_id, seq, rev, self.user_json, content), silent
+        )
         self.seq, self.unread = seq, unread
         self._remember(seq, notification_id)
         return self._emit(LogEntry(rev, seq, frame, False))
+
+    def pass_over(self, seq: int, rev: int, unread: int) -> list[Effect]:
+        """A notification was committed that the user wants nowhere in the app: nothing is written.
+
+        Raises:
+            ValueError: as `deliver`.
+        """
+        if seq != self.seq + 1 or rev != self.rev + 1:
+            raise ValueError(
+                f"expected seq {self.seq + 1} and rev {self.rev + 1}, got seq {seq} and rev {rev}"
+            )
+        self.seq, self.rev, self.unread = seq, rev, unread
+        for attachment in self.attachments:
+            if attachment.phase is Phase.LIVE:
+                attachment.cursor_seq, attachment.cursor_rev = seq, rev
+        return []
 
     def state_changed(
         self, rev: int, unread: int, frames: Sequence[bytes], *, update: bool = False
@@ -552,8 +575,9 @@ class Session:
         request: LoadNotifications,
         now_ms: int,
     ) -> list[Effect]:
-        """Answer to LoadNotifications. Expired rows move the cursor without a frame; of retracted ones only
-        that is told, for the client may have read them from the feed."""
+        """Answer to LoadNotifications. Expired rows, and those the user wants nowhere in the app, move the
+        cursor without a frame; of retracted ones only that is told: the client may have read them from the
+        feed."""
         effects: list[Effect] = []
         replay = attachment.replay
         if replay is None or attachment.loading is not request or attachment not in self.attachments:
@@ -562,7 +586,12 @@ class Session:
         full = len(rows) >= request.limit and rows[-1].seq <= self.seq
         # Beyond the head: committed, but `deliver` has yet to tell. Shown now it would be written twice.
         rows = [row for row in rows if row.seq <= self.seq]
-        shown = [row for row in rows if row.expires_ms is None or row.expires_ms > now_ms]
+        shown = [
+            row
+            for row in rows
+            if (row.expires_ms is None or row.expires_ms > now_ms)
+            and (row.archived_ms is None or not filed_away(row))
+        ]
         for row in shown:
             if row.retracted_ms is not None:
                 frame = server_frames.notification_state("RETRACTED", row.id, attachment.cursor_rev)

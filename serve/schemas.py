@@ -11,7 +11,7 @@ from typing import Any, Final
 from carillon.event_rules import ACTION_TEXTS, MAX_CHANNELS, METHODS, PRIORITY_NAMES, TEXTS
 from carillon.external import CHANNELS as EVENT_CHANNELS
 from carillon.external import EXTERNAL
-from carillon.preferences import CHANNELS, DAYS, DIGESTS
+from carillon.preferences import CHANNELS, DAYS, DIGESTS, MAX_ENTRIES, MAX_SHOWN_MS
 
 Schema = dict[str, Any]
 
@@ -54,6 +54,9 @@ def ref(name: str) -> Schema:
 
 INSTANT: Final[Schema] = {"type": "string", "format": "date-time"}
 WHOLE: Final[Schema] = {"type": "integer", "minimum": 0}
+_FLAG: Final[Schema] = {"type": "boolean"}
+_LOCAL_TIME: Final[Schema] = {"type": "string", "pattern": r"^([01]\d|2[0-3]):[0-5]\d$"}
+_SOUND: Final[Schema] = {"anyOf": [_FLAG, text(1, 64)]}
 USER_ID: Final = text(1, 128)
 UUID: Final[Schema] = {"type": "string", "format": "uuid"}
 SUCCESS: Final = obj({"success": {"const": True}}, ["success"])
@@ -249,11 +252,26 @@ COMPONENTS: Final[dict[str, Schema]] = {
     ),
     "Preferences": obj(
         {
-            "global": {"type": "boolean"},
+            "global": _FLAG,
             "channels": {
                 "type": "object",
                 "propertyNames": {"enum": list(CHANNELS)},
-                "additionalProperties": {"type": "boolean"},
+                "additionalProperties": {
+                    "anyOf": [
+                        _FLAG,
+                        obj(
+                            {
+                                "enabled": _FLAG,
+                                "sound": _SOUND,
+                                "badge": _FLAG,
+                                "vibration": _FLAG,
+                                "emergencyOnly": _FLAG,
+                                "durationMs": {"type": "integer", "minimum": 0, "maximum": MAX_SHOWN_MS},
+                                "autoDismiss": _FLAG,
+                            }
+                        ),
+                    ]
+                },
             },
             "categories": ref("PreferenceRules"),
             "types": ref("PreferenceRules"),
@@ -262,33 +280,49 @@ COMPONENTS: Final[dict[str, Schema]] = {
                     {"type": "null"},
                     obj(
                         {
-                            "start": {"type": "string", "pattern": r"^([01]\d|2[0-3]):[0-5]\d$"},
-                            "end": {"type": "string", "pattern": r"^([01]\d|2[0-3]):[0-5]\d$"},
+                            "start": _LOCAL_TIME,
+                            "end": _LOCAL_TIME,
                             "timezone": {"type": "string", "examples": ["Europe/Vienna"]},
                             "days": {"type": "array", "maxItems": 7, "items": {"enum": list(DAYS)}},
+                            "enabled": _FLAG,
                         },
                         ["start", "end"],
                     ),
                 ]
             },
             "doNotDisturbUntil": {"anyOf": [{"type": "null"}, INSTANT]},
-            "digest": {"enum": list(DIGESTS)},
-            "sound": {"anyOf": [{"type": "boolean"}, text(1, 64)]},
-            "badge": {"type": "boolean"},
+            "digest": ref("Digest"),
+            "sound": _SOUND,
+            "badge": _FLAG,
+            "vibration": _FLAG,
+            "timezone": {"anyOf": [{"type": "null"}, {"type": "string", "examples": ["Europe/Vienna"]}]},
         }
     ),
+    "Digest": {
+        "anyOf": [
+            {"enum": list(DIGESTS)},
+            obj(
+                {"frequency": {"enum": list(DIGESTS)}, "at": _LOCAL_TIME, "day": {"enum": list(DAYS)}},
+                ["frequency"],
+            ),
+        ]
+    },
     "PreferenceRules": {
         "type": "object",
-        "maxProperties": 200,
+        "maxProperties": MAX_ENTRIES,
         "propertyNames": text(1, 64),
         "additionalProperties": {
             "anyOf": [
-                {"type": "boolean"},
-                {
-                    "type": "object",
-                    "propertyNames": {"enum": list(CHANNELS)},
-                    "additionalProperties": {"type": "boolean"},
-                },
+                _FLAG,
+                obj(
+                    {
+                        "enabled": _FLAG,
+                        "channels": obj(dict.fromkeys(CHANNELS, _FLAG)),
+                        "priority": {"enum": list(PRIORITY_NAMES)},
+                        "digest": ref("Digest"),
+                        **dict.fromkeys(CHANNELS, _FLAG),
+                    }
+                ),
             ]
         },
     },

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any, Final
 
 from carillon import policy
+from carillon.budget import MAX_COUNT, MAX_WINDOW_S
+from carillon.decision import DIGEST, FEED
 from carillon.events import ProblemError
+from carillon.preferences import MAX_ENTRIES
 from carillon.problems import problem
 from carillon.settings import WATCH, WHEN_AWAY
 from serve.audit import audited
 from serve.http import Request, Response, json_response
 from serve.routing import SERVICE, Route
-from serve.schemas import obj
+from serve.schemas import obj, ref, text
 from serve.services import Services
 
 
@@ -43,6 +46,13 @@ _MEMBERS: Final = {
     "whenAwayDelayS": {"type": "number", "minimum": 0, "maximum": policy.MAX_DELAY_S},
     "holdS": {"type": "number", "minimum": 0, "maximum": policy.MAX_HOLD_S},
 }
+_LIMIT: Final = obj(
+    {
+        "count": {"type": "integer", "minimum": 1, "maximum": MAX_COUNT},
+        "windowS": {"type": "number", "minimum": 0.001, "maximum": MAX_WINDOW_S},
+    },
+    ["count", "windowS"],
+)
 _POLICY: Final = obj(
     {
         **_MEMBERS,
@@ -59,9 +69,30 @@ _POLICY: Final = obj(
         "presence": obj(
             {"watch": {"enum": list(WATCH)}, "url": {"type": "string", "maxLength": 2048}}, ["watch"]
         ),
+        "defaults": ref("Preferences"),
+        "forced": obj({"categories": ref("PreferenceRules"), "types": ref("PreferenceRules")}),
+        "limits": obj(
+            {
+                "user": _LIMIT,
+                "types": {
+                    "type": "object",
+                    "propertyNames": text(1, 64),
+                    "maxProperties": MAX_ENTRIES,
+                    "additionalProperties": _LIMIT,
+                },
+                "overflow": {"enum": [DIGEST, FEED]},
+            }
+        ),
     }
 )
-_EXAMPLE: Final = {"whenAway": "push_after", "whenAwayDelayS": 20, "types": {"chat.message": {"holdS": 30}}}
+_EXAMPLE: Final = {
+    "whenAway": "push_after",
+    "whenAwayDelayS": 20,
+    "types": {"chat.message": {"holdS": 30}},
+    "defaults": {"quietHours": {"start": "22:00", "end": "07:00", "timezone": "Europe/Vienna"}},
+    "forced": {"categories": {"security": True}},
+    "limits": {"user": {"count": 30, "windowS": 3600}, "overflow": "digest"},
+}
 _ANSWER: Final = {
     "whenAway": "push_after", "whenAwayDelayS": 30.0, "holdS": 60.0, "types": {},
     "presence": {"watch": "nobody"},

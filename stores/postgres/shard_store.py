@@ -111,6 +111,8 @@ class UserRecord:
     revoked: list[bytes]
     """Tokens that were logged out."""
     targets: list[PushTarget] = field(default_factory=list)
+    preferences: str | None = None
+    """The preferences document, None if the user stored none."""
 
 
 @dataclass(slots=True)
@@ -120,6 +122,12 @@ class AppendRow:
     event: Event
     stream_id: int
     back: int = 0
+    decision: str | None = None
+    """The rules that fired (carillon.decision.pack)."""
+    archived: bool = False
+    """The user wants nothing of it in the app: filed away from the first, and not counted as unread."""
+    priority: int | None = None
+    """With the user's override; None: the event's."""
 
 
 @dataclass(slots=True)
@@ -296,10 +304,31 @@ class ShardStore:
             name: text % {"row": ROW} if "%(row)s" in text else text
             for name, text in load_queries("shard").items()
         }
-        planned = self._sql["append_planned"]
-        self._append_sql = {True: self._sql["append"] % {"planned": f",\n{planned}"}}
-        self._append_sql[False] = self._sql["append"] % {"planned": ""}
+        self._append_sql = {
+            (outbox, ruled): self._append_text(outbox, ruled)
+            for outbox in (False, True)
+            for ruled in (False, True)
+        }
         self._change_sql = {op: self._sql["change"] % parts for op, parts in OPERATIONS.items()}
+
+    def _append_text(self, outbox: bool, ruled: bool) -> str:
+        """The group commit of batches with or without outbox rows, and rules that fired."""
+        names = ("shown_array", "shown_name", "ruled", "ruled_values", "ruled_arrays", "ruled_names")
+        parts = dict.fromkeys(names, "") | {"shown": "n", "planned": ""}
+        if outbox:
+            parts["planned"] = f",\n{self._sql['append_planned']}"
+        if ruled:
+            first = 27 if outbox else 14
+            parts |= {
+                "shown": "shown",
+                "shown_array": f", ${first}::int[]",
+                "shown_name": ", shown",
+                "ruled": ", decision, archived_at",
+                "ruled_values": ", e.decision, to_timestamp(e.archived_s)",
+                "ruled_arrays": f", ${first + 1}::text[], ${first + 2}::float8[]",
+                "ruled_names": ", decision, archived_s",
+            }
+        return self._sql["append"] % parts
 
     async def open(self) -> None:
         """Open the pool."""
@@ -380,7 +409,17 @@ class ShardStore:
                 targets = await connection.fetch(self._sql["load_targets"], tenants, names)
         records = {
             UserKey(r[0], r[1]): UserRecord(
-                UserKey(r[0], r[1]), r[2], r[3], r[4], r[5], r[7], r[7] - r[6], r[8], r[9], r[10]
+                UserKey(r[0], r[1]),
+                r[2],
+                r[3],
+                r[4],
+                r[5],
+                r[7],
+                r[7] - r[6],
+                r[8],
+                r[9],
+                r[10],
+                preferences=r[11],
             )
             for r in rows
         }
@@ -459,8 +498,20 @@ class ShardStore:
                 [o.chain for o in outbox],
                 [o.step for o in outbox],
             ]
+        ruled: list[Any] = []
+        priorities = [e.priority for e in events]
+        if any(row.decision is not None for row in rows):
+            shown = dict.fromkeys(counts, 0)
+            for row in rows:
+                shown[row.stream_id] += not row.archived
+            ruled = [
+                list(shown.values()),
+                [row.decision for row in rows],
+                [row.event.created_ms / 1000 if row.archived else None for row in rows],
+            ]
+            priorities = [row.event.priority if row.priority is None else row.priority for row in rows]
         answer = await connection.fetch(
-            self._append_sql[bool(outbox)],
+            self._append_sql[bool(outbox), bool(ruled)],
             self._shard,
             term,
             list(counts),
@@ -468,13 +519,14 @@ class ShardStore:
             [UUID(e.id) for e in events],
             [row.stream_id for row in rows],
             [row.back for row in rows],
-            [e.priority for e in events],
+            priorities,
             [e.type for e in events],
             [e.category for e in events],
             [e.content for e in events],
             [e.created_ms / 1000 for e in events],
             [None if e.expires_ms is None else e.expires_ms / 1000 for e in events],
             *planned,
+            *ruled,
         )
         if not answer:
             raise FencedError(f"term {term} of {self._shard} is over")

@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from carillon.attention import ACTIVE, ALWAYS, ANY, AWAY, DONE, HELD, KEEP, RECEIVED, SEEN, SILENT
+from carillon.attention import ACTIVE, ALWAYS, ANY, AWAY, DEFERRED, DONE, HELD, KEEP, RECEIVED, SEEN, SILENT
 from carillon.clock import SystemClock
 from carillon.errors import FencedError
 from carillon.ids import UserKey, Uuid7Source, slot_of
@@ -106,6 +106,9 @@ class Pair:
 
     async def load(self) -> None:
         key = self.rng.choice(USERS)
+        if self.rng.random() < 0.2:
+            document = self.rng.choice(("{}", '{"global": true}'))
+            await self.both("put_preferences", self.term(), key.tenant, key.user, document, self.now_ms)
         asked = [(key, slot_of(*key), f"e-{key.user}")]
         records = await self.both("load_users", self.term(), asked, order=_tokens_sorted)
         for record in records or ():
@@ -139,11 +142,14 @@ class Pair:
                     event.body_hash = hashlib.sha256(name.encode()).digest()
                     keyed.append(event)
             counts[stream] = counts.get(stream, 0) + 1
-            rows.append(AppendRow(event, stream, -counts[stream]))
+            row = AppendRow(event, stream, -counts[stream])
+            if rng.random() < 0.2:
+                row.decision, row.archived, row.priority = "[]", rng.random() < 0.5, rng.choice((None, 0, 3))
+            rows.append(row)
             if rng.random() < 0.6:
                 (number,) = await self.both("draw_delivery_ids", 1)
                 claimed = rng.random() < 0.3
-                gate = rng.choice((None, ANY, SEEN, HELD, ALWAYS))
+                gate = rng.choice((None, ANY, SEEN, HELD, ALWAYS, DEFERRED))
                 hold_ms = rng.choice((None, self.now_ms + rng.randrange(9000)))
                 if gate == SEEN and hold_ms is None:
                     gate = ALWAYS  # KEEP is told only of what may be held

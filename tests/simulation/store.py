@@ -13,7 +13,7 @@ import functools
 import inspect
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from actors.slot_table import SlotTable
@@ -55,6 +55,7 @@ class Note:
     event: Event
     row: NotificationRow
     changed: bool = False
+    decision: str | None = None
 
     @property
     def counted(self) -> bool:
@@ -147,6 +148,7 @@ class Database:
         self.disabled: set[tuple[str, str, str]] = set()
         self.keys: dict[tuple[str, str], tuple[bytes, bytes, int]] = {}
         self.policies: dict[str, dict[str, Any] | None] = {}  # by tenant
+        self.preferences: dict[UserKey, str] = {}
         self._next_delivery = 1
         self._next_stream = 1
 
@@ -288,6 +290,7 @@ class ModelShardStore:
                     UserRecord(
                         key, s.id, s.epoch, s.seq, s.rev, s.unread, expired, s.last_seen_ms, s.valid_from_ms,
                         sorted(token for token, end in s.revoked.items() if end > now_ms), targets,
+                        self._db.preferences.get(key),
                     )
                 )  # fmt: skip
             return records
@@ -314,7 +317,7 @@ class ModelShardStore:
         keys: Sequence[Event] = (),
         keys_since_ms: int = 0,
     ) -> dict[int, tuple[int, int, int]]:
-        rows = [AppendRow(copy.copy(r.event), r.stream_id, r.back) for r in rows]
+        rows = [replace(r, event=copy.copy(r.event)) for r in rows]
         outbox = [copy.copy(row) for row in outbox]
         counts = dict(counts)
         return await self._db.run(
@@ -345,8 +348,8 @@ class ModelShardStore:
             assert event.body_hash is not None
             db.keys[event.tenant, event.idempotency_key or ""] = (event.body_hash, event.id, now_ms)
         for stream in moved.values():
-            n = counts[stream.id]
-            stream.seq, stream.rev, stream.unread = stream.seq + n, stream.rev + n, stream.unread + n
+            n, away = counts[stream.id], sum(r.archived for r in rows if r.stream_id == stream.id)
+            stream.seq, stream.rev, stream.unread = stream.seq + n, stream.rev + n, stream.unread + n - away
             db.check_owner(self._shard, stream.slot, "an append")
         for row in rows:
             found = moved.get(row.stream_id)
@@ -355,7 +358,11 @@ class ModelShardStore:
             e = row.event
             seq, rev = found.seq - row.back, found.rev - row.back
             shown = NotificationRow(e.id, seq, rev, rev, e.content, expires_ms=e.expires_ms)
-            note = db.notes[e.id] = Note(found, e, shown)
+            if row.priority is not None:
+                e.priority = row.priority
+            if row.archived:
+                shown.archived_ms = e.created_ms
+            note = db.notes[e.id] = Note(found, e, shown, decision=row.decision)
             found.notes.append(note)
             self._told("appends", f"{found.key.user} seq {seq} {e.id.hex()[-6:]}")
         for planned in outbox:
@@ -758,7 +765,11 @@ class ModelShardStore:
         return await self._db.run(statement)
 
     async def put_preferences(self, term: int, tenant: str, user: str, document: str, now_ms: int) -> None:
-        await self._db.run(lambda: self._fence(term))
+        def statement() -> None:
+            self._fence(term)
+            self._db.preferences[UserKey(tenant, user)] = document
+
+        await self._db.run(statement)
 
     async def revoke_tokens(self, term: int, stream_id: int, now_ms: int) -> None:
         def statement() -> None:

@@ -45,6 +45,16 @@ def test_what_a_document_leaves_out_is_the_default() -> None:
         ({"types": {"": {}}}, "types/"),
         ({"types": {"chat": {"types": {}}}}, "types/chat/types"),
         ({"types": {f"t{n}": {} for n in range(201)}}, "types"),
+        ({"defaults": True}, "defaults"),
+        ({"defaults": {"quietHours": {"start": "1", "end": "2"}}}, "defaults/quietHours/start"),
+        ({"defaults": {"doNotDisturbUntil": "2030-01-01T00:00:00Z"}}, "defaults/doNotDisturbUntil"),
+        ({"forced": {"global": True}}, "forced/global"),
+        ({"forced": {"types": {"x": 3}}}, "forced/types/x"),
+        ({"limits": {"user": {"count": 0, "windowS": 60}}}, "limits/user/count"),
+        ({"limits": {"user": {"count": 5}}}, "limits/user"),
+        ({"limits": {"types": {"x": {"count": 5, "windowS": 1e9}}}}, "limits/types/x/windowS"),
+        ({"limits": {"overflow": "drop"}}, "limits/overflow"),
+        ({"types": {"x": {"limits": {}}}}, "types/x/limits"),
     ],
 )
 def test_a_wrong_document_is_refused_with_the_place(document: Any, path: str) -> None:

@@ -22,6 +22,21 @@ FULL: dict[str, Any] = {
     "digest": "daily",
     "sound": "bell",
     "badge": False,
+    "vibration": False,
+    "timezone": "Asia/Tokyo",
+}
+RICH: dict[str, Any] = {
+    "channels": {
+        "push": {"enabled": True, "sound": "bell", "badge": False, "vibration": True},
+        "sms": {"emergencyOnly": True},
+        "in_app": {"sound": False, "durationMs": 5000, "autoDismiss": True},
+    },
+    "categories": {
+        "chat": {"enabled": True, "channels": {"email": False}, "priority": "high", "digest": "off"}
+    },
+    "types": {"report": {"digest": {"frequency": "weekly", "at": "09:30", "day": "fri"}, "push": False}},
+    "quietHours": {"start": "22:00", "end": "07:00", "enabled": False},
+    "digest": "instant",
 }
 
 
@@ -29,6 +44,7 @@ def test_full_document_is_stored_as_it_came() -> None:
     """A valid document is stored unchanged, and told back with every member."""
     assert json.loads(validate(FULL)) == FULL
     assert complete(FULL) == FULL
+    assert json.loads(validate(RICH)) == RICH
     assert list(complete({})) == list(DEFAULTS)
     assert validate({}) == "{}"
 
@@ -61,6 +77,18 @@ def test_full_document_is_stored_as_it_came() -> None:
         ({"sound": 5}, "sound"),
         ({"badge": None}, "badge"),
         ({"sound": "a\0"}, "sound"),
+        ({"channels": {"push": {"loud": True}}}, "channels/push/loud"),
+        ({"channels": {"in_app": {"durationMs": -1}}}, "channels/in_app/durationMs"),
+        ({"channels": {"sms": {"emergencyOnly": "yes"}}}, "channels/sms/emergencyOnly"),
+        ({"categories": {"x": {"priority": "loud"}}}, "categories/x/priority"),
+        ({"categories": {"x": {"channels": {"fax": True}}}}, "categories/x/channels/fax"),
+        ({"types": {"x": {"digest": "yearly"}}}, "types/x/digest"),
+        ({"digest": {"at": "08:00"}}, "digest/frequency"),
+        ({"digest": {"frequency": "daily", "at": "8"}}, "digest/at"),
+        ({"digest": {"frequency": "weekly", "day": "monday"}}, "digest/day"),
+        ({"quietHours": {"start": "22:00", "end": "07:00", "enabled": 1}}, "quietHours/enabled"),
+        ({"timezone": "Mars/Base"}, "timezone"),
+        ({"vibration": 1}, "vibration"),
     ],
 )
 def test_refused(document: Any, path: str) -> None:

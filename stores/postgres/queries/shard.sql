@@ -23,7 +23,8 @@ select b.tenant, b.user_id, b.stream_id, b.epoch, b.seq, b.rev,
        b.unread as raw_unread,
        (extract(epoch from b.last_seen_at) * 1000)::bigint as last_seen_ms,
        (extract(epoch from b.tokens_valid_from) * 1000)::bigint as valid_from_ms,
-       array(select r.token_id from revoked_tokens r where r.stream_id = b.stream_id and r.expires_at > now())
+       array(select r.token_id from revoked_tokens r where r.stream_id = b.stream_id and r.expires_at > now()),
+       (select p.document::text from preferences p where p.tenant = b.tenant and p.user_id = b.user_id)
 from both_of b, fence;
 
 -- name: load_targets
@@ -39,21 +40,23 @@ order by d.tenant, d.user_id, d.device_id;
 -- The group commit: positions, notifications and outbox in one statement, hence one transaction.
 -- $3,$4 stream ids and how many each gets; $5..$13 the notifications, `back` counting from the stream's last;
 -- a batch with outbox rows has `append_planned` behind `stored`: $14..$19, $21..$26 the rows, $20 now.
+-- A batch in which rules fired has three parameters more (shard_store.py fills in the names below): how many of
+-- each stream count as unread, what was decided, and since when those are filed away that users do not want.
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
 moved as (
-    update streams s set seq = s.seq + u.n, rev = s.rev + u.n, unread = s.unread + u.n
-    from fence, unnest($3::bigint[], $4::int[]) as u (stream_id, n)
+    update streams s set seq = s.seq + u.n, rev = s.rev + u.n, unread = s.unread + u.%(shown)s
+    from fence, unnest($3::bigint[], $4::int[]%(shown_array)s) as u (stream_id, n%(shown_name)s)
     where s.stream_id = u.stream_id
     returning s.stream_id, s.seq, s.rev, s.unread
 ),
 stored as (
     insert into notifications
-        (id, stream_id, seq, rev, position, priority, type, category, content, created_at, expires_at)
+        (id, stream_id, seq, rev, position, priority, type, category, content, created_at, expires_at%(ruled)s)
     select e.id, e.stream_id, m.seq - e.back, m.rev - e.back, m.rev - e.back, e.priority, e.type, e.category,
-           e.content, to_timestamp(e.created_s), to_timestamp(e.expires_s)
+           e.content, to_timestamp(e.created_s), to_timestamp(e.expires_s)%(ruled_values)s
     from unnest($5::uuid[], $6::bigint[], $7::int[], $8::smallint[], $9::text[], $10::text[], $11::text[],
-                $12::float8[], $13::float8[])
-         as e (id, stream_id, back, priority, type, category, content, created_s, expires_s)
+                $12::float8[], $13::float8[]%(ruled_arrays)s)
+         as e (id, stream_id, back, priority, type, category, content, created_s, expires_s%(ruled_names)s)
     join moved m on m.stream_id = e.stream_id
 )%(planned)s
 select stream_id, seq, rev, unread from moved

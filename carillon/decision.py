@@ -1,0 +1,219 @@
+"""What preferences and a tenant's rules make of one event: a pure function of event, user context and time.
+
+`carillon.plan` goes on from its verdict to channels and due times. The order in which rules count: the
+tenant's forced rules; the user's switches over the tenant's defaults; then, unless it is urgent or forced,
+do-not-disturb, quiet hours and digests, which delay what leaves the system; and limits, which do so, too, or
+leave it to the feed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from carillon.budget import ALL, Limit, Limits, Spent
+from carillon.external import EXTERNAL, IN_APP, PUSH, PUSH_PROVIDERS
+from carillon.messages import Event
+from carillon.preferences import CHANNELS
+from carillon.switches import EVENT, TENANT, USER, Fired, Preferences, Switches, remembered
+
+URGENT: Final = 3
+"""`Event.priority` that nothing silences."""
+DIGEST: Final = "digest"
+FEED: Final = "feed"
+_OUTSIDE: Final = frozenset(CHANNELS) - {IN_APP}
+
+
+class TenantRules(NamedTuple):
+    """A tenant's rules about its users' preferences.
+
+    Attributes:
+        defaults: what holds where a user's document is silent.
+        forced: types and categories that users cannot switch; None: none.
+        limits: None: nothing is limited.
+        nobody: stands for a user who stored nothing.
+    """
+
+    defaults: Preferences
+    forced: Preferences
+    limits: Limits | None
+    nobody: Preferences
+
+
+def no_rules() -> TenantRules:
+    """Of a tenant without any."""
+    return TenantRules(Preferences({}), Preferences({}), None, Preferences({}))
+
+
+class Verdict(NamedTuple):
+    """What is allowed of one event now.
+
+    Attributes:
+        off: channels, as preferences name them, that are closed.
+        why: the rule behind each closed or forced channel.
+        priority: with the user's override.
+        until_ms: until when what leaves the system is held; None: it is not.
+        silent: in-app without sound.
+        rules: those that fired beside `why`.
+        spends: limits of which one is used up if anything goes out now.
+        reason: in a word, why less happens than the event asks for; None: nothing less.
+    """
+
+    off: frozenset[str]
+    why: Any
+    priority: int
+    until_ms: int | None
+    silent: bool
+    rules: tuple[Fired, ...]
+    spends: Sequence[tuple[str, Limit]]
+    reason: str | None
+
+
+def family(channel: str) -> str:
+    """A channel as preferences name it: fcm and apns are push."""
+    external = EXTERNAL.get(channel)
+    if external is None or channel == PUSH:
+        return channel
+    return PUSH if external.providers and external.providers <= PUSH_PROVIDERS else channel
+
+
+def judge(
+    event: Event,
+    user: Preferences | None,
+    tenant: TenantRules,
+    now_ms: int,
+    spent: Spent | None = None,
+    *,
+    again: bool = False,
+) -> Verdict:
+    """Decide what is allowed of an event.
+
+    Args:
+        user: the user's document, None if there is none.
+        spent: what the user has had of the tenant's limits; None: nothing yet.
+        again: the event was held and its time has come: digests hold it no more.
+    """
+    return weigh(event.type, event.category, event.priority, user, tenant, now_ms, spent, again=again)
+
+
+def weigh(
+    kind: str,
+    category: str | None,
+    priority: int,
+    user: Preferences | None,
+    tenant: TenantRules,
+    now_ms: int,
+    spent: Spent | None = None,
+    *,
+    again: bool = False,
+) -> Verdict:
+    """`judge`, of the members of an event that count."""
+    mine = tenant.nobody if user is None else user
+    urgent = priority >= URGENT
+    open_: Switches = remembered(mine, tenant.defaults, tenant.forced, kind, category, urgent)
+    if open_.level is not None:
+        priority = open_.level
+        urgent = priority >= URGENT
+    rules: list[Fired] = []
+    if open_.priority is not None:
+        rules.append(open_.priority)
+    until_ms, silent, reason = None, False, None
+    held = _held(open_, mine, tenant.defaults, now_ms, again)
+    if held:
+        if urgent or open_.forced is not None:
+            rules.append(Fired("urgent_passes", EVENT) if urgent else Fired("forced_passes", TENANT))
+        else:
+            rules += held
+            until_ms = held[-1].until_ms
+            reason = held[0].rule
+            silent = any(one.rule != DIGEST for one in held)
+    off = open_.off
+    spends: Sequence[tuple[str, Limit]] = ()
+    if tenant.limits is not None and not urgent and open_.forced is None and until_ms is None:
+        spends = _limits_of(tenant.limits, kind)
+        over = _over(spends, spent, now_ms)
+        if over is not None:
+            rules.append(over)
+            silent, spends, reason = True, (), "rate_limit"
+            if tenant.limits.overflow == FEED:
+                off |= _OUTSIDE
+            else:
+                until_ms = over.until_ms
+    elif tenant.limits is not None and (urgent or open_.forced is not None):
+        spends = _limits_of(tenant.limits, kind)
+        if _over(spends, spent, now_ms) is not None:
+            rules.append(Fired("urgent_passes", EVENT) if urgent else Fired("forced_passes", TENANT))
+    return Verdict(off, open_.why, priority, until_ms, silent, tuple(dict.fromkeys(rules)), spends, reason)
+
+
+def _held(open_: Switches, user: Preferences, defaults: Preferences, now_ms: int, again: bool) -> list[Fired]:
+    """What holds an event that is not urgent, in the order in which it ends."""
+    found: list[Fired] = []
+    quiet, source = (user.quiet, USER) if user.quiet_set else (defaults.quiet, TENANT)
+    at_ms = now_ms
+    if not again and open_.digest is not None:
+        assert open_.digest_of is not None
+        at_ms = open_.digest.next_ms(at_ms)
+        found.append(open_.digest_of._replace(until_ms=at_ms))
+    # One after the other suffices: quiet hours end outside of quiet hours, and later than do-not-disturb.
+    if user.dnd_until_ms > at_ms:
+        at_ms = user.dnd_until_ms
+        found.append(Fired("do_not_disturb", USER, None, (), at_ms))
+    if quiet is not None:
+        until_ms = quiet.until_ms(at_ms)
+        if until_ms is not None:
+            found.append(Fired("quiet_hours", source, None, (), until_ms))
+    return found
+
+
+def _limits_of(limits: Limits, kind: str) -> Sequence[tuple[str, Limit]]:
+    of_type = limits.types.get(kind)
+    if of_type is None:
+        return () if limits.user is None else ((ALL, limits.user),)
+    return ((kind, of_type),) if limits.user is None else ((ALL, limits.user), (kind, of_type))
+
+
+def _over(spends: Sequence[tuple[str, Limit]], spent: Spent | None, now_ms: int) -> Fired | None:
+    """The limit that is used up for longest."""
+    if spent is None:
+        return None
+    found: Fired | None = None
+    latest = now_ms
+    for name, limit in spends:
+        free_ms = spent.free_ms(name, limit, now_ms)
+        if free_ms > latest:
+            latest = free_ms
+            found = Fired("rate_limit", TENANT, name or None, (), free_ms)
+    return found
+
+
+def opened(names: Sequence[str], off: frozenset[str]) -> list[str]:
+    """Those of the channels that are not closed."""
+    return [name for name in names if family(name) not in off]
+
+
+def fired(verdict: Verdict, names: Sequence[str]) -> list[Fired]:
+    """Every rule that fired for an event that would have used these channels, in the order they count."""
+    found: dict[tuple[str, str, str | None], list[str]] = {}
+    for name in names:
+        rule = verdict.why.get(family(name))
+        if rule is not None:
+            found.setdefault(rule[:3], []).append(name)
+    switched = [Fired(rule, source, about, tuple(some)) for (rule, source, about), some in found.items()]
+    return switched + list(verdict.rules)
+
+
+_encode: Final = msgspec.json.Encoder().encode
+_decode: Final = msgspec.json.Decoder(list[tuple[str, str, str | None, tuple[str, ...], int | None]]).decode
+
+
+def pack(rules: Sequence[Fired]) -> str:
+    """Rules as they are stored with the notification."""
+    return _encode(rules).decode()
+
+
+def unpack(text: str) -> list[Fired]:
+    """The rules of `pack`."""
+    return [Fired(*one) for one in _decode(text)]

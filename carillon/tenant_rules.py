@@ -1,0 +1,103 @@
+"""The members of a tenant's policy about its users' preferences: defaults, forced rules, limits.
+
+Defaults lie beneath the users' documents, forced rules above; limits say how often a user may be disturbed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from carillon.budget import MAX_COUNT, MAX_WINDOW_S, Limit, Limits
+from carillon.decision import DIGEST, FEED, TenantRules
+from carillon.event_rules import Text, is_object, text_error
+from carillon.preferences import MAX_ENTRIES, document_errors, rules_errors
+from carillon.problems import FieldError, shown
+from carillon.switches import Preferences, part
+
+RULES: Final = ("defaults", "forced", "limits")
+"""The members."""
+
+_TYPE: Final = Text(1, 64)
+
+
+def rules_of(document: dict[str, Any]) -> TenantRules | None:
+    """The rules of a valid policy document, None if it has none."""
+    if not any(document.get(name) for name in RULES):
+        return None
+    defaults, limits = part(document, "defaults"), part(document, "limits")
+    of_user, of_types = limits.get("user"), part(limits, "types")
+    limited: Limits | None = None
+    if of_user or of_types:
+        limited = Limits(
+            _limit(of_user) if of_user else None,
+            {kind: _limit(some) for kind, some in of_types.items()},
+            limits.get("overflow", DIGEST),
+        )
+    return TenantRules(
+        Preferences(defaults),
+        Preferences(part(document, "forced")),
+        limited,
+        Preferences({}, defaults.get("timezone")),
+    )
+
+
+def _limit(some: dict[str, Any]) -> Limit:
+    return Limit(some["count"], round(some["windowS"] * 1000))
+
+
+def rules_problems(document: dict[str, Any]) -> list[FieldError]:
+    """What is wrong with the members."""
+    errors: list[FieldError] = []
+    for name in RULES:
+        if name not in document:
+            continue
+        some = document[name]
+        if not is_object(some):
+            errors.append(FieldError(name, "an object", shown(some)))
+        elif name == "limits":
+            errors.extend(_limits(some))
+        elif name == "forced":
+            for name_of, rules in some.items():
+                path = f"forced/{shown(name_of)}"
+                if name_of in ("categories", "types"):
+                    errors.extend(rules_errors(path, rules))
+                else:
+                    errors.append(FieldError(path, "categories or types", "an unknown field"))
+        else:
+            errors.extend(document_errors("defaults/", some))
+            if some.get("doNotDisturbUntil") is not None:
+                errors.append(FieldError("defaults/doNotDisturbUntil", "a user's own choice", "a default"))
+    return errors
+
+
+def _limits(some: dict[str, Any]) -> list[FieldError]:
+    errors: list[FieldError] = []
+    for name, value in some.items():
+        path = f"limits/{shown(name)}"
+        if name == "user":
+            errors.extend(_limit_errors(path, value))
+        elif name == "types":
+            if not is_object(value) or len(value) > MAX_ENTRIES:
+                errors.append(FieldError(path, f"an object of at most {MAX_ENTRIES} types", shown(value)))
+                continue
+            for kind, limit in value.items():
+                wrong = text_error(f"{path}/{shown(kind, 64)}", kind, _TYPE)
+                errors.extend([wrong] if wrong is not None else _limit_errors(f"{path}/{kind}", limit))
+        elif name == "overflow":
+            if value not in (DIGEST, FEED):
+                errors.append(FieldError(path, f"{DIGEST}|{FEED}", shown(value)))
+        else:
+            errors.append(FieldError(path, "user, types or overflow", "an unknown field"))
+    return errors
+
+
+def _limit_errors(path: str, value: Any) -> list[FieldError]:
+    if not is_object(value) or set(value) != {"count", "windowS"}:
+        return [FieldError(path, "{count, windowS}", shown(value))]
+    errors: list[FieldError] = []
+    for name, low, most in (("count", 1, MAX_COUNT), ("windowS", 0.001, MAX_WINDOW_S)):
+        number = value[name]
+        kinds = int if name == "count" else int | float
+        if not isinstance(number, kinds) or isinstance(number, bool) or not low <= number <= most:
+            errors.append(FieldError(f"{path}/{name}", f"{low:g} to {most}", shown(number)))
+    return errors
