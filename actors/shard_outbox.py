@@ -25,7 +25,7 @@ from carillon.external import EXTERNAL
 from carillon.ids import UserKey, uuid_text
 from carillon.messages import LEFT, Done, Event, Push, PushJob, PushLeft, PushOutcome, PushResult, PushTarget
 from carillon.metrics import Stats
-from carillon.notification import decode_content
+from carillon.notification import decode_content, text_of
 from carillon.outbox import RETRYABLE, settle, without_target
 from carillon.settings import Settings
 from stores.postgres.shard_store import AttemptRow, Claimed, OutboxRow, ReleaseRow, SettleRow, ShardStore
@@ -495,9 +495,9 @@ def job_of(row: Claimed, members: dict[str, Any], provider: str, targets: list[P
         notification=row.notification,
         seq=row.seq,
         type=row.type,
-        title=members.get("title") or "",
-        body=members.get("body"),
-        link=members.get("link"),
+        title=text_of(members, row.channel, provider, "title") or "",
+        body=text_of(members, row.channel, provider, "body"),
+        link=text_of(members, row.channel, provider, "link"),
         collapse_key=members.get("collapseKey") or uuid_text(row.notification),
         priority=row.priority,
         badge=max(0, row.unread),

@@ -33,7 +33,7 @@ LAST_EXPIRY_MS: Final = 253_370_764_800_000
 MAX_CHANNELS: Final = 20
 LATER_CHANNELS: Final = ("email", "sms", "webhook", "chat", "webpush")
 _LISTS: Final = ("userIds", "channels", "fallback", "actions")
-LATER_FIELDS: Final = ("topic", "template", "params", "dedupe", "scheduleAt")
+LATER_FIELDS: Final = ("topic", "dedupe", "scheduleAt")
 """Known to the protocol, not built yet: refused unless null."""
 METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
 PRIORITY_NAMES: Final = (*PRIORITIES, "critical")
@@ -41,6 +41,9 @@ PRIORITY_NAMES: Final = (*PRIORITIES, "critical")
 Instant = Annotated[datetime, Meta(tz=True)]
 """An RFC 3339 time with its offset."""
 
+_TEMPLATE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(@[1-9][0-9]{0,8})?")
+LOCALE: Final = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8}){0,3}")
+"""What a locale looks like (BCP 47, as far as templates tell them apart)."""
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
 
@@ -191,12 +194,29 @@ def _check_flag(value: Any) -> FieldError | None:
     return None if isinstance(value, bool) else FieldError("aggregate", "true or false", shown(value))
 
 
+def _check_template(value: Any) -> FieldError | None:
+    ok = isinstance(value, str) and _TEMPLATE.fullmatch(value) is not None
+    return None if ok else FieldError("template", "the id of a template, or id@version", shown(value))
+
+
+def _check_params(value: Any) -> FieldError | None:
+    return None if is_object(value) else FieldError("params", "an object", shown(value))
+
+
+def _check_locale(value: Any) -> FieldError | None:
+    ok = isinstance(value, str) and LOCALE.fullmatch(value) is not None
+    return None if ok else FieldError("locale", "a locale such as pt or pt-BR", shown(value))
+
+
 _OTHERS: Final[dict[str, Callable[[Any], FieldError | None]]] = {
     "body": _check_body,
     "priority": _check_priority,
     "data": _check_data,
     "expiresAt": _check_expires,
     "aggregate": _check_flag,
+    "template": _check_template,
+    "params": _check_params,
+    "locale": _check_locale,
 }
 
 
@@ -272,8 +292,14 @@ def explain_event(item: Any, *, recipients: bool) -> Refusal | None:
 def _explain_required(item: dict[str, Any], wrong: list[FieldError], later: list[FieldError]) -> None:
     if item.get("type") is None:
         wrong.append(FieldError("type", "1-64 characters", "nothing"))
-    if item.get("title") is None and not (later and item.get("template") is not None):
-        wrong.append(FieldError("title", "1-255 characters", "nothing"))
+    if item.get("template") is None:
+        if item.get("title") is None:
+            wrong.append(FieldError("title", "1-255 characters", "nothing"))
+        for name in ("params", "locale"):
+            if item.get(name) is not None:
+                wrong.append(FieldError(name, f"absent: {name} belongs to template", shown(item[name])))
+    elif item.get("body") is not None:
+        wrong.append(FieldError("body", "absent: the template has it", shown(item["body"])))
     named = [name for name in ("userId", "userIds", "topic") if item.get(name) is not None]
     if not named:
         wrong.append(FieldError("userId", "userId or userIds", "neither"))

@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple, cast
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -36,6 +37,7 @@ from carillon.event_rules import (
     explain_event,
     has_control,
     is_array,
+    is_object,
     text_error,
     tree_errors,
 )
@@ -43,6 +45,7 @@ from carillon.external import ChannelName, ExternalName
 from carillon.ids import Uuid7Source, slot_of
 from carillon.messages import Event
 from carillon.problems import FieldError, Problem, problem, shown
+from carillon.templates import Rendered
 
 ROUTE: Final = "events"
 """First part of scoped idempotency keys."""
@@ -95,8 +98,19 @@ class EventBody(Struct, rename="camel", forbid_unknown_fields=True, omit_default
     topic: None = None
     template: None = None
     params: None = None
+    locale: None = None
     dedupe: None = None
     schedule_at: None = None
+
+
+class TemplatedBody(EventBody, kw_only=True):
+    """An event whose texts come from a template; what it names itself wins."""
+
+    # msgspec takes a field of the same name for another one; in Python's types it is not.
+    title: _Label | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    template: _Label  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
+    params: dict[str, Any] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    locale: _Name | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class _Content(Struct):
@@ -121,6 +135,7 @@ class _Content(Struct):
     sourceApp: str | UnsetType = UNSET
     channels: list[str] | UnsetType = UNSET
     collapseKey: str | UnsetType = UNSET
+    channelContent: dict[str, dict[str, str]] | UnsetType = UNSET
 
 
 _decode_one: Final = msgspec.json.Decoder(EventBody).decode
@@ -156,6 +171,24 @@ class Request(NamedTuple):
 
 class _SlowPathError(Exception):
     """The fast path does not accept this; the slow one decides. Never leaves this module."""
+
+
+class TemplatesWantedError(InvalidInputError):
+    """Some events name templates, which are rendered elsewhere: then `EventParser.parse_prepared`.
+
+    Args (positional): the body as plain values.
+    """
+
+    code = "not_supported"
+
+    def __init__(self, document: Any) -> None:
+        super().__init__("templates are rendered before events are parsed", "template")
+        self.args = (document,)
+        self.document = document
+
+
+Prepared = Mapping[str, Rendered] | Problem
+"""What became of one event's template: by recipient, or why not."""
 
 
 class EventParser:
@@ -202,15 +235,51 @@ class EventParser:
             ValueError,
             OverflowError,
         ):
-            return self._explained(read_json(body), tenant, now_ms, key)
+            document = read_json(body)
+            if wants_templates(document):
+                raise TemplatesWantedError(document) from None
+            return self._explained(document, tenant, now_ms, key, {})
+
+    def parse_prepared(
+        self,
+        document: Any,
+        prepared: Mapping[int, Prepared],
+        tenant: str,
+        now_ms: int,
+        key: str | None = None,
+    ) -> Request:
+        """Parse a body some of whose events name templates.
+
+        Args:
+            document: of TemplatesWantedError.
+            prepared: by place of the event (0 for a single one); events that break a rule may be missing.
+
+        Raises:
+            ProblemError: the request as a whole is refused.
+        """
+        return self._explained(document, tenant, now_ms, key, prepared)
 
     # -- shapes -------------------------------------------------------------------------------------
 
-    def _single(self, one: EventBody, tenant: str, now_ms: int, key: str | None, suspicious: bool) -> Event:
+    def _single(
+        self,
+        one: EventBody,
+        tenant: str,
+        now_ms: int,
+        key: str | None,
+        suspicious: bool,
+        prepared: Mapping[str, Rendered] | None = None,
+    ) -> Event:
         user = one.user_id
         if user is None:
             raise _SlowPathError
-        event = self._event(one, tenant, user, now_ms, self._content(one, now_ms, suspicious))
+        if prepared is None:
+            content = self._content(one, now_ms, suspicious)
+        else:
+            content = self._content(
+                _filled(one, prepared[user], user), now_ms, suspicious, prepared[user].channels
+            )
+        event = self._event(one, tenant, user, now_ms, content)
         chosen = one.idempotency_key or key
         if chosen is not None:
             event.idempotency_key = f"{ROUTE}:{chosen}"
@@ -234,7 +303,13 @@ class EventParser:
         return Request(events, [Slot(index, None, None) for index in range(len(events))])
 
     def _fan_out(
-        self, one: EventBody, tenant: str, now_ms: int, key: str | None, suspicious: bool
+        self,
+        one: EventBody,
+        tenant: str,
+        now_ms: int,
+        key: str | None,
+        suspicious: bool,
+        prepared: Mapping[str, Rendered] | None = None,
     ) -> Request:
         users = one.user_ids
         assert users is not None
@@ -246,7 +321,8 @@ class EventParser:
                 [FieldError("userIds", f"at most {MAX_ITEMS} recipients", f"{len(users)} recipients")],
             )
         one.user_ids = None
-        content = self._content(one, now_ms, suspicious)
+        content = "" if prepared is not None else self._content(one, now_ms, suspicious)
+        contents: dict[int, str] = {}  # of what was rendered, once for all who get it
         chosen = one.idempotency_key or key
         events: list[Event] = []
         slots: list[Slot] = []
@@ -262,6 +338,14 @@ class EventParser:
                 )
                 slots.append(Slot(-1, shown(user, 128) if isinstance(user, str) else None, told))
                 continue
+            if prepared is not None:
+                rendered = prepared[user]
+                content = contents.get(id(rendered))
+                if content is None:
+                    content = self._content(
+                        _filled(one, rendered, None), now_ms, suspicious, rendered.channels
+                    )
+                    contents[id(rendered)] = content
             event = self._event(one, tenant, user, now_ms, content)
             if chosen is not None:
                 event.idempotency_key = f"{ROUTE}:{chosen}#{user}"
@@ -273,7 +357,13 @@ class EventParser:
 
     # -- pieces -------------------------------------------------------------------------------------
 
-    def _content(self, one: EventBody, now_ms: int, suspicious: bool) -> str:
+    def _content(
+        self,
+        one: EventBody,
+        now_ms: int,
+        suspicious: bool,
+        channel_content: dict[str, dict[str, str]] | None = None,
+    ) -> str:
         """Check what the decoder's types do not say and write the content. Raises _SlowPathError.
 
         The recipients are no part of an event's 32 KiB: a fan-out to 1,000 long ids is still one small event.
@@ -312,6 +402,7 @@ class EventParser:
                 one.source_app or UNSET,
                 UNSET if one.channels is None else list(dict.fromkeys(one.channels)),
                 one.collapse_key or UNSET,
+                channel_content or UNSET,
             )
         )[1:-1]
         # Content leaves out the ids and keys of the event, at most 2.5 KiB, and adds less than 300 bytes.
@@ -346,16 +437,18 @@ class EventParser:
             fallback=list(dict.fromkeys(one.fallback)) if one.fallback else None,
         )
 
-    def _explained(self, document: Any, tenant: str, now_ms: int, key: str | None) -> Request:
+    def _explained(
+        self, document: Any, tenant: str, now_ms: int, key: str | None, prepared: Mapping[int, Prepared]
+    ) -> Request:
         """The slow path: the same verdicts, item by item, with reasons."""
         if not is_array(document):
-            one = _accepted(document, recipients=True)
+            one, made = _with_texts(document, prepared.get(0), recipients=True)
             if isinstance(one, Problem):
                 raise ProblemError(one)
             try:
                 if one.user_ids is not None:
-                    return self._fan_out(one, tenant, now_ms, key, suspicious=False)
-                return Request([self._single(one, tenant, now_ms, key, suspicious=False)], None)
+                    return self._fan_out(one, tenant, now_ms, key, False, made)
+                return Request([self._single(one, tenant, now_ms, key, False, made)], None)
             except _SlowPathError:
                 raise ProblemError(_UNEXPLAINED) from None
         if len(document) > MAX_ITEMS:
@@ -366,17 +459,48 @@ class EventParser:
         events: list[Event] = []
         slots: list[Slot] = []
         for index, item in enumerate(document):
-            one = _accepted(item, recipients=False)
+            one, made = _with_texts(item, prepared.get(index), recipients=False)
             if not isinstance(one, Problem):
                 item_key = None if key is None else f"{key}#{index}"
                 try:
-                    events.append(self._single(one, tenant, now_ms, item_key, suspicious=False))
+                    events.append(self._single(one, tenant, now_ms, item_key, False, made))
                     slots.append(Slot(len(events) - 1, None, None))
                     continue
                 except _SlowPathError:
                     one = _UNEXPLAINED
             slots.append(Slot(-1, None, one))
         return Request(events, slots)
+
+
+def wants_templates(document: Any) -> bool:
+    """Whether an event of a body names a template."""
+    items = document if is_array(document) else [document]
+    return any(is_object(item) and item.get("template") is not None for item in items)
+
+
+def _with_texts(
+    item: Any, prepared: Prepared | None, *, recipients: bool
+) -> tuple[EventBody | Problem, Mapping[str, Rendered] | None]:
+    """A body and what its template made for its recipients, or the problem."""
+    one = _accepted(item, recipients=recipients)
+    if isinstance(one, Problem) or not isinstance(one, TemplatedBody):
+        return one, None
+    if prepared is None:
+        return problem("not_supported", "templates are not rendered here"), None
+    return (prepared, None) if isinstance(prepared, Problem) else (one, prepared)
+
+
+def _filled(one: EventBody, rendered: Rendered, user: str | None) -> EventBody:
+    """A body with the texts of its template, those of its own over them."""
+    texts = rendered.members
+    return msgspec.structs.replace(
+        cast("Any", one),
+        user_id=user,
+        title=one.title or texts["title"],
+        body=texts.get("body"),
+        link=one.link or texts.get("link"),
+        image_url=one.image_url or texts.get("imageUrl"),
+    )
 
 
 _UNEXPLAINED: Final = problem("invalid", "the event breaks a rule of docs/reference/http.md")
@@ -413,7 +537,7 @@ def _accepted(item: Any, *, recipients: bool) -> EventBody | Problem:
     refusal = explain_event(item, recipients=recipients)
     if refusal is None:
         try:
-            one = msgspec.convert(item, EventBody)
+            one = msgspec.convert(item, EventBody if item.get("template") is None else TemplatedBody)
             size = event_bytes(one)
         except (msgspec.ValidationError, UnicodeError, OverflowError) as exc:
             return problem("invalid", str(exc))

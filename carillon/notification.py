@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from carillon.clock import rfc3339
+from carillon.external import PUSH
 from carillon.ids import uuid_text
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -35,7 +36,7 @@ ALWAYS: Final[dict[str, Any]] = {
 
 OPTIONAL: Final = (
     "imageUrl", "icon", "link", "expiresAt", "campaignId", "sourceApp", "channels",
-    "count", "actors", "aggregationKey", "collapseKey",
+    "count", "actors", "aggregationKey", "collapseKey", "channelContent",
 )  # fmt: skip
 """Immutable members that are present only when set."""
 
@@ -82,6 +83,20 @@ def encode_content(members: dict[str, Any]) -> str:
 def decode_content(content: str) -> dict[str, Any]:
     """The members of a stored `content`."""
     return _decode(f"{{{content}}}")
+
+
+def text_of(members: dict[str, Any], channel: str, provider: str, name: str) -> Any:
+    """A member as one external channel tells it: its own text (`channelContent`), else that of all."""
+    own = members.get("channelContent")
+    if own is not None:
+        for key in (provider, channel, PUSH):
+            found = own.get(key, _NOTHING).get(name)
+            if found is not None:
+                return found or None
+    return members.get(name)
+
+
+_NOTHING: Final[dict[str, Any]] = {}
 
 
 def target_of(content: str) -> str | None:

@@ -58,6 +58,7 @@ _TABLE: Final[dict[str, tuple[int, str]]] = {
     "too_large": (413, "The request is too large"),
     "invalid": (422, "The request is not valid"),
     "not_supported": (422, "Not supported"),
+    "template_failed": (422, "The template could not be rendered"),
     "idempotency_conflict": (422, "The idempotency key was used with another body"),
     "busy": (429, "Too many requests at once"),
     "rate_limited": (429, "Too many requests"),

@@ -488,6 +488,34 @@ class RouterSettings:
 
 
 @dataclass(frozen=True)
+class TemplateSettings:
+    """Templates: what rendering one may take."""
+
+    cache_s: float = setting(
+        2.0,
+        "A changed template holds everywhere within so long; at once where it was changed.",
+        low=0.0,
+        unit="s",
+    )
+    cache_size: int = setting(2000, "Versions of templates kept by a replica.", low=1)
+    time_limit_s: float = setting(0.1, "Processor time of one text.", low=0.001, high=10.0, unit="s")
+    max_steps: int = setting(10_000, "Loop turns and filters of one text.", low=10)
+    max_length: int = setting(32_768, "Characters of one text and of every value on the way to it.", low=256)
+    max_memory_bytes: int = setting(536_870_912, "Address space of a process that renders.", low=134_217_728)
+    processes: int = setting(
+        1, "Processes that render, per replica and shard; started with the first template.", low=1, high=16
+    )
+    batch: int = setting(50, "Texts rendered in one turn of a process.", low=1, high=1000)
+    max_waiting: int = setting(200, "Requests that wait for a process before further ones are busy.", low=1)
+    start_s: float = setting(
+        5.0,
+        "Longest start of such a process, and how much later than its own clock it is ended.",
+        low=0.1,
+        unit="s",
+    )
+
+
+@dataclass(frozen=True)
 class Settings:
     """The whole tree."""
 
@@ -501,6 +529,7 @@ class Settings:
     push: PushSettings = field(default_factory=PushSettings)
     router: RouterSettings = field(default_factory=RouterSettings)
     presence: PresenceSettings = field(default_factory=PresenceSettings)
+    template: TemplateSettings = field(default_factory=TemplateSettings)
 
     def __post_init__(self) -> None:
         for section in dataclasses.fields(self):

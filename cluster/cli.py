@@ -17,6 +17,7 @@ from carillon.errors import CarillonError, SettingsError
 from carillon.settings import Settings, load_settings
 from cluster import dead_letters
 from cluster.maintenance import KINDS
+from cluster.template_commands import add_commands as add_template_commands
 
 Handler = Callable[[argparse.Namespace, Settings], int]
 
@@ -35,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_admin_commands(commands)
     for command in dead_letters.add_commands(commands):
         _data_dir(command)
+    add_template_commands(commands, _command, _dsn)
     return parser
 
 
@@ -52,6 +54,15 @@ def _data_dir(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="data, secrets and state of this machine (default: .carillon, or CARILLON_CLUSTER_RUNTIME_DIR)",
     )
+
+
+def _dsn(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dsn",
+        help="the database (default: CARILLON_POSTGRES_DSN, else that of the system that runs in the "
+        "data folder)",
+    )
+    _data_dir(parser)
 
 
 def _address(parser: argparse.ArgumentParser, text: str) -> None:
@@ -274,12 +285,7 @@ def _add_admin_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
         limit,
         audit,
     ):
-        parser.add_argument(
-            "--dsn",
-            help="the database (default: CARILLON_POSTGRES_DSN, else that of the system that runs in the "
-            "data folder)",
-        )
-        _data_dir(parser)
+        _dsn(parser)
 
 
 def _seconds(text: str) -> float:
@@ -353,9 +359,9 @@ def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
 
 
 def _handlers() -> dict[str, Handler]:
-    from cluster import admin, remote
+    from cluster import admin, remote, templates
 
-    return {"up": _up, **remote.HANDLERS, **admin.HANDLERS, **dead_letters.HANDLERS}
+    return {"up": _up, **remote.HANDLERS, **admin.HANDLERS, **dead_letters.HANDLERS, **templates.HANDLERS}
 
 
 def _up(options: argparse.Namespace, settings: Settings) -> int:

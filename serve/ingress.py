@@ -22,6 +22,7 @@ import uvicorn
 from actors.config import ActorConfig
 from actors.member import advertised_host
 from actors.tls import server_context
+from actors.templates import Templates
 from carillon.clock import Clock, SystemClock
 from carillon.errors import CarillonError, ClusterError
 from carillon.events import EventParser
@@ -38,6 +39,7 @@ from stores.postgres.dead_letters import DeadLetterReader
 from stores.postgres.feed import FeedReader
 from stores.postgres.pool import open_pool
 from stores.postgres.search import SearchReader
+from stores.postgres.templates import TemplateStore
 from stores.postgres.tenants import TenantStore
 from stores.postgres.tickets import TicketStore
 from stores.redis.hot_feed import HotFeedStore
@@ -119,6 +121,12 @@ class Ingress:
                 self.backend,
                 TicketStore(self._pool, settings.postgres.connect_timeout_s),
                 RateLimiter(settings.redis, settings.ingress.limit_lease_s, self._clock),
+                Templates(
+                    TemplateStore(self._pool, settings.postgres.connect_timeout_s),
+                    settings.template,
+                    self._clock,
+                    self.stats,
+                ),
                 DeadLetterReader(self._pool, settings.postgres.connect_timeout_s),
                 CachedFeed(feed, HotFeedStore(settings.redis, self._clock), self.stats),
                 SearchReader(self._pool, settings.ingress, self._clock, settings.postgres.connect_timeout_s),
@@ -205,6 +213,7 @@ class Ingress:
             await self.app.services.auth.close()
             await self.app.services.limits.close()
             await self.app.services.feeds.close()
+            await self.app.services.templates.close()
         if self.connections is not None:
             await self.connections.close()
         if self.backend is not None:

@@ -100,6 +100,17 @@ _EVENT_MEMBERS: Final[dict[str, Schema]] = {
     },
     "expiresAt": {**INSTANT, "description": "From 1970 to 9998, with offset."},
     "aggregate": {"const": False, "description": "true is not supported yet."},
+    "template": {
+        "type": "string",
+        "pattern": r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(@[1-9][0-9]{0,8})?$",
+        "description": "Instead of title and body: the id of a template, or id@version.",
+    },
+    "params": {"type": "object", "description": "Parameters of the template."},
+    "locale": {
+        "type": "string",
+        "pattern": "^[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8}){0,3}$",
+        "description": "Language of the template's texts; absent: the user's.",
+    },
     "fallback": {
         "type": "array",
         "maxItems": MAX_CHANNELS,
@@ -107,10 +118,30 @@ _EVENT_MEMBERS: Final[dict[str, Schema]] = {
         "description": "Tried one after the other when `channels` ended without success.",
     },
 }
-_FOR_ONE: Final = ("userId", "type", "title")
-_FOR_MANY: Final = ("userIds", "type", "title")
+_FOR_ONE: Final = ("userId", "type")
+_FOR_MANY: Final = ("userIds", "type")
+_TEMPLATED: Final = ("template", "params", "locale")
 _ONE: Final = nullable({k: v for k, v in _EVENT_MEMBERS.items() if k != "userIds"}, _FOR_ONE)
 _MANY: Final = nullable({k: v for k, v in _EVENT_MEMBERS.items() if k != "userId"}, _FOR_MANY)
+
+
+def _texts(members: dict[str, Schema], required: tuple[str, ...]) -> Schema:
+    """An event: with texts of its own, or with those of a template."""
+    null: Schema = {"type": "null"}
+    return {
+        **obj(members, list(required)),
+        "anyOf": [
+            {
+                "required": ["title"],
+                "properties": {"title": members["title"]["anyOf"][0], **dict.fromkeys(_TEMPLATED, null)},
+            },
+            {
+                "required": ["template"],
+                "properties": {"template": members["template"]["anyOf"][0], "body": null},
+            },
+        ],
+    }
+
 
 _NOTIFICATION_ALWAYS: Final[dict[str, Schema]] = {
     "id": UUID,
@@ -172,11 +203,11 @@ _DEAD_LETTER: Final[dict[str, Schema]] = {
 COMPONENTS: Final[dict[str, Schema]] = {
     "Event": {
         "description": "One event for one user.",
-        **obj(_ONE, list(_FOR_ONE)),
+        **_texts(_ONE, _FOR_ONE),
     },
     "EventToMany": {
         "description": "One event for several users.",
-        **obj(_MANY, list(_FOR_MANY)),
+        **_texts(_MANY, _FOR_MANY),
     },
     "EventResult": obj(
         {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from actors.templates import Templates
 from carillon.clock import Clock
 from carillon.events import EventParser
 from carillon.messages import Event, Message, Outcome, StatsReply
@@ -59,6 +60,7 @@ class Services:
     backend: Backend
     tickets: TicketStore
     limits: RateLimiter
+    templates: Templates
     dead_letters: DeadLetterReader
     feeds: CachedFeed
     search: SearchReader

@@ -7,9 +7,9 @@ from serve.routing import Route
 
 def all_routes() -> tuple[Route, ...]:
     """Every route, in the order of the documentation."""
-    from serve.routes import client, dead_letters, demo, events, operations, policy, users
+    from serve.routes import client, dead_letters, demo, events, operations, policy, templates, users
 
     return (
         *events.ROUTES, *users.ROUTES, *dead_letters.ROUTES, *client.ROUTES, *policy.ROUTES,
-        *operations.ROUTES, *demo.ROUTES,
+        *templates.ROUTES, *operations.ROUTES, *demo.ROUTES,
     )  # fmt: skip

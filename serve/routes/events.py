@@ -6,7 +6,7 @@ from typing import Final
 
 import msgspec
 
-from carillon.events import ProblemError, refused
+from carillon.events import ProblemError, TemplatesWantedError, refused
 from carillon.events import Request as ParsedEvents
 from carillon.ids import uuid_text
 from carillon.messages import Outcome
@@ -70,9 +70,14 @@ async def publish(
     Raises:
         ProblemError: the request as a whole is refused.
     """
-    parsed = services.parser.parse(
-        body, tenant, services.clock.now_ms(), None if key is None else key.decode("utf-8", "replace")
-    )
+    text_key = None if key is None else key.decode("utf-8", "replace")
+    try:
+        parsed = services.parser.parse(body, tenant, services.clock.now_ms(), text_key)
+    except TemplatesWantedError as wanted:
+        prepared = await services.templates.prepare(wanted.document, tenant, deadline)
+        parsed = services.parser.parse_prepared(
+            wanted.document, prepared, tenant, services.clock.now_ms(), text_key
+        )
     if caller is not None and caller.rate_per_s is not None and parsed.events:
         await admit(services, caller, len(parsed.events))
     outcomes = await services.backend.publish(parsed.events, deadline) if parsed.events else []

@@ -52,6 +52,13 @@ def test_commands_are_those_promised() -> None:
         "key rotate",
         "key limit",
         "audit",
+        "template",
+        "template put",
+        "template show",
+        "template list",
+        "template versions",
+        "template delete",
+        "template preview",
     }
 
 

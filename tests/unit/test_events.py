@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -12,20 +13,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from carillon.event_rules import LAST_EXPIRY_MS, expiry_ms, explain_event
-from carillon.events import EventBody, EventParser, ProblemError
+from carillon.events import EventBody, EventParser, ProblemError, TemplatesWantedError
 from carillon.external import CHANNELS, EXTERNAL
 from carillon.ids import Uuid7Source, slot_of
 from carillon.notification import encode_content
-from carillon.problems import problem_json
+from carillon.problems import problem, problem_json
+from carillon.templates import Rendered
 
 NOW = 1_700_000_000_123
 PARSER = EventParser(Uuid7Source())
 MINIMAL = {"userId": "ada", "type": "t", "title": "x"}
 
 
+RENDERED = Rendered({"title": "Hi"}, {"push": {"title": "Ho"}}, "default")
+
+
 def parse(document: Any, key: str | None = None) -> Any:
+    """Parse; whatever names a template gets the same text for everybody."""
     body = document if isinstance(document, bytes) else json.dumps(document).encode()
-    return PARSER.parse(body, "acme", NOW, key)
+    try:
+        return PARSER.parse(body, "acme", NOW, key)
+    except TemplatesWantedError as wanted:
+        made = {index: defaultdict(lambda: RENDERED) for index in range(1000)}
+        return PARSER.parse_prepared(wanted.document, made, "acme", NOW, key)
 
 
 def refusal(document: Any) -> Any:
@@ -190,8 +200,6 @@ def test_unknown_field_is_named() -> None:
 @pytest.mark.parametrize(
     "more",
     [
-        {"template": "t", "title": None},
-        {"params": {}},
         {"dedupe": {"key": "k"}},
         {"aggregate": True},
         {"scheduleAt": "2030-01-01T00:00:00Z"},
@@ -205,6 +213,68 @@ def test_later_fields_are_not_supported(more: dict[str, Any]) -> None:
     """What is known and not built yet is refused as not_supported, never ignored."""
     told = refusal({**MINIMAL, **more})
     assert (told.status, told.code) == (422, "not_supported")
+
+
+@pytest.mark.parametrize(
+    ("more", "path"),
+    [
+        ({"params": {}}, "params"),
+        ({"locale": "pt"}, "locale"),
+        ({"template": "t", "body": "x"}, "body"),
+        ({"template": "t@0"}, "template"),
+        ({"template": "../t"}, "template"),
+        ({"template": 5}, "template"),
+        ({"template": "t", "params": []}, "params"),
+        ({"template": "t", "locale": "Portuguese"}, "locale"),
+    ],
+)
+def test_rules_of_templates(more: dict[str, Any], path: str) -> None:
+    """Parameters and locale belong to a template, which stands instead of a body."""
+    told = refusal({**MINIMAL, **more})
+    assert (told.code, [e.path for e in told.errors]) == ("invalid", [path])
+
+
+def test_a_template_writes_the_content() -> None:
+    """Its texts become the event's, those the event names itself win, and other channels keep their own."""
+    body = {"userId": "ada", "type": "t", "template": "welcome@3", "params": {"a": 1}, "idempotencyKey": "k"}
+    [event] = parse(body).events
+    content = json.loads(f"{{{event.content}}}")
+    assert content["title"] == "Hi"
+    assert content["channelContent"] == {"push": {"title": "Ho"}}
+    assert encode_content(content) == event.content
+    assert "template" not in content
+    assert json.loads(f"{{{parse({**body, 'title': 'Mine'}).events[0].content}}}")["title"] == "Mine"
+
+
+def test_the_body_hash_is_of_what_was_sent() -> None:
+    """A template that changed between two tries does not make another body of the same request."""
+    body = {
+        "userIds": ["ada", "bob"],
+        "type": "t",
+        "template": "t",
+        "params": {"a": 1},
+        "idempotencyKey": "k",
+    }
+    first = parse(body).events
+    other = PARSER.parse_prepared(
+        body, {0: dict.fromkeys(("ada", "bob"), Rendered({"title": "Other"}, {}, "de"))}, "acme", NOW
+    ).events
+    assert [e.body_hash for e in first] == [e.body_hash for e in other]
+    assert first[0].content != other[0].content
+    assert parse({**body, "params": {"a": 2}}).events[0].body_hash != first[0].body_hash
+
+
+def test_one_failing_template_fails_its_item() -> None:
+    """A problem of one item's template is that item's; recipients of one event may get different texts."""
+    bad = problem("template_failed", "no")
+    item = {"userId": "ada", "type": "t", "template": "t"}
+    parsed = PARSER.parse_prepared([item, MINIMAL], {0: bad}, "acme", NOW)
+    assert [slot.refused for slot in parsed.slots or []] == [bad, None]
+    many = {"userIds": ["ada", "", "bob"], "type": "t", "template": "t"}
+    texts = {"ada": Rendered({"title": "A"}, {}, "x"), "bob": Rendered({"title": "B"}, {}, "y")}
+    parsed = PARSER.parse_prepared(many, {0: texts}, "acme", NOW)
+    assert ['"title":"A"' in e.content for e in parsed.events] == [True, False]
+    assert [slot.event for slot in parsed.slots or []] == [0, -1, 1]
 
 
 @pytest.mark.parametrize(
