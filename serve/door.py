@@ -87,6 +87,7 @@ class DoorProtocol(HttpToolsProtocol):
         self._ingress = app
         settings = app.services.settings.ingress
         self._limit = settings.max_request_bytes
+        self._early = min(EARLY_BYTES, self._limit)
         self._max_head = settings.max_head_bytes
         self._most = settings.max_connections
         self._head_bytes = 0
@@ -142,7 +143,7 @@ class DoorProtocol(HttpToolsProtocol):
                 and length is not None
                 and length.isdigit()
                 and (
-                    (size := int(length[:18])) <= EARLY_BYTES
+                    (size := int(length[:18])) <= self._early
                     or (size <= self._limit and self._ingress.knows(headers))
                 )
                 and b"transfer-encoding" not in headers

@@ -21,8 +21,8 @@ import uvicorn
 
 from actors.config import ActorConfig
 from actors.member import advertised_host
-from actors.tls import server_context
 from actors.templates import Templates
+from actors.tls import server_context
 from carillon.clock import Clock, SystemClock
 from carillon.errors import CarillonError, ClusterError
 from carillon.events import EventParser
