@@ -241,6 +241,35 @@ def test_offline_user_gets_a_push(dev: dict[str, Any], user: str, received: str)
     wait_until(pushed, 20, f"the push at {received}")
 
 
+def test_the_clients_command_line_needs_no_arguments(
+    installation: Installation, dev: dict[str, Any], tmp_path: Path
+) -> None:
+    """Beside .carillon/dev.json `carillon` sends, tails and asks for presence without URLs or keys."""
+    (tmp_path / ".carillon").symlink_to(installation.folder)
+    cli = [sys.executable, "-m", "carillon_client"]
+    tail = subprocess.Popen([*cli, "tail", "cleo", "--json"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    try:
+
+        def run(*arguments: str) -> str:
+            done = subprocess.run(
+                [*cli, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+            )
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        wait_until(lambda: run("presence", "cleo").startswith("cleo active"), 30, "cleo's presence")
+        sent = json.loads(run("send", "cleo", "to the terminal", "--json"))
+        assert sent["status"] == "delivered"
+        assert tail.stdout is not None
+        assert json.loads(tail.stdout.readline())["notification"]["id"] == sent["id"]
+        tail.send_signal(signal.SIGINT)
+        assert tail.wait(20) == 0
+    finally:
+        if tail.poll() is None:
+            tail.kill()
+        tail.communicate()
+
+
 def test_second_up_is_refused(installation: Installation, dev: dict[str, Any]) -> None:
     """Another `up` in the same folder ends with a sentence that names the process that has it."""
     assert installation.process is not None
