@@ -59,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="SCENARIO",
         type=str.upper,
-        help="S1 ... S9; none means all, but for those that kill processes unless --start is given",
+        help="S1 ... S10; none means all, but for those that kill processes unless --start is given",
     )
     where = parser.add_argument_group("the system")
     where.add_argument(
@@ -79,10 +79,10 @@ def make_parser() -> argparse.ArgumentParser:
     for name, kind, text in (
         ("users", int, "users that events go to"),
         ("devices", int, "sockets of each online user"),
-        ("duration-s", float, "length of S2 and S3 in seconds; S4 and S7 run twice, S9 1.5 times as long"),
+        ("duration-s", float, "seconds of S2, S3; S4 and S7 take twice, S9 1.5 times, S10 8 times as long"),
         ("concurrency", int, "HTTP connections"),
         ("batch", int, "events of a batch"),
-        ("rate-per-s", float, "events per second of S4, S7 and S9"),
+        ("rate-per-s", float, "events per second of S4, S7, S9 and S10"),
         ("ack-s", float, "seconds between a device's acknowledgements; 0 never acknowledges"),
         ("sequential-events", int, "events of S1"),
         ("offline-events", int, "events of S5"),

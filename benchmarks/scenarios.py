@@ -1,4 +1,4 @@
-"""The scenarios S1 to S9. Each sets up users of its own, sends, and ends in a `Measurement`."""
+"""The scenarios S1 to S10. Each sets up users of its own, sends, and ends in a `Measurement`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, Final
 from benchmarks.bench import Bench, Measurement, Options, Progress, opened
 from benchmarks.checks import received_pushes
 from benchmarks.faults import reconnects, shard_killed
+from benchmarks.outbox_cost import outbox_cost
 from benchmarks.procs import cpu_between, snapshot
 from benchmarks.stats import summary_ms
 from benchmarks.storm import connection_storm
@@ -299,6 +300,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "S7": cpu_cost,
     "S8": reconnects,
     "S9": shard_killed,
+    "S10": outbox_cost,
 }
 
 DESTRUCTIVE: Final = frozenset({"S8", "S9"})

@@ -1,0 +1,152 @@
+"""S10: what an outbox row and an acknowledgement for each event cost: the same path with and without them.
+
+Two groups of users on one system, in turns: `bare` users have no push device and never acknowledge, so that
+their events leave no row in the outbox; `full` users have one device each and acknowledge as clients do, so
+that each event makes a row, which the acknowledgement cancels. Each turn is a closed loop (throughput) and an
+open loop (latency); which group begins changes from turn to turn, so that a machine that becomes slower or
+faster meanwhile favours none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+from dataclasses import fields, replace
+from typing import Any, Final
+
+from benchmarks.bench import Bench, Measurement, Options, Progress, opened
+from benchmarks.ledger import Verdict
+from benchmarks.stats import summary_ms
+from benchmarks.target import Target, TargetError
+from benchmarks.wire import http_request, now
+
+TURNS: Final = 4
+KINDS: Final = ("bare", "full")
+
+
+async def outbox_cost(target: Target, options: Options, progress: Progress) -> Measurement:
+    """S10: the path with an outbox row and an acknowledgement for each event, against the path without."""
+    quiet = replace(options, warmup_events=0)
+    connections = options.concurrency
+    async with (
+        opened(
+            target, replace(quiet, ack_s=0.0), "S10-bare", users=options.users, connections=connections
+        ) as bare,
+        opened(target, quiet, "S10-full", users=options.users, connections=connections) as full,
+        progress.watch(full),
+    ):
+        await _give_devices(full, target)
+        benches = dict(zip(KINDS, (bare, full), strict=True))
+        for bench in benches.values():
+            bench.options = replace(bench.options, warmup_events=options.warmup_events)
+            await bench.warm_up()
+        rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        waits: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+        for turn in range(TURNS):
+            for kind in KINDS if turn % 2 == 0 else reversed(KINDS):
+                rates[kind].append(await _closed(benches[kind], options.duration_s / 2))
+                waits[kind].append(await _open(benches[kind], options.duration_s / 2))
+        done = [await bench.finish(bench.name, {}) for bench in benches.values()]
+    ratios = [full / bare for bare, full in zip(*rates.values(), strict=True)]
+    metrics: dict[str, Any] = {
+        "throughput_ratio": statistics.median(ratios),
+        "latency_p50_ratio": _ratio(waits, "p50"),
+        "latency_p99_ratio": _ratio(waits, "p99"),
+    }
+    for kind in KINDS:
+        metrics[kind] = {
+            "events_per_s": statistics.median(rates[kind]),
+            "end_to_end_ms": {
+                name: statistics.median(one[name] for one in waits[kind]) for name in ("p50", "p99")
+            },
+        }
+    measurement = Measurement(
+        "S10", "an outbox row and an acknowledgement for each event", metrics,
+        merged([one.verdict for one in done]),
+    )  # fmt: skip
+    for kind in KINDS:
+        part = metrics[kind]
+        measurement.notes.append(
+            f"{kind}: {part['events_per_s']:,.0f} events/s with {connections} connections; at "
+            f"{options.rate_per_s:g}/s p50 {part['end_to_end_ms']['p50']:.2f} ms, "
+            f"p99 {part['end_to_end_ms']['p99']:.2f} ms (medians of {TURNS} turns)"
+        )
+    measurement.notes.append(
+        f"full against bare, turn by turn: throughput {metrics['throughput_ratio']:.3f}, "
+        f"p50 {metrics['latency_p50_ratio']:.3f}, p99 {metrics['latency_p99_ratio']:.3f}; throughput of the "
+        f"turns {', '.join(f'{ratio:.2f}' for ratio in ratios)}"
+    )
+    return measurement
+
+
+def _ratio(waits: dict[str, list[dict[str, float]]], name: str) -> float:
+    """The median over the turns of full / bare."""
+    return statistics.median(
+        full[name] / bare[name] for bare, full in zip(waits["bare"], waits["full"], strict=True)
+    )
+
+
+async def _give_devices(bench: Bench, target: Target) -> None:
+    """A phone for each user."""
+    for number, user in enumerate(bench.users):
+        body = json.dumps(
+            {"platform": "android", "provider": "fcm", "token": f"fcm-{user}", "appId": "bench"}
+        ).encode()
+        connection = bench.connections[number % len(bench.connections)]
+        response = await connection.request(
+            http_request(bench.door, "PUT", f"/v1/users/{user}/devices/phone", body, target.api_key)
+        )
+        if response.status not in {200, 201, 204}:
+            raise TargetError(f"PUT device answered {response.status}: {response.body[:200]!r}")
+
+
+async def _closed(bench: Bench, duration_s: float) -> float:
+    """All connections post as fast as they are answered; events per second."""
+    started, stop_at = now(), now() + duration_s
+    before = len(bench.ledger.accepted)
+    total = len(bench.users)
+
+    async def worker(index: int) -> None:
+        number = index
+        while now() < stop_at:
+            if not await bench.post(bench.connections[index], number % total, now()):
+                await asyncio.sleep(0.05)
+            number += len(bench.connections) + 1
+
+    await asyncio.gather(*(worker(index) for index in range(len(bench.connections))))
+    await bench.settle()
+    return (len(bench.ledger.accepted) - before) / (now() - started)
+
+
+async def _open(bench: Bench, duration_s: float) -> dict[str, float]:
+    """Post at the fixed rate; latencies in ms of the events of this turn."""
+    from benchmarks.scenarios import open_loop
+
+    began = now()
+    await open_loop(bench, duration_s)
+    await bench.settle()
+    waits = []
+    for receiver in bench.receivers:
+        for at, notification, _ in receiver.device.receipts:
+            entry = bench.ledger.accepted.get(notification)
+            if entry is not None and entry.intended_s >= began:
+                waits.append(at - entry.intended_s)
+    return summary_ms(waits)
+
+
+def merged(verdicts: list[Verdict]) -> Verdict:
+    """The verdict on several groups of users."""
+    whole = Verdict()
+    for verdict in verdicts:
+        for field in fields(Verdict):
+            mine, other = getattr(whole, field.name), getattr(verdict, field.name)
+            if other is None:
+                continue
+            if isinstance(other, dict):
+                mine.update({key: mine.get(key, 0) + count for key, count in other.items()})
+            elif isinstance(other, list):
+                mine.extend(other)
+            else:
+                setattr(whole, field.name, (mine or 0) + other)
+    return whole
