@@ -27,7 +27,8 @@ END_OF_HEAD: Final = b"\r\n\r\n"
 MAX_QUERY_FIELDS: Final = 32
 
 quiet = logging.getLogger("carillon.websocket")
-"""For websockets' protocol objects: they log each opening and closing at INFO, which formats nothing here."""
+"""For websockets' protocol objects: they log each opening and closing at INFO, and at DEBUG whole requests,
+tokens included. Nothing of that is to be written, whatever the level of the others."""
 quiet.setLevel(logging.WARNING)
 
 

@@ -574,7 +574,8 @@ def _print_table(console: Console, system: System) -> None:
         rows += [
             ("demo", facts["demoUrl"]),
             ("tenant", f"{facts['tenant']}   (users alice, bob, carol)"),
-            ("API key", facts["apiKey"]),
+            # For the person who watches; what is not a terminal is a log, which is no place for it.
+            ("API key", facts["apiKey"] if sys.stdout.isatty() else "see the file for tools"),
             ("pushes", f"{facts['fcmReceivedUrl']}   {facts['apnsReceivedUrl']}"),
         ]
     rows += [

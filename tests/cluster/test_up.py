@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jwt
 import pytest
@@ -268,6 +269,53 @@ def test_the_clients_command_line_needs_no_arguments(
         if tail.poll() is None:
             tail.kill()
         tail.communicate()
+
+
+def test_no_log_and_no_command_line_has_a_secret(installation: Installation, dev: dict[str, Any]) -> None:
+    """After all that was done here: nothing that Carillon, Ray or the stores wrote names a credential."""
+    leaky = token(dev, "leaky")
+    with connect(f"{dev['wsUrl']}?token={leaky}", open_timeout=20) as socket_:
+        socket_.recv(timeout=20)
+    for door in ("httpUrl", "directUrl"):
+        for path in (f"/api/notifications?token={leaky}", f"/nowhere?ticket={leaky}"):
+            for credential in (leaky, leaky[:-4], dev["apiKey"], dev["apiKey"][:-1]):
+                asked = urllib.request.Request(
+                    dev[door] + path, headers={"Authorization": f"Bearer {credential}"}
+                )
+                try:
+                    urllib.request.urlopen(asked, timeout=20).close()
+                except urllib.error.HTTPError as refused:
+                    refused.close()
+    secrets = {
+        "API key": dev["apiKey"],
+        "client secret": dev["clientSecret"],
+        "client token": leaky,
+        "signature": leaky.rsplit(".", 1)[1],
+        "Postgres password": urlsplit(dev["postgresDsn"]).password,
+        "Valkey password": urlsplit(dev["redisUrl"]).password,
+        "cluster secret": (installation.folder / "secret").read_text().strip(),
+        "Ray token": (installation.folder / "ray_token").read_text().strip(),
+    }
+    logs = [installation.folder / "out", *installation.folder.rglob("*.log")]
+    for top in ("logs", "ray-logs"):
+        for folder, _, names in os.walk(installation.folder / top, followlinks=True):
+            logs += [Path(folder) / name for name in names]
+    assert len(logs) > 20, "Ray's logs are found"
+    for path in logs:
+        if not path.is_file():
+            continue
+        said = path.read_bytes()
+        for name, secret in secrets.items():
+            assert secret, name
+            assert secret.encode() not in said, f"{name} in {path}"
+    for pid, command in related(installation.folder).items():
+        try:
+            line = (Path("/proc") / str(pid) / "cmdline").read_bytes()
+        except OSError:
+            continue
+        for name, secret in secrets.items():
+            assert secret is not None
+            assert secret.encode() not in line, f"{name} in the command line of {command}"
 
 
 def test_second_up_is_refused(installation: Installation, dev: dict[str, Any]) -> None:

@@ -358,7 +358,8 @@ def bad_token(dice: Random, facts: Facts) -> Attack:
         for document in ({"type": "RESUME", "epoch": "e1", "lastSeq": 0}, {"type": "MARK_ALL_READ", "id": 1})
     )
     plain = "".join(
-        c if c.isalnum() or c in "-_." else "".join(f"%{b:02X}" for b in c.encode()) for c in token
+        c if (c.isascii() and c.isalnum()) or c in "-_." else "".join(f"%{b:02X}" for b in c.encode())
+        for c in token
     )
     if way == 0:
         data = request(f"/ws?token={plain}")
