@@ -57,6 +57,19 @@ class Store:
         self.rows: list[NotificationRow] = []
         self.changed: set[int] = set()
         self.time = 0
+        self.badge_at: dict[int, int] = {0: 0}
+        """By rev what a badge has to show there: the unread ones that can be seen."""
+        self.unread_at: dict[int, int] = {0: 0}
+        """By rev what the stream's row counted."""
+
+    @property
+    def badge(self) -> int:
+        """The unread ones that can be seen now."""
+        return sum(
+            r.read_ms is None and r.archived_ms is None and r.dismissed_ms is None
+            for r in self.rows
+            if not self.hidden(r.seq)
+        )
 
     @property
     def unread(self) -> int:
@@ -77,6 +90,7 @@ class Store:
         row = NotificationRow(id_of(self.seq), self.seq, self.rev, self.rev, '"title":"v0"')
         row.expires_ms = NOW_MS - 1 if expired else None
         self.rows.append(row)
+        self.badge_at[self.rev], self.unread_at[self.rev] = self.badge, self.unread
         return New(row.id, row.seq, row.rev, self.unread, row.content)
 
     def change(self, op: str, seqs: list[int], upto: int = 0) -> Changed | None:
@@ -112,6 +126,7 @@ class Store:
         for row in hit:
             row.rev = self.rev
             self.changed.add(row.seq)
+        self.badge_at[self.rev], self.unread_at[self.rev] = self.badge, self.unread
         return Changed(self.seq, self.rev, self.unread, self._frames(op, hit, at, upto), op == "edit")
 
     def _frames(self, op: str, hit: list[NotificationRow], at: int, upto: int) -> list[bytes]:
@@ -179,6 +194,11 @@ class Client:
         self.asked = False  # a position was sent and is not answered: the own one stands still
         self.shown_seq: int | None = None  # last seq of this connection, None before its WELCOME
         self.welcomes: list[Any] = []
+
+    @property
+    def badge(self) -> int:
+        """How many it shows as unread."""
+        return sum(not note.states & {"read", "archived", "dismissed"} for note in self.notes.values())
 
     def connected(self, with_position: bool) -> None:
         """A new connection begins."""
@@ -308,6 +328,9 @@ class Wire:
         self.resume: tuple[str, int, int | None] | None = None  # passed on and not answered
         self.drain_due = False
         self.began_seq = self.acked_seq = 0
+        self.live_at: int | None = (
+            None  # rev up to which its client shows exactly what was; None: catching up
+        )
 
     def gateway_takes(self) -> None:
         """The gateway writes the next frame and notes the position it carries."""
@@ -327,5 +350,14 @@ class Wire:
             self.rev = send.rev or self.rev
 
     def client_takes(self) -> None:
-        """The next frame reaches the client."""
-        self.client.handle(self.written.pop(0))
+        """The next frame reaches the client. Live ones leave a right badge behind, each."""
+        raw = self.written.pop(0)
+        self.client.handle(raw)
+        if self.live_at is None:
+            return
+        frame = json.loads(raw)
+        rev = frame.get("rev") or frame.get("notification", {}).get("rev", 0)
+        if rev > self.live_at and frame["type"] != "NOTIFICATION_UPDATED":  # else more of this rev follows
+            shown, right = self.client.badge, self.client.store.badge_at[rev]
+            assert shown == right, f"{frame['type']} brings the badge to {shown}, at rev {rev} it is {right}"
+            self.live_at = rev

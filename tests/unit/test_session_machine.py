@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from carillon.session import (
     Effect,
     LoadChanges,
     LoadNotifications,
+    Phase,
     PresenceChanged,
     PushSignal,
     Send,
@@ -104,6 +106,10 @@ class SessionMachine(RuleBasedStateMachine):
                 for attachment in effect.to:
                     wire = self.by_attachment.get(attachment)
                     assert wire is not None, "a frame to a detached attachment"
+                    if effect.replay or effect.epoch:
+                        wire.live_at = None  # it catches up: notifications first, then changes
+                    if effect.epoch:
+                        self.welcomed(effect)
                     if not wire.welcomed and not wire.in_flight:
                         assert b'"type":"WELCOME"' in effect.frame, "the first frame is WELCOME"
                     wire.in_flight.append(effect)
@@ -136,6 +142,11 @@ class SessionMachine(RuleBasedStateMachine):
             else:
                 assert isinstance(effect, Wake)
                 assert self.session.next_deadline() is not None
+
+    def welcomed(self, send: Send) -> None:
+        """A WELCOME's count is true for the rev beside it, whatever has happened since."""
+        told = json.loads(send.frame)
+        assert told["unreadCount"] == self.store.unread_at[told["rev"]], "the count is of another rev"
 
     def attach(self, wire: Wire, position: tuple[str, int, int | None] | None, **more: Any) -> None:
         self.numbers += 1
@@ -443,6 +454,19 @@ class SessionMachine(RuleBasedStateMachine):
         if attachments:
             seen = any(a.attention in ("focused", "visible") for a in attachments)
             assert self.status == ("active" if seen else "idle")
+
+    @invariant()
+    def badges_are_right(self) -> None:
+        """Whoever is live and has taken everything shows what the store has; so it stays, frame by frame."""
+        if not hasattr(self, "session") or self.session.rev != self.store.rev:
+            return  # a commit is still to be told
+        for wire in self.attached():
+            assert wire.attachment is not None
+            at_rest = wire.attachment.phase is Phase.LIVE and not wire.in_flight and not wire.written
+            if at_rest and wire.welcomed and not wire.client.asked:
+                assert wire.client.badge == self.store.badge
+                wire.client.check()
+                wire.live_at = self.store.rev
 
     @invariant()
     def suppression_is_bounded(self) -> None:
