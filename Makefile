@@ -44,6 +44,10 @@ check: $(STAMP) ## linters, formatter, types, import rules
 unit: $(STAMP) ## the tests that need no server (ARGS goes to pytest)
 	$(BIN)/pytest tests/unit -m "not slow" $(ARGS)
 
+.PHONY: web
+web: $(STAMP) ## build the web client and what the demo page loads of it
+	@sh deploy/web.sh build $(VENV)
+
 .PHONY: test
 test: $(STAMP) ## everything: check and all test suites, with a summary
 	@sh deploy/test.sh $(VENV) $(ARGS)
@@ -70,5 +74,6 @@ lock: $(STAMP) ## resolve pyproject.toml anew into requirements.lock
 
 .PHONY: clean
 clean: ## remove caches and the environment; data in .carillon stays
+	rm -rf clients/web/node_modules clients/web/packages/*/dist
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

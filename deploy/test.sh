@@ -32,6 +32,7 @@ for folder in unit conformance integration actors cluster chaos browser; do
         part "$folder" "$bin/pytest" "tests/$folder" -q -m "not slow" "$@"
     fi
 done
+part web-client sh deploy/web.sh test "${bin%/bin}"
 part python-client "$bin/pytest" clients/python/tests -q "$@"
 
 printf '\n== summary\n%s' "$summary"

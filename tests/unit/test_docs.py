@@ -14,7 +14,10 @@ from tests.unit.test_errors import tree
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-PACKAGES = ("carillon", "stores", "channels", "actors", "serve", "cluster", "clients/python/src")
+PACKAGES = (
+    *("carillon", "stores", "channels", "actors", "serve", "cluster"),
+    *("clients/python/src", "clients/web/packages/client/src"),
+)
 
 
 def read(name: str) -> str:
@@ -87,11 +90,11 @@ def test_the_websocket_page_has_every_frame_and_close_code() -> None:
 def test_every_module_is_on_the_map() -> None:
     """ARCHITECTURE.md has one line for each file of ours, and none for a file that is gone."""
     text = read("ARCHITECTURE.md")
-    named = set(re.findall(r"^\| `([\w/]+\.(?:py|sql))` \|", text, re.MULTILINE))
+    named = set(re.findall(r"^\| `([\w/]+\.(?:py|sql|ts))` \|", text, re.MULTILINE))
     files = {
         str(path.relative_to(ROOT))
         for package in PACKAGES
-        for kind in ("*.py", "*.sql")
+        for kind in ("*.py", "*.sql", "*.ts")
         for path in (ROOT / package).rglob(kind)
         if path.name != "__init__.py"
     }
