@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
-from carillon import tokens
+from carillon import policy, tokens
 from carillon.errors import NotFoundError, UnavailableError
 from serve.http import Request, Response, json_response
 from serve.routes.events import publish
@@ -16,7 +16,7 @@ from serve.routing import OPEN, Route
 from serve.schemas import USER_ID, nullable, obj, ref, text
 from serve.services import Services
 
-PAGE: Final = Path(__file__).parent.parent / "static" / "demo.html"
+STATIC: Final = Path(__file__).parent.parent / "static"
 TOKEN_TTL_S: Final = 3600.0
 
 
@@ -25,13 +25,27 @@ def _require_demo(services: Services) -> None:
         raise NotFoundError("demo mode is off (CARILLON_INGRESS_DEMO=true turns it on)")
 
 
-async def page(services: Services, request: Request) -> Response:
-    """GET /demo."""
+async def _file(name: str, content_type: bytes) -> Response:
     try:
-        html = await asyncio.to_thread(PAGE.read_bytes)
+        content = await asyncio.to_thread((STATIC / name).read_bytes)
     except FileNotFoundError:
         raise NotFoundError("the demo page is not part of this installation") from None
-    return Response(html, content_type=b"text/html; charset=utf-8")
+    return Response(content, content_type=content_type)
+
+
+async def page(services: Services, request: Request) -> Response:
+    """GET /demo."""
+    return await _file("demo.html", b"text/html; charset=utf-8")
+
+
+async def client(services: Services, request: Request) -> Response:
+    """GET /demo/carillon-client.js: the web client, as built from clients/web."""
+    return await _file("carillon-client.js", b"text/javascript; charset=utf-8")
+
+
+async def fallback(services: Services, request: Request) -> Response:
+    """GET /demo/fallback.js: what the web client loads where WebSockets do not get through."""
+    return await _file("fallback.js", b"text/javascript; charset=utf-8")
 
 
 async def config(services: Services, request: Request) -> Response:
@@ -43,6 +57,8 @@ async def config(services: Services, request: Request) -> Response:
         raise UnavailableError(f"the demo tenant {settings.demo_tenant!r} does not exist yet")
     now_ms = services.clock.now_ms()
     gateways = services.backend.gateways()
+    shard = services.settings.shard
+    stored = await services.tenants.policy(record.tenant)
     return json_response(
         {
             "wsUrl": gateways[0] if gateways else None,
@@ -55,6 +71,8 @@ async def config(services: Services, request: Request) -> Response:
                 for user in (name.strip() for name in settings.demo_users.split(","))
                 if user
             ],
+            "policy": policy.complete(stored, policy.cluster_default(shard)),
+            "graceS": shard.grace_s,
             "fcmReceivedUrl": settings.demo_fcm_received_url or None,
             "apnsReceivedUrl": settings.demo_apns_received_url or None,
         }
@@ -104,6 +122,14 @@ _TAG = "Demo"
 
 ROUTES: Final = (
     Route("GET", "/demo", page, OPEN, "The demo page", answer_type="text/html", problems=(404,), tag=_TAG),
+    Route(
+        "GET", "/demo/carillon-client.js", client, OPEN, "The web client",
+        answer_type="text/javascript", problems=(404,), tag=_TAG,
+    ),
+    Route(
+        "GET", "/demo/fallback.js", fallback, OPEN, "Its transports without WebSockets",
+        answer_type="text/javascript", problems=(404,), tag=_TAG,
+    ),
     Route(
         "GET", "/demo/config.json", config, OPEN, "Demo mode: where to connect, and tokens",
         answer=obj({}, strict=False), problems=(404, 503), tag=_TAG,

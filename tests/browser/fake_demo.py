@@ -19,7 +19,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from carillon.clock import rfc3339
 
-PAGE = Path(__file__).resolve().parents[2] / "serve/static/demo.html"
+STATIC = Path(__file__).resolve().parents[2] / "serve/static"
 USERS = ("ana", "ben", "chloe")
 
 
@@ -32,19 +32,26 @@ class FakeDemo:
         self.rev: dict[str, int] = defaultdict(int)
         self.log: dict[str, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
         self.frames: list[tuple[str, dict[str, Any]]] = []
+        self.positions: list[dict[str, str]] = []
         self.pushes: list[dict[str, Any]] = []
         self.epoch = "e1"
         self.token = "t1"
         self.refusing = False
         self.tells_presence = True
+        self.deaf = False
 
     async def __aenter__(self) -> FakeDemo:
         app = Starlette(
             routes=[
-                Route("/demo", lambda request: FileResponse(PAGE)),
+                Route("/demo", lambda request: FileResponse(STATIC / "demo.html")),
+                Route(
+                    "/demo/carillon-client.js", lambda request: FileResponse(STATIC / "carillon-client.js")
+                ),
+                Route("/demo/fallback.js", lambda request: FileResponse(STATIC / "fallback.js")),
                 Route("/demo/config.json", self._config),
                 Route("/demo/send", self._send, methods=["POST"]),
                 Route("/demo/received", self._received),
+                Route("/demo/{name}", self._static),
                 Route("/api/notifications", self._feed),
                 Route("/api/notifications/unread-count", self._count),
                 WebSocketRoute("/ws", self._socket),
@@ -121,9 +128,16 @@ class FakeDemo:
     def _user(self, request: Request) -> str:
         return request.headers["authorization"].split(":")[1]
 
+    async def _static(self, request: Request) -> FileResponse:
+        return FileResponse(STATIC / request.path_params["name"])
+
     async def _config(self, request: Request) -> JSONResponse:
         users = [{"userId": user, "token": f"{self.token}:{user}"} for user in USERS]
-        return JSONResponse({"wsUrl": f"ws://127.0.0.1:{self.port}/ws", "tenant": "demo", "users": users})
+        policy = {"whenAway": "push_after", "whenAwayDelayS": 30, "holdS": 60, "types": {}}
+        return JSONResponse(
+            {"wsUrl": f"ws://127.0.0.1:{self.port}/ws", "tenant": "demo", "users": users,
+             "policy": policy, "graceS": 5.0}
+        )  # fmt: skip
 
     async def _send(self, request: Request) -> JSONResponse:
         event = await request.json()
@@ -153,37 +167,47 @@ class FakeDemo:
 
     async def _socket(self, socket_: WebSocket) -> None:
         await socket_.accept("carillon.v1.json")
-        version, user = socket_.query_params["token"].split(":")
+        auth = json.loads(await socket_.receive_text())
+        assert auth["type"] == "AUTH"
+        version, user = auth["token"].split(":")
         if self.refusing:
             await socket_.close(4213)
             return
         if version != self.token:
             await socket_.close(4101)
             return
-        await socket_.send_text(self._welcome(user, None))
+        position = dict(socket_.query_params)
+        self.positions.append(position)
+        if position:
+            recovered = position["epoch"] == self.epoch
+            await socket_.send_text(self._welcome(user, recovered))
+            if recovered:
+                await self._replay(user, socket_, position)
+        else:
+            await socket_.send_text(self._welcome(user, None))
         try:
             while True:
                 frame = json.loads(await socket_.receive_text())
                 self.frames.append((user, frame))
                 self.sockets[user].add(socket_)  # live from the first frame on
                 await self._frame(user, socket_, frame)
+                if "id" in frame and frame["type"] != "WATCH_PRESENCE":
+                    await socket_.send_text(json.dumps({"type": "OK", "id": frame["id"]}))
         except (WebSocketDisconnect, RuntimeError):
             pass
         finally:
             self.sockets[user].discard(socket_)
 
+    async def _replay(self, user: str, socket_: WebSocket, position: dict[str, str]) -> None:
+        for note in self.notes[user][int(position["lastSeq"]) :]:
+            await socket_.send_text(json.dumps({"type": "NEW_NOTIFICATION", "notification": note}))
+        for rev, change in self.log[user]:
+            if rev > int(position["lastRev"]):
+                await socket_.send_text(json.dumps(change))
+
     async def _frame(self, user: str, socket_: WebSocket, frame: dict[str, Any]) -> None:
         kind = frame["type"]
-        if kind == "RESUME":
-            recovered = frame["epoch"] == self.epoch
-            await socket_.send_text(self._welcome(user, recovered))
-            if recovered:
-                for note in self.notes[user][frame["lastSeq"] :]:
-                    await socket_.send_text(json.dumps({"type": "NEW_NOTIFICATION", "notification": note}))
-                for rev, change in self.log[user]:
-                    if rev > frame["lastRev"]:
-                        await socket_.send_text(json.dumps(change))
-        elif kind == "MARK_READ":
+        if kind == "MARK_READ":
             for note in self.notes[user]:
                 note["read"] = note["read"] or note["id"] in frame["notificationIds"]
             await self.change(
@@ -216,5 +240,5 @@ class FakeDemo:
             for other in frame["userIds"]:
                 status = "active" if self.sockets[other] else "offline"
                 await socket_.send_text(json.dumps({"type": "PRESENCE", "userId": other, "status": status}))
-        elif kind == "PING":
+        elif kind == "PING" and not self.deaf:
             await socket_.send_text('{"type":"PONG"}')

@@ -49,7 +49,9 @@ async def test_send_receive_read_and_archive(fake: FakeDemo, browser: Chromium) 
         lambda: ("ana", {"type": "VISIBILITY", "state": "focused"}) in fake.frames, what="the VISIBILITY"
     )
     await eventually(
-        lambda: ("ana", {"type": "MARK_SEEN", "notificationIds": ["ana-1"]}) in fake.frames,
+        lambda: any(
+            frame["type"] == "MARK_SEEN" and frame["notificationIds"] == ["ana-1"] for _, frame in fake.frames
+        ),
         what="MARK_SEEN, once it was on the screen for a while",
     )
     await tab.click("#feed button[aria-label^='Mark as read']")
@@ -76,8 +78,7 @@ async def test_a_cut_connection_resumes_what_was_missed(fake: FakeDemo, browser:
     fake.refusing = False
     await tab.click("#link-button")  # "Try now"
     await tab.wait(f"{STATE} === 'open' && {TITLES} === 'three|two|one' && {BADGE} === '2'")
-    resume = next(frame for user, frame in fake.frames if frame["type"] == "RESUME")
-    assert resume == {"type": "RESUME", "epoch": "e1", "lastSeq": 2, "lastRev": rev}
+    assert fake.positions == [{}, {"epoch": "e1", "lastSeq": "2", "lastRev": str(rev)}]
     assert await tab.run("document.querySelectorAll('#feed li.read').length") == 1
 
 
@@ -111,18 +112,74 @@ async def test_an_expired_token_is_replaced_and_a_revoked_one_stops(
 
 
 async def test_two_tabs_stay_in_step(fake: FakeDemo, browser: Chromium) -> None:
-    """What one tab reads is read in the other, and both show one new notification once."""
+    """Two tabs share a connection, both show one new notification once, and what one reads both show."""
     first = await browser.open(f"{fake.url}?user=ana")
     second = await browser.open(f"{fake.url}?user=ana")
     for tab in (first, second):
         await tab.wait(f"{STATE} === 'open'")
-    await eventually(lambda: len(fake.sockets["ana"]) == 2, what="both tabs")
+    await eventually(lambda: len(fake.sockets["ana"]) == 1, what="the connection")
     await fake.notify("ana", "both")
     for tab in (first, second):
         await tab.wait(f"{TITLES} === 'both' && {BADGE} === '1'")
     await first.click("#read-all")
     for tab in (first, second):
         await tab.wait(f"{BADGE} === '0' && document.querySelector('#feed li.read') !== null")
+
+
+async def test_another_tab_takes_the_connection_over(fake: FakeDemo, browser: Chromium) -> None:
+    """The tab that holds the connection closes: the other goes on from its position, without a gap."""
+    first = await browser.open(f"{fake.url}?user=ana")
+    await first.wait(f"{STATE} === 'open'")
+    second = await browser.open(f"{fake.url}?user=ana")
+    await second.wait(f"{STATE} === 'open'")
+    await fake.notify("ana", "one")
+    for tab in (first, second):
+        await tab.wait(f"{TITLES} === 'one'")
+    assert len(fake.positions) == 1
+    fake.refusing = True
+    await first.close()
+    await eventually(lambda: not fake.sockets["ana"], what="the first tab's connection to go")
+    await fake.notify("ana", "two")
+    fake.refusing = False
+    await second.wait(f"{STATE} === 'open' && {TITLES} === 'two|one' && {BADGE} === '2'")
+    assert fake.positions[-1] == {"epoch": "e1", "lastSeq": "1", "lastRev": "0"}
+
+
+async def test_the_server_hears_what_the_tabs_look_at(fake: FakeDemo, browser: Chromium) -> None:
+    """VISIBILITY is the most attentive tab's: hidden only when all are, focused again when one is."""
+
+    def told() -> str | None:
+        states = [frame["state"] for _, frame in fake.frames if frame["type"] == "VISIBILITY"]
+        return states[-1] if states else None
+
+    # Two tabs of one user, whose visibility the test decides: headless tabs are all visible.
+    decide = """(state) => {
+        Object.defineProperty(document, "visibilityState", { configurable: true, get: () => state });
+        document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    first = await browser.open(f"{fake.url}?user=ana")
+    await first.wait(f"{STATE} === 'open'")
+    second = await browser.open(f"{fake.url}?user=ana")
+    await second.wait(f"{STATE} === 'open'")
+    await eventually(lambda: told() == "focused", what="focused")
+    await first.run(f"({decide})('hidden')")
+    await second.run(f"({decide})('hidden')")
+    await eventually(lambda: told() == "hidden", what="hidden")
+    await second.run(f"({decide})('visible')")
+    await eventually(lambda: told() == "focused", what="focused again")
+
+
+async def test_a_connection_that_says_nothing_is_replaced(fake: FakeDemo, browser: Chromium) -> None:
+    """The network is back and the socket says nothing: the page asks, and connects anew."""
+    tab = await browser.open(f"{fake.url}?user=ana")
+    # The last frame of the greeting: one that came later would be a sign of life.
+    await tab.wait("document.querySelector('[data-user=chloe]')?.dataset.presence === 'offline'")
+    fake.deaf = True
+    await tab.run("dispatchEvent(new Event('online'))")
+    await tab.wait(f"{STATE} === 'reconnecting'")
+    fake.deaf = False
+    await tab.wait(f"{STATE} === 'open'")
+    assert len(fake.positions) == 2
 
 
 async def test_text_of_others_is_never_markup(fake: FakeDemo, browser: Chromium) -> None:

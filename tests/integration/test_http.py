@@ -747,6 +747,10 @@ async def test_demo_mode(postgres_dsn: str) -> None:
         config = (await world.http.get("/demo/config.json")).json()
         assert config["wsUrl"] == "ws://127.0.0.1:1/ws"
         assert [user["userId"] for user in config["users"]] == ["ada", "grace"]
+        assert (config["policy"]["whenAway"], config["policy"]["whenAwayDelayS"]) == ("push_after", 30)
+        for script in ("carillon-client.js", "fallback.js"):
+            answer = await world.http.get(f"/demo/{script}")
+            assert answer.headers["content-type"] == "text/javascript; charset=utf-8"
         headers = {"Authorization": f"Bearer {config['users'][0]['token']}"}
         assert (await world.http.get("/api/notifications", headers=headers)).status_code == 200
         body = {"userId": "ada", "title": "Hi", "body": "b", "priority": "high"}
