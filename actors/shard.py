@@ -148,7 +148,8 @@ class Shard:
         )  # fmt: skip
         self._outbox = Outbox(
             self._store, self._users, self._acks, self._clock, self._stats, self._settings,
-            term=self._term, slots=lambda: self._slots, send_jobs=self._send_jobs, fenced=self._was_fenced,
+            term=self._term, slots=lambda: self._slots, policies=self._policies, send_jobs=self._send_jobs,
+            fenced=self._was_fenced,
         )  # fmt: skip
         self._replays = Replays(
             self._store, self._clock,

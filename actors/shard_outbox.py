@@ -16,6 +16,8 @@ from typing import Any
 
 from actors.link import Link
 from actors.shard_acks import Acknowledgements
+from actors.shard_again import DecidedAgain
+from actors.shard_policies import Policies
 from actors.shard_returns import Returns
 from actors.shard_users import User, UserCache
 from carillon.attention import DEFERRED, HELD, SEEN, WITHDRAWN, at_due
@@ -66,6 +68,7 @@ class Outbox:
     Args:
         acks: written before due rows are claimed: they cancel some.
         slots: gives the slots owned now.
+        policies: of tenants, for what is decided again.
         send_jobs: hands jobs to a router; False if there is none.
         fenced: called when the term turns out to be over.
     """
@@ -81,6 +84,7 @@ class Outbox:
         *,
         term: Callable[[], int],
         slots: Callable[[], Sequence[int]],
+        policies: Policies,
         send_jobs: Callable[[Push], bool],
         fenced: Callable[[], None],
     ) -> None:
@@ -108,6 +112,10 @@ class Outbox:
         self._settle_lock = asyncio.Lock()
         self._returns = Returns(
             store, clock, settings.push, term=term, released=self._released, fenced=fenced
+        )  # fmt: skip
+        self._again = DecidedAgain(
+            store, users, policies, stats, settings.shard, term=term, hold=self._returns.add,
+            cancel=lambda rows, now_ms: self._settle([], rows, [], [], now_ms),
         )  # fmt: skip
 
     def start(self) -> None:
@@ -241,8 +249,9 @@ class Outbox:
             self._stats.gauge("outbox_due", len(claimed))
             if not claimed:
                 break
-            targets = await self._store.load_targets(list({c.key for c in claimed}))
-            await self._dispatch([(c, targets[c.key]) for c in claimed], lease_end_ms)
+            rest = await self._again.look_through(claimed, now_ms)
+            targets = await self._store.load_targets(list({c.key for c in rest})) if rest else {}
+            await self._dispatch([(c, targets[c.key]) for c in rest], lease_end_ms)
             if len(claimed) < shard.sweep_batch:
                 break
 
@@ -315,7 +324,8 @@ class Outbox:
                     state, reason = without_target(row.channel, row.step, row.chain)
                 settled.append(SettleRow(row.delivery, row.attempt, state, now_ms, reason, onward=not mine))
                 continue
-            if now_ms - row.since_ms > self._settings.push.give_up_after_s * 1000:
+            since_ms = max(row.since_ms, row.hold_until_ms) if row.gate == DEFERRED else row.since_ms
+            if now_ms - since_ms > self._settings.push.give_up_after_s * 1000:
                 # Claimed again and again without a verdict (the provider is away, pools are full): while it
                 # may come back rows wait without using up tries, but not for ever.
                 reason = f"no outcome within {self._settings.push.give_up_after_s:.0f} s"
@@ -485,7 +495,8 @@ class Outbox:
 
 
 def job_of(row: Claimed, members: dict[str, Any], provider: str, targets: list[PushTarget]) -> PushJob:
-    """The push of one claimed row at one provider."""
+    """The push of one claimed row at one provider; if it speaks for several, it says for how many."""
+    title = text_of(members, row.channel, provider, "title") or ""
     return PushJob(
         delivery=row.delivery,
         attempt=row.attempt,
@@ -495,8 +506,8 @@ def job_of(row: Claimed, members: dict[str, Any], provider: str, targets: list[P
         notification=row.notification,
         seq=row.seq,
         type=row.type,
-        title=text_of(members, row.channel, provider, "title") or "",
-        body=text_of(members, row.channel, provider, "body"),
+        title=title if row.merged == 1 else f"{row.merged} new notifications",
+        body=text_of(members, row.channel, provider, "body") if row.merged == 1 else title,
         link=text_of(members, row.channel, provider, "link"),
         collapse_key=members.get("collapseKey") or uuid_text(row.notification),
         priority=row.priority,

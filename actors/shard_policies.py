@@ -6,12 +6,16 @@ import asyncio
 import logging
 from collections.abc import Iterable
 
+from carillon.decision import no_rules
 from carillon.errors import CarillonError
 from carillon.policy import TenantPolicy, WatchRule, build, cluster_default
 from carillon.settings import PresenceSettings, ShardSettings
 from stores.postgres.shard_store import ShardStore
 
 log = logging.getLogger(__name__)
+
+NO_RULES = no_rules()
+"""Of a tenant without any, whose user has preferences."""
 
 
 class Policies:

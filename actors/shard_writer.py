@@ -14,12 +14,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from actors.shard_policies import NO_RULES
 from actors.shard_users import LOAD_BATCH, User, UserCache
 from carillon import server_frames
 from carillon.attention import DEFERRED, Attention
 from carillon.budget import Spent
 from carillon.clock import Clock, rfc3339
-from carillon.decision import Verdict, judge, no_rules, pack
+from carillon.decision import Verdict, judge, pack
 from carillon.errors import CarillonError, FencedError, NotFoundError, UnavailableError
 from carillon.external import IN_APP
 from carillon.ids import UserKey
@@ -40,9 +41,6 @@ from stores.postgres.shard_store import (
 )
 
 log = logging.getLogger(__name__)
-
-NO_RULES = no_rules()
-"""Of a tenant without any, whose user has preferences."""
 
 IDS_BLOCK = 1000
 """Outbox ids drawn at a time."""

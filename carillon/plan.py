@@ -40,7 +40,8 @@ class Plan:
         push_due_ms: when what leaves the system is due, None for nothing.
         push_now: True if the row is born claimed: its job is on its way to the pool right after the commit.
         gate: what an acknowledgement does to the push (carillon/attention.py).
-        hold_until_ms: until when the push may be held once an active device acknowledged; None: not at all.
+        hold_until_ms: until when the push may be held once an active device acknowledged, or with DEFERRED is
+            held; None: not at all.
         reason: why it is silent, told in the answer and kept with the row; None for what needs no word.
         chain: channels that follow when all external ones of `channels` ended without success.
         step: 0 if the external channels are those asked for; n for the n-th fallback.
@@ -183,7 +184,8 @@ def _ruled(
     if verdict.until_ms is not None:
         channels = choice.channels if alone else (IN_APP, *choice.channels)
         status = "delivered" if live and not alone else "deferred"
-        return Plan(status, channels, verdict.until_ms, False, DEFERRED, None, verdict.reason, **common)
+        until_ms = verdict.until_ms
+        return Plan(status, channels, until_ms, False, DEFERRED, until_ms, verdict.reason, **common)
     found = _decide(
         alone, verdict.priority, reach, choice.channels, now_ms, ack_window_ms, grace_end_ms, lease_ms,
         attention, policy,

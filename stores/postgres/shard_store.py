@@ -204,6 +204,12 @@ class Claimed:
     """Tries before that: they no longer count."""
     reached: Sequence[str] = ()
     """Of a withdrawal: devices that got what it takes back."""
+    category: str | None = None
+    merged: int = 1
+    """For how many notifications it speaks, itself included."""
+    preferences: str | None = None
+    """The user's document."""
+    stream_id: int = 0
 
 
 @dataclass(slots=True)
@@ -255,6 +261,21 @@ class ReleaseRow:
     attempt: int
     due_ms: int
     reason: str
+    held: bool = False
+    """Rules hold it until then (gate DEFERRED)."""
+
+
+@dataclass(slots=True)
+class CarrierRow:
+    """A claimed outbox row that speaks for others of its user and channel."""
+
+    delivery: int
+    attempt: int
+    stream_id: int
+    slot: int
+    channel: str
+    others: list[tuple[int, int]]
+    """Claimed rows (id, attempt) it speaks for."""
 
 
 @dataclass(slots=True)
@@ -698,7 +719,7 @@ class ShardStore:
                 r["expires_ms"], r["sent_to"], r["gate"], r["acknowledged"],
                 r["hold_until_ms"] or 0, r["shown_on"], r["channel"], r["chain"], r["step"], r["since_ms"],
                 r["base_attempt"],
-                r["reached"],
+                r["reached"], r["category"], r["merged"], r["preferences"], r["stream_id"],
             )
             for r in rows
         ]  # fmt: skip
@@ -708,7 +729,7 @@ class ShardStore:
         row = await self._pool_row(
             "release", self._shard, term,
             [r.delivery for r in rows], [r.attempt for r in rows], [r.due_ms / 1000 for r in rows],
-            [r.reason for r in rows], now_ms / 1000,
+            [r.reason for r in rows], now_ms / 1000, [r.held for r in rows],
         )  # fmt: skip
         if not row["fenced"]:
             raise FencedError(f"term {term} of {self._shard} is over")
@@ -736,6 +757,25 @@ class ShardStore:
                     self._sql["replay"], self._shard, term,
                     [r.delivery for r in rows], [r.tenant for r in rows], [r.slot for r in rows],
                     [r.asked_ms / 1000 for r in rows], now_ms / 1000,
+                )  # fmt: skip
+        if not found:
+            raise FencedError(f"term {term} of {self._shard} is over")
+        return {r[0]: r[1] for r in found if r[0]}
+
+    async def merge(self, term: int, rows: Sequence[CarrierRow], now_ms: int) -> dict[int, int]:
+        """Cancel what carriers speak for; returns for how many notifications each speaks, if for several.
+
+        Rows of the same user and channel that are held, due and not claimed yet are among them.
+        """
+        others = [(other, row.delivery) for row in rows for other in row.others]
+        with translated():
+            async with self._open_pool().acquire(timeout=self._settings.connect_timeout_s) as connection:
+                found = await connection.fetch(
+                    self._sql["merge"], self._shard, term,
+                    [other[0] for other, _ in others], [other[1] for other, _ in others],
+                    [carrier for _, carrier in others],
+                    [r.delivery for r in rows], [r.attempt for r in rows], [r.stream_id for r in rows],
+                    [r.slot for r in rows], [r.channel for r in rows], now_ms / 1000,
                 )  # fmt: skip
         if not found:
             raise FencedError(f"term {term} of {self._shard} is over")

@@ -8,7 +8,7 @@ from typing import Any
 
 from carillon.clock import rfc3339
 from carillon.ids import slot_of
-from carillon.messages import Change, DevicePut, Event, PreferencesPut
+from carillon.messages import Change, ClientAck, ClientVisibility, DevicePut, Event, PreferencesPut
 from tests.actors.shard_kit import Kit, clock, make_event
 from tests.support import eventually
 
@@ -186,3 +186,100 @@ async def test_more_than_the_limit_is_never_silence(postgres_dsn: str) -> None:
         # Without a target nothing takes anything of a limit.
         others = await kit.publish(*(make_event("nobody") for _ in range(4)))
         assert [o.status for o in others] == ["stored"] * 4
+
+
+async def ended(kit: Kit) -> None:
+    """Wait until no row of the outbox is left to do."""
+    await eventually(
+        lambda: kit.db.fetchval("select bool_and(state in ('cancelled', 'sent', 'sending')) from deliveries"),
+        what="an outbox without anything planned",
+    )
+
+
+async def test_what_was_held_is_told_together(postgres_dsn: str) -> None:
+    """At the end of do-not-disturb: one push per user for all that was missed, but not for what was read."""
+    async with Kit(postgres_dsn) as kit:
+        await phone(kit)
+        await phone(kit, "v")
+        until = rfc3339(clock.now_ms() + 1500)
+        for user in ("u", "v"):
+            await prefer(kit, user, doNotDisturbUntil=until)
+        events = [make_event(title=f"number {n}") for n in range(4)]
+        other = make_event("v", title="alone")
+        outcomes = await kit.publish(*events, other)
+        assert {o.status for o in outcomes} == {"deferred"}
+        await kit.router.link.request(Change("t", "u", slot_of("t", "u"), "read", [events[1].id]))
+        await eventually(lambda: len(kit.router.jobs) == 2, what="both pushes")
+        mine, theirs = sorted(kit.router.jobs, key=lambda job: job.user)
+        assert (mine.notification, mine.title, mine.body) == (events[3].id, "3 new notifications", "number 3")
+        assert (theirs.title, theirs.body) == ("alone", None)
+        reasons = [(await rows(kit, event))[0][3] for event in events[:3]]
+        carrier = f"merged into {uuid.UUID(bytes=events[3].id)}"
+        assert reasons == [carrier, "read", carrier]
+        assert await kit.db.fetchval("select max(merged) from deliveries") == 3
+
+
+async def test_what_was_held_is_decided_again(postgres_dsn: str) -> None:
+    """At the end of do-not-disturb push is off by now, or the user is here and has it in the app: no push."""
+    async with Kit(postgres_dsn) as kit:
+        until = rfc3339(clock.now_ms() + 1200)
+        for user in ("off", "here", "deaf"):
+            await phone(kit, user)
+            await prefer(kit, user, doNotDisturbUntil=until)
+        await kit.gateway.attach_ready(1, "here")
+        await kit.gateway.attach_ready(2, "deaf")
+        for conn in (1, 2):
+            kit.gateway.link.send_nowait(ClientVisibility(conn, "visible"))
+        off, here, deaf = (make_event(user) for user in ("off", "here", "deaf"))
+        await kit.publish(off, here, deaf)
+        kit.gateway.link.send_nowait(ClientAck(1, seq=1))
+        await prefer(kit, "off", channels={"push": False})
+        await eventually(lambda: kit.router.jobs, what="the push of who did not acknowledge")
+        await ended(kit)
+        assert [job.notification for job in kit.router.jobs] == [deaf.id]
+        assert (await rows(kit, off))[0][1::2] == ("cancelled", "preferences")
+        assert (await rows(kit, here))[0][1::2] == ("cancelled", "active")
+
+
+async def test_quiet_hours_that_begin_meanwhile_hold_what_waits(postgres_dsn: str) -> None:
+    """A push that waits for an acknowledgement is held when its time comes inside of do-not-disturb."""
+    async with Kit(postgres_dsn, ack_window_s=0.6) as kit:
+        await phone(kit)
+        await kit.gateway.attach_ready(1)
+        event = make_event()
+        await kit.publish(event)
+        assert await rows(kit, event) == [("push", "planned", None, None)]
+        await prefer(kit, doNotDisturbUntil=rfc3339(clock.now_ms() + HOUR))
+
+        async def held() -> bool:
+            return await rows(kit, event) == [("push", "planned", "deferred", "do_not_disturb")]
+
+        await eventually(held, what="the hold")
+        # Taken back: due when its hold ends, whatever the user wants by then.
+        assert await kit.db.fetchval("select due_at = hold_until and attempts = 0 from deliveries")
+        assert kit.router.jobs == []
+
+
+async def test_what_was_held_survives_the_shard(postgres_dsn: str) -> None:
+    """The next process claims it, reads the user's document and tells it together."""
+    async with Kit(postgres_dsn) as kit:
+        await phone(kit)
+        await prefer(kit, doNotDisturbUntil=rfc3339(clock.now_ms() + 1500))
+        await kit.publish(make_event(), make_event())
+        await kit.shard.stop()
+        await kit.start_shard("shard-a")
+        kit.router = await kit.dial("shard-a", "router-1")
+        await eventually(lambda: kit.router.jobs, what="the push")
+        await ended(kit)
+        assert [job.title for job in kit.router.jobs] == ["2 new notifications"]
+
+
+async def test_overflow_is_told_when_there_is_room(postgres_dsn: str) -> None:
+    """One in 1.5 s: the other three come as one push when the window lets one pass."""
+    async with Kit(postgres_dsn) as kit:
+        await rules(kit, limits={"user": {"count": 1, "windowS": 1.5}})
+        await phone(kit)
+        outcomes = await kit.publish(*(make_event(title=f"number {n}") for n in range(4)))
+        assert [o.status for o in outcomes] == ["queued", "deferred", "deferred", "deferred"]
+        await eventually(lambda: len(kit.router.jobs) == 2, what="the digest")
+        assert [job.title for job in kit.router.jobs] == ["number 0", "3 new notifications"]

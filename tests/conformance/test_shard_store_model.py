@@ -24,6 +24,7 @@ from stores.postgres.shard_store import (
     OPERATIONS,
     AppendRow,
     AttemptRow,
+    CarrierRow,
     KeysTakenError,
     OutboxRow,
     PoisonError,
@@ -207,6 +208,13 @@ class Pair:
         )  # fmt: skip
         self.claimed += [(c.delivery, c.attempt) for c in claimed or ()]
 
+    async def merge(self, delivery: int, attempt: int) -> None:
+        """A claimed row speaks for others that are claimed, and for what of its user is held and due."""
+        d = self.db.deliveries[delivery]
+        others = [o for o in self.rng.sample(self.claimed, min(2, len(self.claimed))) if o[0] != delivery]
+        row = CarrierRow(delivery, attempt, d.note.stream.id, d.slot, d.channel, list(dict(others).items()))
+        await self.both("merge", self.term(), [row], self.now_ms + 5000)
+
     async def settle(self) -> None:
         rng, now_ms = self.rng, self.now_ms
         if not self.claimed:
@@ -214,7 +222,11 @@ class Pair:
         delivery, attempt = rng.choice(self.claimed)
         if rng.random() < 0.3:
             due_ms = now_ms + 7 * delivery
-            await self.both("release", self.term(), [ReleaseRow(delivery, attempt, due_ms, "full")], now_ms)
+            row = ReleaseRow(delivery, attempt, due_ms, "full", rng.random() < 0.5)
+            await self.both("release", self.term(), [row], now_ms)
+            return
+        if rng.random() < 0.3:
+            await self.merge(delivery, attempt)
             return
         state = rng.choice(("sent", "failed", "unknown", "dead", "dead"))
         outcome = {"dead": "invalid_target"}.get(state, state)

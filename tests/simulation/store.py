@@ -17,10 +17,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from actors.slot_table import SlotTable
-from carillon.attention import ACKNOWLEDGED, ALWAYS, DONE, HELD, SEEN, on_signal
+from carillon.attention import ACKNOWLEDGED, ALWAYS, DEFERRED, DONE, HELD, SEEN, on_signal
 from carillon.clock import Clock
 from carillon.errors import FencedError, StoreUnavailableError
-from carillon.ids import SLOTS, UserKey
+from carillon.ids import SLOTS, UserKey, uuid_text
 from carillon.messages import Event, Member, PushTarget
 from carillon.notification import NotificationRow
 from carillon.settings import Settings
@@ -29,6 +29,7 @@ from stores.postgres.shard_store import (
     NOBODY,
     AppendRow,
     AttemptRow,
+    CarrierRow,
     ChangeDone,
     Claimed,
     KeysTakenError,
@@ -105,6 +106,7 @@ class Delivery:
     tenant: str | None = None
     base_attempt: int = 0
     replayed_ms: int | None = None
+    merged: int = 1
 
 
 class Database:
@@ -591,7 +593,7 @@ class ModelShardStore:
             for d in self._db.deliveries.values()
             if d.state in CLAIMABLE and d.due_ms <= now_ms and d.slot in slots
         ]
-        due.sort(key=lambda d: d.due_ms)
+        due.sort(key=lambda d: (d.due_ms, d.note.stream.id))
         claimed = []
         for d in due[:limit]:
             self._db.check_owner(self._shard, d.slot, "a claim")
@@ -610,7 +612,8 @@ class ModelShardStore:
                     e.priority, n.row.content, n.row.expires_ms, sent_to, d.gate,
                     n.row.delivered_ms is not None, d.hold_until_ms or 0, list(d.shown_on),
                     d.channel, d.chain, d.step, d.created_ms if d.replayed_ms is None else d.replayed_ms,
-                    d.base_attempt, [],
+                    d.base_attempt, [], e.category, d.merged, self._db.preferences.get(n.stream.key),
+                    n.stream.id,
                 )
             )  # fmt: skip
         return claimed
@@ -624,9 +627,44 @@ class ModelShardStore:
                 if d is not None and d.attempts == r.attempt and d.state == "sending":
                     d.state, d.due_ms, d.reason = "planned", r.due_ms, r.reason
                     d.attempts -= 1
+                    if r.held:
+                        d.gate, d.hold_until_ms = DEFERRED, r.due_ms
                     released += 1
                     self._told("releases", f"push {r.delivery}: {r.reason}")
             return released
+
+        return await self._db.run(statement)
+
+    async def merge(self, term: int, rows: Sequence[CarrierRow], now_ms: int) -> dict[int, int]:
+        def statement() -> dict[int, int]:
+            self._fence(term)
+            db, found = self._db, {}
+            carriers = [
+                r for r in rows
+                if (d := db.deliveries.get(r.delivery)) is not None
+                and (d.state, d.attempts) == ("sending", r.attempt)
+            ]  # fmt: skip
+            gone: dict[int, list[Delivery]] = {}
+            for r in carriers:
+                claimed = [
+                    d for other, attempt in r.others
+                    if (d := db.deliveries[other]).state == "sending" and d.attempts == attempt
+                ]  # fmt: skip
+                due = [
+                    d for d in db.deliveries.values()
+                    if d.state == "planned" and d.due_ms <= now_ms and d.gate == DEFERRED
+                    and (d.slot, d.note.stream.id, d.channel) == (r.slot, r.stream_id, r.channel)
+                ]  # fmt: skip
+                gone[r.delivery] = claimed + due
+            for r in carriers:
+                carrier = db.deliveries[r.delivery]
+                for d in gone[r.delivery]:
+                    d.state, d.reason = "cancelled", f"merged into {uuid_text(carrier.note.row.id)}"
+                if gone[r.delivery]:
+                    carrier.merged += len(gone[r.delivery])
+                    found[r.delivery] = carrier.merged
+                    self._told("merges", f"{len(gone[r.delivery])} pushes into {r.delivery}")
+            return found
 
         return await self._db.run(statement)
 

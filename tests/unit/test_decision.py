@@ -177,7 +177,7 @@ def test_quiet_hours_hold_what_leaves_the_system() -> None:
     user = prefs(quietHours={"start": "11:00", "end": "13:30", "timezone": "Europe/Vienna"})
     end = NOON + HOUR * 3 // 2
     assert decide(user) == Plan(
-        "deferred", ("in_app", "push"), end, False, DEFERRED, None, "quiet_hours", silent=True,
+        "deferred", ("in_app", "push"), end, False, DEFERRED, end, "quiet_hours", silent=True,
         rules=(Fired("quiet_hours", "user", None, (), end),),
     )  # fmt: skip
     live = decide(user, reach=Reach.LIVE)

@@ -303,7 +303,7 @@ due as materialized (
     select d.id from deliveries d
     where d.slot = any ($3::smallint[]) and d.state in ('planned', 'sending', 'unknown', 'failed')
       and d.due_at <= to_timestamp($4)
-    order by d.due_at
+    order by d.due_at, d.stream_id  -- what was held for one user until one moment is told together
     limit $5
     for update skip locked
 )
@@ -325,7 +325,9 @@ select d.id, d.attempts, d.slot, s.tenant, s.user_id, s.unread, n.id as notifica
        -- A withdrawal is for the devices that got the push, or may have.
        array(select distinct a.device_id from deliveries p join delivery_attempts a on a.delivery_id = p.id
              where d.channel = 'withdraw' and p.notification_id = d.notification_id and p.channel <> 'withdraw'
-               and a.outcome in ('sent', 'unknown')) as reached
+               and a.outcome in ('sent', 'unknown')) as reached,
+       n.category, coalesce(d.merged, 1) as merged, d.stream_id, d.stream_id,
+       (select p.document::text from preferences p where p.tenant = s.tenant and p.user_id = s.user_id) as preferences
 from unnest($1::bigint[]) as t (id)
 join deliveries d using (id)
 join streams s using (stream_id)
@@ -333,13 +335,16 @@ join notifications n on n.id = d.notification_id;
 
 -- name: release
 -- Claimed rows that nobody tried: planned again, the claim does not count as a try. A row claimed again since,
--- or settled, is left alone. $3 ids, $4 attempts, $5 due, $6 reasons, $7 now.
+-- or settled, is left alone. $3 ids, $4 attempts, $5 due, $6 reasons, $7 now, $8 true: rules hold it until then.
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
 back as (
     update deliveries d
     set state = 'planned', due_at = to_timestamp(t.due_s), attempts = d.attempts - 1, reason = t.reason,
+        gate = case when t.held and d.gate is distinct from 'withdrawn' then 'deferred' else d.gate end,
+        hold_until = case when t.held then to_timestamp(t.due_s) else d.hold_until end,
         updated_at = to_timestamp($7)
-    from fence, unnest($3::bigint[], $4::smallint[], $5::float8[], $6::text[]) as t (id, attempt, due_s, reason)
+    from fence, unnest($3::bigint[], $4::smallint[], $5::float8[], $6::text[], $8::boolean[])
+         as t (id, attempt, due_s, reason, held)
     where d.id = any ($3::bigint[]) and d.id = t.id and d.attempts = t.attempt and d.state = 'sending'
     returning d.id
 )
@@ -382,6 +387,47 @@ union all
 select id, true from asked where state <> 'dead' and replayed_at = asked_at
 union all
 select 0, true from fence;
+
+-- name: merge
+-- Of one user what was held is told by one push, the carrier; those it speaks for are cancelled, with those that
+-- are due as well and not claimed yet. $3 others, $4 their attempts, $5 their carriers; $6 carriers, $7 their
+-- attempts, $8 streams, $9 slots, $10 channels, $11 now. Answers for how many each carrier speaks.
+with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
+carrier as materialized (
+    select t.id, t.attempt, t.stream_id, t.slot, t.channel, 'merged into ' || d.notification_id as reason
+    from fence, unnest($6::bigint[], $7::smallint[], $8::bigint[], $9::smallint[], $10::text[])
+         as t (id, attempt, stream_id, slot, channel)
+    join deliveries d on d.id = t.id
+    where d.id = any ($6::bigint[]) and d.state = 'sending' and d.attempts = t.attempt
+),
+claimed as (
+    update deliveries d set state = 'cancelled', reason = c.reason, updated_at = to_timestamp($11)
+    from unnest($3::bigint[], $4::smallint[], $5::bigint[]) as t (id, attempt, carrier)
+    join carrier c on c.id = t.carrier
+    where d.id = any ($3::bigint[]) and d.id = t.id and d.attempts = t.attempt and d.state = 'sending'
+    returning c.id
+),
+due as (
+    update deliveries d set state = 'cancelled', reason = c.reason, updated_at = to_timestamp($11)
+    from carrier c
+    where d.slot = any ($9::smallint[]) and d.state = 'planned' and d.due_at <= to_timestamp($11)
+      and d.gate = 'deferred' and d.slot = c.slot and d.stream_id = c.stream_id and d.channel = c.channel
+    returning c.id
+),
+counted as (
+    select c.id, 1 + (select count(*) from claimed o where o.id = c.id)
+                   + (select count(*) from due o where o.id = c.id) as n
+    from carrier c
+),
+told as (
+    update deliveries d set merged = coalesce(d.merged, 1) - 1 + c.n
+    from counted c
+    where d.id = any ($6::bigint[]) and d.id = c.id and c.n > 1
+    returning d.id, d.merged
+)
+select id, merged::int from told
+union all
+select 0, 0 from fence;
 
 -- name: record_attempts
 -- $1 delivery, $2 attempt, $3 device, $4 provider, $5 outcome, $6 provider id, $7 status, $8 error, $9 started,
