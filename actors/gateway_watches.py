@@ -157,7 +157,7 @@ class Watches:
                 return
         else:
             if answer.ref is not None and not again:
-                self._write((conn,), server_frames.watching(answer.ref, answer.refused))
+                self._write((conn,), server_frames.ok(answer.ref, answer.refused))
             known = () if not again else watcher.users
             self._watch(conn, watcher, answer.users)
             for key, watched in watcher.users.items():

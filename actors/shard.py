@@ -11,6 +11,7 @@ from actors.config import ActorConfig
 from actors.link import Link
 from actors.member import Membership
 from actors.shard_acks import Acknowledgements
+from actors.shard_mirror import Mirror
 from actors.shard_outbox import Outbox
 from actors.shard_policies import Policies
 from actors.shard_presence import Presence
@@ -37,6 +38,7 @@ from carillon.messages import (
     ChangeResult,
     ClientAck,
     ClientChange,
+    ClientMode,
     ClientReady,
     ClientResume,
     ClientVisibility,
@@ -53,6 +55,7 @@ from carillon.messages import (
     Outcome,
     Outcomes,
     PreferencesPut,
+    PresenceMode,
     PresenceQuery,
     PresenceWatch,
     Publish,
@@ -66,8 +69,10 @@ from carillon.messages import (
 )
 from carillon.metrics import Stats
 from carillon.plan import Reach
+from carillon.presence import MODES
 from carillon.session import SessionLimits
 from stores.postgres.shard_store import OutboxRow, ShardStore
+from stores.redis.presence_mirror import PresenceMirror
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +162,7 @@ class Shard:
         )  # fmt: skip
         self._presence = Presence(
             self._config.name, self._store, self._users, self._clock, presence, shard.grace_s,
-            term=self._term, owns=self._owns,
+            term=self._term, owns=self._owns, mirror=self._make_mirror(),
         )  # fmt: skip
         self._watch = WatchPermission(self._policies)
         self._sessions = Sessions(
@@ -180,6 +185,13 @@ class Shard:
         self._membership.on_map(self._take_map)
         await self._membership.start()
         self._gauges = asyncio.get_running_loop().create_task(self._gauge_for_ever())
+
+    def _make_mirror(self) -> Mirror | None:
+        presence, redis = self._settings.presence, self._settings.redis
+        if not redis.url or presence.mirror_ttl_s <= 0:
+            return None
+        mirror = PresenceMirror(redis, presence.mirror_ttl_s)
+        return Mirror(mirror, self._users, self._clock, presence)
 
     async def stop(self, leave: bool = False) -> None:
         """Stop serving (idempotent). What was not committed is answered as unavailable."""
@@ -352,6 +364,12 @@ class Shard:
             self._outbox.left(message)
         elif kind is Change:
             self._change(link, message, request)
+        elif kind is ClientMode:
+            early = self._sessions.early(link, message.conn)
+            if early is None:
+                self._spawn(self._client_mode(link, message))
+            elif len(early) < 64:
+                early.append(message)
         elif kind is PresenceWatch:
             self._presence.receive(link, message)
         elif kind is PresenceQuery:
@@ -511,6 +529,9 @@ class Shard:
             for known in {user, self._users.get(user.key) or user}:
                 known.preferences = read_preferences(message.document)
             return Done()
+        if kind is PresenceMode:
+            await self._set_mode(user, message.mode)
+            return Done()
         if kind is Logout:
             await self._log_out(user, message)
             return Done()
@@ -518,6 +539,26 @@ class Shard:
         user.valid_from_ms = now_ms
         self._sessions.close_user(user, 4001, "the sessions of this user were revoked")
         return Done()
+
+    async def _set_mode(self, user: User, mode: str) -> None:
+        if mode not in MODES:
+            raise InvalidInputError(f"expected mode to be one of {', '.join(MODES)}, got {mode!r}", "mode")
+        user.invisible_since_ms = await self._store.set_invisible(
+            self._term_now, user.stream_id, self._clock.now_ms() if mode == "invisible" else None
+        )
+        self._presence.changed(user)
+
+    async def _client_mode(self, link: Link, message: ClientMode) -> None:
+        found = self._sessions.find(link, message.conn)
+        if found is None:
+            return
+        frame = None if message.ref is None else server_frames.ok(message.ref)
+        try:
+            await self._set_mode(found[0], message.mode)
+        except CarillonError as exc:
+            frame = server_frames.error(exc.code, str(exc), exc.temporary, message.ref)
+        if frame is not None:
+            self._sessions.answer(link, message.conn, frame)
 
     async def _log_out(self, user: User, message: Logout) -> None:
         device, token = message.device, message.token_id
@@ -551,4 +592,6 @@ class Shard:
 _SESSION_MESSAGES = frozenset(
     (ClientAck, ClientReady, ClientResume, ClientVisibility, ClientWatch, SocketDrained, Detach)
 )
-_DOCUMENT_MESSAGES = frozenset((DevicePut, DeviceDelete, PreferencesPut, SessionsRevoke, Logout))
+_DOCUMENT_MESSAGES = frozenset(
+    (DevicePut, DeviceDelete, PreferencesPut, SessionsRevoke, Logout, PresenceMode)
+)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from actors.link import Link
+from actors.shard_mirror import Mirror
 from actors.shard_users import User, UserCache
 from carillon.clock import Clock
 from carillon.errors import CarillonError, NotOwnerError
@@ -26,12 +27,13 @@ from carillon.messages import (
     UserPresence,
     WatchedUser,
 )
-from carillon.presence import devices_of
+from carillon.presence import as_seen, devices_of
 from carillon.settings import PresenceSettings
 from stores.postgres.shard_store import ShardStore
 
 log = logging.getLogger(__name__)
 
+_NEVER = (None, None)
 BATCH = 1000
 """Users of one message."""
 
@@ -45,6 +47,7 @@ class Presence:
             attached it again yet: nobody is told "offline" before.
         term: gives the present term.
         owns: whether a slot is this shard's.
+        mirror: keeps presence in Redis; None: nobody does.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Presence:
         *,
         term: Callable[[], int],
         owns: Callable[[int], bool],
+        mirror: Mirror | None = None,
     ) -> None:
         self._shard = shard
         self._store = store
@@ -67,6 +71,7 @@ class Presence:
         self._settle_s = settle_s
         self._term = term
         self._owns = owns
+        self._mirror = mirror
         self._watchers: dict[UserKey, dict[Link, None]] = {}
         self._watched: dict[Link, dict[UserKey, None]] = {}
         self._changed: dict[UserKey, User] = {}  # watched, and not told yet
@@ -151,6 +156,8 @@ class Presence:
 
     def changed(self, user: User) -> None:
         """A user's presence changed."""
+        if self._mirror is not None:
+            self._mirror.changed(user)
         if user.key not in self._watchers:
             return
         self._changed[user.key] = user
@@ -194,7 +201,7 @@ class Presence:
                 continue  # unwatched meanwhile, or moved
             user = self._users.peek(key)
             if user is None:
-                told.append(WatchedUser(name, "offline", seen_at.get(name)))
+                told.append(WatchedUser(name, *as_seen("offline", *seen_at.get(name, _NEVER))))
             else:
                 told.append(WatchedUser(name, *user.presence(now_ms)))
         for at in range(0, len(told), BATCH):
@@ -224,7 +231,7 @@ class Presence:
             log.info("%s: presence for %s was not sent: %s", self._shard, link.peer, exc)
             link.close()
 
-    async def _last_seen(self, tenant: str, users: list[str]) -> dict[str, int | None]:
+    async def _last_seen(self, tenant: str, users: list[str]) -> dict[str, tuple[int | None, int | None]]:
         if not users:
             return {}
         try:
@@ -251,13 +258,16 @@ class Presence:
                 raise NotOwnerError(f"the slot of {name!r} is not here")
             user = users.peek(key)
             if user is None:
-                found.append(UserPresence(name, "offline", [], seen_at.get(name)))
+                last_ms, invisible_ms = seen_at.get(name, _NEVER)
+                status, seen_ms = as_seen("offline", last_ms, invisible_ms)
+                found.append(UserPresence(name, status, [], seen_ms, invisible_ms is not None))
                 continue
             status, seen_ms = user.presence(now_ms)
             devices: list[DevicePresence] = []
             if user.session is not None:
                 devices = devices_of(user.session.attachments)
-            found.append(UserPresence(name, status, devices, seen_ms))
+            invisible = user.invisible_since_ms is not None
+            found.append(UserPresence(name, status, devices, seen_ms, invisible))
         return PresenceReply(found)
 
     # -- inside -----------------------------------------------------------------------------------------
@@ -269,6 +279,8 @@ class Presence:
 
     async def close(self) -> None:
         """Stop telling."""
+        if self._mirror is not None:
+            await self._mirror.close()
         if self._timer is not None:
             self._timer.cancel()
         for task in list(self._tasks):

@@ -18,6 +18,7 @@ from carillon.budget import Spent
 from carillon.errors import CarillonError, FencedError, UnavailableError
 from carillon.ids import UserKey
 from carillon.messages import PushTarget
+from carillon.presence import as_seen
 from carillon.session import Head, Session
 from carillon.switches import Preferences
 from stores.postgres.shard_store import ShardStore, UserRecord
@@ -31,8 +32,8 @@ class User:
     """One user in memory."""
 
     __slots__ = (
-        "epoch", "expired", "key", "last_seen_ms", "pins", "preferences", "providers", "rev", "revoked",
-        "seq", "session", "slot", "spent", "stream_id", "unread", "valid_from_ms",
+        "epoch", "expired", "invisible_since_ms", "key", "last_seen_ms", "pins", "preferences", "providers",
+        "rev", "revoked", "seq", "session", "slot", "spent", "stream_id", "unread", "valid_from_ms",
     )  # fmt: skip
 
     def __init__(self, record: UserRecord, slot: int) -> None:
@@ -47,6 +48,7 @@ class User:
         self.providers: frozenset[str] = frozenset()
         self.take_targets(record.targets)
         self.last_seen_ms = record.last_seen_ms
+        self.invisible_since_ms = record.invisible_since_ms
         self.valid_from_ms = record.valid_from_ms
         self.revoked = frozenset(record.revoked)  # tokens that were logged out
         self.preferences = None if record.preferences is None else read_preferences(record.preferences)
@@ -64,10 +66,10 @@ class User:
 
     def presence(self, now_ms: int) -> tuple[str, int | None]:
         """Status and when last seen (ms), as others may see it."""
-        session = self.session
+        session, hidden_ms = self.session, self.invisible_since_ms
         if session is None:
-            return "offline", self.last_seen_ms
-        return session.status(), now_ms if session.live else session.last_seen_ms
+            return as_seen("offline", self.last_seen_ms, hidden_ms)
+        return as_seen(session.status(), now_ms if session.live else session.last_seen_ms, hidden_ms)
 
     def shown_unread(self) -> int:
         """Unread without those that had expired when the user was loaded."""

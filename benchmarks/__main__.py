@@ -37,6 +37,8 @@ QUICK: dict[str, Any] = {
     "sequential_events": 200,
     "offline_events": 200,
     "storm_connections": 500,
+    "presence_users": 200,
+    "presence_queries": 30,
     "warmup_events": 50,
 }
 """--quick: shows that everything works; the figures of so short a run mean little."""
@@ -59,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="SCENARIO",
         type=str.upper,
-        help="S1 ... S10; none means all, but for those that kill processes unless --start is given",
+        help="S1 ... S10, C1; none means all, but for those that kill processes unless --start is given",
     )
     where = parser.add_argument_group("the system")
     where.add_argument(

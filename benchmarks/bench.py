@@ -49,6 +49,10 @@ class Options:
     storm_connections: int = 5000
     storm_timeout_s: float = 60.0
     """S6: longest wait for the last WELCOME."""
+    presence_users: int = 1000
+    """C1: users of one query."""
+    presence_queries: int = 300
+    """C1: measured queries of each kind."""
     warmup_events: int = 300
     receipt_timeout_s: float = 5.0
     """S1: longest wait for one receipt before going on (the verdict then tells the loss)."""

@@ -14,6 +14,7 @@ from benchmarks.bench import Bench, Measurement, Options, Progress, opened
 from benchmarks.checks import received_pushes
 from benchmarks.faults import reconnects, shard_killed
 from benchmarks.outbox_cost import outbox_cost
+from benchmarks.presence import presence_query
 from benchmarks.procs import cpu_between, snapshot
 from benchmarks.stats import summary_ms
 from benchmarks.storm import connection_storm
@@ -301,6 +302,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "S8": reconnects,
     "S9": shard_killed,
     "S10": outbox_cost,
+    "C1": presence_query,
 }
 
 DESTRUCTIVE: Final = frozenset({"S8", "S9"})

@@ -16,7 +16,15 @@ import msgspec
 
 from carillon.errors import InvalidInputError
 from carillon.ids import parse_uuid
-from carillon.messages import ClientAck, ClientChange, ClientResume, ClientVisibility, ClientWatch
+from carillon.messages import (
+    ClientAck,
+    ClientChange,
+    ClientMode,
+    ClientResume,
+    ClientVisibility,
+    ClientWatch,
+)
+from carillon.presence import MODES
 
 MAX_ITEMS: Final = 1000
 """Ids in one frame."""
@@ -54,7 +62,9 @@ class ClientPing(NamedTuple):
     ref: Ref = None
 
 
-ClientFrame = Auth | ClientPing | ClientAck | ClientChange | ClientResume | ClientVisibility | ClientWatch
+ClientFrame = (
+    Auth | ClientPing | ClientAck | ClientChange | ClientResume | ClientVisibility | ClientWatch | ClientMode
+)
 
 
 class BadFrameError(InvalidInputError):
@@ -324,6 +334,13 @@ def _watch(frame: Members, conn: int, ref: Ref) -> ClientWatch:
     return ClientWatch(conn, [check_id(item, f"userIds/{at}") for at, item in enumerate(items)], ref)
 
 
+def _mode(frame: Members, conn: int, ref: Ref) -> ClientMode:
+    mode = frame.get("mode")
+    if not isinstance(mode, str) or mode not in MODES:
+        raise _wrong("mode", f"one of {', '.join(MODES)}", mode)
+    return ClientMode(conn, mode, ref)
+
+
 def _not_built(frame: Members, conn: int, ref: Ref) -> ClientFrame:
     kind = str(frame["type"])
     raise BadFrameError(f"{kind} is not supported yet", "type", "another frame", kind, "not_supported")
@@ -342,6 +359,7 @@ _BUILDERS: Final[dict[str, Callable[[Members, int, Ref], ClientFrame]]] = {
     "CLICK": _click,
     "VISIBILITY": _visibility,
     "WATCH_PRESENCE": _watch,
+    "SET_PRESENCE": _mode,
     "SUBSCRIBE": _not_built,
     "UNSUBSCRIBE": _not_built,
 }

@@ -272,6 +272,16 @@ class DeviceAck(Struct, array_like=True, tag=16):
     ids: list[bytes] = []
 
 
+class PresenceMode(Struct, array_like=True, tag=18):
+    """Request: how a user wants to be seen. Reply: `Done`, after the commit."""
+
+    tenant: str
+    user: str
+    slot: int
+    mode: str
+    """auto | invisible."""
+
+
 class DeviceVisibility(Struct, array_like=True, tag=17):
     """Request: where a device's user looks, told by HTTP. Reply: `Done`; not_found if it is not connected."""
 
@@ -465,6 +475,15 @@ class PresenceTold(Struct, array_like=True, tag=35):
     users: list[WatchedUser]
     moved: list[str] = []
     """Not this shard's (any more): watch them at their owner."""
+
+
+class ClientMode(Struct, array_like=True, tag=37):
+    """SET_PRESENCE, gateway to shard. Answered OK (after commit) if `ref`."""
+
+    conn: int
+    mode: str
+    """As in `PresenceMode`."""
+    ref: str | int | None = None
 
 
 class WatchAnswer(Struct, array_like=True, tag=36):
@@ -696,6 +715,7 @@ type_union = (
     | SocketDrained | Deliver | CloseSocket | AttachRefused | Push | PushAccepted | PushOutcome
     | PushLeft | Join | Renew | ClusterMap | Leave | StatsQuery | StatsReply | Failure | Ping
     | DeviceAck | DeviceVisibility | DeviceTold | PresenceWatch | PresenceTold | WatchAnswer
+    | PresenceMode | ClientMode
 )  # fmt: skip
 Message = type_union
 

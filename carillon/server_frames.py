@@ -115,16 +115,15 @@ def presence(user: str, status: str, last_seen: str | None) -> bytes:
     )
 
 
-def ok(ref: str | int) -> bytes:
-    """OK: the frame with this `id` took effect (sent after the commit)."""
-    return b'{"type":"OK","id":' + _json(ref) + b"}"
+def ok(ref: str | int, refused: Iterable[str] = ()) -> bytes:
+    """OK: the frame with this `id` took effect (sent after the commit).
 
-
-def watching(ref: str | int, refused: Iterable[str]) -> bytes:
-    """OK to WATCH_PRESENCE; `refused` are the users among those asked for that may not be watched."""
+    Args:
+        refused: after WATCH_PRESENCE, the users that may not be watched.
+    """
     users = ",".join(map(_text, refused))
-    more = f',"refusedUserIds":[{users}]' if users else ""
-    return f'{{"type":"OK","id":{_json(ref).decode()}{more}}}'.encode()
+    more = f',"refusedUserIds":[{users}]'.encode() if users else b""
+    return b'{"type":"OK","id":' + _json(ref) + more + b"}"
 
 
 def pong(ref: str | int | None = None) -> bytes:

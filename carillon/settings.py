@@ -258,6 +258,15 @@ class PresenceSettings:
         "Users watched by a gateway's connections, each counted per connection; more is refused as busy.",
         low=0,
     )
+    mirror_ttl_s: float = setting(
+        90.0,
+        "Life of a user's key in Redis, renewed after a third; 0 mirrors nothing.",
+        low=0.0,
+        unit="s",
+    )
+    mirror_retry_s: float = setting(
+        5.0, "Pause before Redis is tried again that did not take the mirror.", low=0.01, unit="s"
+    )
     recheck_s: float = setting(
         300.0, "Whether a connection may still watch whom it watches is asked so often.", low=0.05, unit="s"
     )

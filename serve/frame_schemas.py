@@ -16,6 +16,7 @@ from carillon.client_frames import (
     MAX_VIEWING_CHARS,
     VISIBILITY_STATES,
 )
+from carillon.presence import MODES
 from carillon.server_frames import STATE_KINDS
 from serve.schemas import INSTANT, USER_ID, UUID, WHOLE, Schema, ref, text
 
@@ -106,6 +107,9 @@ CLIENT_FRAMES: Final[dict[str, Schema]] = {
         "Whose presence to tell from now on.",
         {"userIds": {"type": "array", "items": USER_ID, "maxItems": MAX_ITEMS}},
     ),
+    "SET_PRESENCE": _client(
+        "SET_PRESENCE", "How others see the user, on all devices.", {"mode": {"enum": list(MODES)}}
+    ),
     "SUBSCRIBE": _client("SUBSCRIBE", "Not there yet: ERROR not_supported."),
     "UNSUBSCRIBE": _client("UNSUBSCRIBE", "Not there yet: ERROR not_supported."),
     "PING": _client("PING", "Answered by PONG."),
@@ -173,7 +177,13 @@ SERVER_FRAMES: Final[dict[str, Schema]] = {
         },
     ),
     "PONG": _server("PONG", "Answers PING.", {}, {"id": _REF}),
-    "OK": _server("OK", "The frame with this `id` took effect: after the commit.", {"id": _REF}),
+    "OK": _server(
+        "OK",
+        "The frame with this `id` took effect: after the commit. After WATCH_PRESENCE it names users that "
+        "may not be watched, if there are any.",
+        {"id": _REF},
+        {"refusedUserIds": {"type": "array", "items": {"type": "string"}}},
+    ),
     "ERROR": _server(
         "ERROR",
         "A frame was refused; the connection stays.",

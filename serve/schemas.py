@@ -397,6 +397,7 @@ COMPONENTS: Final[dict[str, Schema]] = {
         {
             "userId": {"type": "string"},
             "status": {"enum": ["active", "idle", "offline"]},
+            "invisible": {"type": "boolean"},
             "devices": {
                 "type": "array",
                 "items": obj(
@@ -411,7 +412,7 @@ COMPONENTS: Final[dict[str, Schema]] = {
             },
             "lastSeenAt": {"anyOf": [{"type": "null"}, INSTANT]},
         },
-        ["userId", "status", "devices", "lastSeenAt"],
+        ["userId", "status", "invisible", "devices", "lastSeenAt"],
     ),
     "Problem": obj(
         {

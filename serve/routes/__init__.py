@@ -7,9 +7,19 @@ from serve.routing import Route
 
 def all_routes() -> tuple[Route, ...]:
     """Every route, in the order of the documentation."""
-    from serve.routes import client, dead_letters, demo, events, operations, policy, templates, users
+    from serve.routes import (
+        client,
+        dead_letters,
+        demo,
+        events,
+        operations,
+        policy,
+        presence,
+        templates,
+        users,
+    )
 
     return (
-        *events.ROUTES, *users.ROUTES, *dead_letters.ROUTES, *client.ROUTES, *policy.ROUTES,
-        *templates.ROUTES, *operations.ROUTES, *demo.ROUTES,
+        *events.ROUTES, *users.ROUTES, *presence.ROUTES, *dead_letters.ROUTES, *client.ROUTES,
+        *policy.ROUTES, *templates.ROUTES, *operations.ROUTES, *demo.ROUTES,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What services ask about users: feeds, devices, preferences, sessions, tokens, presence."""
+"""What services ask about users: feeds, devices, preferences, sessions, tokens."""
 
 from __future__ import annotations
 
@@ -15,17 +15,14 @@ from carillon.messages import (
     DeviceDelete,
     Done,
     PreferencesPut,
-    PresenceQuery,
-    PresenceReply,
     SessionsRevoke,
-    UserPresence,
 )
 from carillon.notification import notification_json, user_json_of
 from carillon.preferences import PreferencesError
 from carillon.problems import FieldError, problem, shown
 from serve.audit import audited
 from serve.http import Request, Response, json_response, whole_number
-from serve.routes.bodies import attempt_json, device_put, id_list, path_id, path_notification, valid_id
+from serve.routes.bodies import attempt_json, device_put, path_id, path_notification, valid_id
 from serve.routing import SERVICE, Query, Route
 from serve.schemas import INSTANT, SUCCESS, USER_ID, nullable, obj, ref
 from serve.services import Services
@@ -220,7 +217,7 @@ async def put_user_preferences(services: Services, request: Request) -> Response
     return await put_preferences(services, request, request.tenant, path_id(request, "userId"))
 
 
-# -- sessions, tokens, presence -----------------------------------------------------------------------
+# -- sessions, tokens ---------------------------------------------------------------------------------
 
 
 async def revoke_sessions(services: Services, request: Request) -> Response:
@@ -260,44 +257,6 @@ async def post_token(services: Services, request: Request) -> Response:
     # `exp` is whole seconds, rounded up.
     expires_ms = -(-(now_ms + round(ttl_s * 1000)) // 1000) * 1000
     return json_response({"token": token, "expiresAt": rfc3339(expires_ms)}, 201)
-
-
-def _presence(one: UserPresence) -> dict[str, Any]:
-    return {
-        "userId": one.user,
-        "status": one.status,
-        "devices": [
-            {
-                "deviceId": d.device,
-                "attention": d.attention,
-                "since": rfc3339(d.since_ms),
-                "connections": d.connections,
-            }
-            for d in one.devices
-        ],
-        "lastSeenAt": None if one.last_seen_ms is None else rfc3339(one.last_seen_ms),
-    }
-
-
-async def _ask_presence(services: Services, request: Request, users: list[str]) -> list[dict[str, Any]]:
-    if not users:
-        return []
-    reply = await services.backend.request(PresenceQuery(request.tenant, users), request.deadline)
-    assert isinstance(reply, PresenceReply)
-    return [_presence(one) for one in reply.users]
-
-
-async def get_presence(services: Services, request: Request) -> Response:
-    """GET /v1/presence/{userId}."""
-    return json_response((await _ask_presence(services, request, [path_id(request, "userId")]))[0])
-
-
-async def query_presence(services: Services, request: Request) -> Response:
-    """POST /v1/presence/query."""
-    users = id_list(await request.json_object(("userIds",)), "userIds")
-    for index, user in enumerate(users):
-        valid_id(f"userIds/{index}", user)
-    return json_response({"users": await _ask_presence(services, request, users)})
 
 
 # -- the table ----------------------------------------------------------------------------------------
@@ -393,20 +352,5 @@ ROUTES: Final = (
             ["notification", "deliveryState", "deliveries"],
         ),
         problems=(404,), tag=_TAG,
-    ),
-    Route(
-        "GET", "/v1/presence/{userId}", get_presence, SERVICE, "Is the user there?", scope="presence:read",
-        answer=ref("Presence"), problems=(422,), tag="Presence",
-    ),
-    Route(
-        "POST", "/v1/presence/query", query_presence, SERVICE, "Presence of many users",
-        scope="presence:read",
-        body=obj({"userIds": {"type": "array", "items": USER_ID, "maxItems": 1000}}, ["userIds"]),
-        body_example={"userIds": ["ada", "grace"]},
-        answer=obj({"users": {"type": "array", "items": ref("Presence")}}, ["users"]),
-        answer_example={
-            "users": [{"userId": "ada", "status": "offline", "devices": [], "lastSeenAt": None}]
-        },
-        problems=(400, 413, 422), tag="Presence",
     ),
 )  # fmt: skip

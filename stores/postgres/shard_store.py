@@ -113,6 +113,8 @@ class UserRecord:
     targets: list[PushTarget] = field(default_factory=list)
     preferences: str | None = None
     """The preferences document, None if the user stored none."""
+    invisible_since_ms: int | None = None
+    """Since when the user wants to be seen as offline; None: it does not."""
 
 
 @dataclass(slots=True)
@@ -441,6 +443,7 @@ class ShardStore:
                 r[9],
                 r[10],
                 preferences=r[11],
+                invisible_since_ms=r[12],
             )
             for r in rows
         }
@@ -685,12 +688,12 @@ class ShardStore:
             [stream for stream, _ in wanted], [ms / 1000 for _, ms in wanted],
         )  # fmt: skip
 
-    async def last_seen(self, tenant: str, users: Sequence[str]) -> dict[str, int | None]:
-        """When users of a tenant were last seen (ms), those that exist."""
+    async def last_seen(self, tenant: str, users: Sequence[str]) -> dict[str, tuple[int | None, int | None]]:
+        """When users of a tenant were last seen, and since when they are invisible (ms), those that exist."""
         with translated():
             async with self._open_pool().acquire(timeout=self._settings.connect_timeout_s) as connection:
                 rows = await connection.fetch(self._sql["last_seen"], tenant, users)
-        return {r[0]: r[1] for r in rows}
+        return {r[0]: (r[1], r[2]) for r in rows}
 
     # -- outbox -----------------------------------------------------------------------------------------
 
@@ -905,6 +908,16 @@ class ShardStore:
         """Tokens issued before now are no longer valid."""
         async with self._fenced(term) as connection:
             await connection.execute(self._sql["revoke_tokens"], stream_id, now_ms / 1000)
+
+    async def set_invisible(self, term: int, stream_id: int, since_ms: int | None) -> int | None:
+        """Make a user invisible, or (None) visible again.
+
+        Returns:
+            Since when it is invisible: who is so already stays it since then.
+        """
+        async with self._fenced(term) as connection:
+            since_s = None if since_ms is None else since_ms / 1000
+            return await connection.fetchval(self._sql["set_invisible"], stream_id, since_s)
 
     @contextlib.asynccontextmanager
     async def _fenced(self, term: int) -> AsyncIterator[asyncpg.Connection]:

@@ -69,10 +69,12 @@ class World:
 
     def __init__(
         self, dsn: str, *, policy: dict[str, Any] | None = None, presence: dict[str, Any] | None = None,
-        gateways: int = 1, **shard: Any,
+        gateways: int = 1, redis: dict[str, Any] | None = None, **shard: Any,
     ) -> None:  # fmt: skip
         quick = {"coalesce_s": 0.01, "retry_s": 0.02, "recheck_s": 60.0}
-        self.kit = Kit(dsn, presence=quick | (presence or {}), **({"policy_refresh_s": 0.1} | shard))
+        self.kit = Kit(
+            dsn, presence=quick | (presence or {}), redis=redis, **({"policy_refresh_s": 0.1} | shard)
+        )
         self.policy = {"presence": {"watch": "tenant"}} if policy is None else policy
         self.gateways: list[Gateway] = []
         self.clients: list[Client] = []

@@ -105,13 +105,18 @@ class Kit:
         *,
         push: dict[str, Any] | None = None,
         presence: dict[str, Any] | None = None,
+        redis: dict[str, Any] | None = None,
         **shard: Any,
     ) -> None:
         self.dsn = dsn
         values = {"ack_flush_s": 0.01, "sweep_s": 0.1, "resume_wait_s": 0.3, "grace_s": 0.3}
         values["clean_close_grace_s"] = 0.05
         self.settings = fast_settings(
-            postgres={"dsn": dsn}, shard=values | shard, push=push or {}, presence=presence or {}
+            postgres={"dsn": dsn},
+            shard=values | shard,
+            push=push or {},
+            presence=presence or {},
+            redis=redis or {},
         )
         self.shards: list[Shard] = []
         self.links: list[Link] = []

@@ -269,6 +269,8 @@ class Pair:
             after = self.rng.randrange(20)
             await self.both("ids_between", [(stream, after, after + self.rng.randrange(30))], order=sorted)
             await self.both("save_last_seen", self.term(), [(stream, self.now_ms)])
+            since_ms = self.rng.choice((None, self.now_ms, self.now_ms + 5))
+            await self.both("set_invisible", self.term(), stream, since_ms)
             await self.both("last_seen", "t", ["ann", "bob", "nobody"])
 
     async def targets(self) -> None:

@@ -48,6 +48,7 @@ MEMBERS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "viewing": st.sampled_from(["thread:42", "a:b:c"]),
     },
     "WATCH_PRESENCE": {"userIds": st.lists(st.text("abc", min_size=1, max_size=8), max_size=3)},
+    "SET_PRESENCE": {"mode": st.sampled_from(["auto", "invisible"])},
     "SUBSCRIBE": {"topic": st.text("abc", min_size=1, max_size=8)},
     "UNSUBSCRIBE": {"topic": st.text("abc", min_size=1, max_size=8)},
 }

@@ -35,6 +35,8 @@ class Faults:
     """Answered and delivered, but absent from the feed."""
     refuse: int = 0
     no_push: int = 0
+    ghost: int = 0
+    """Users told to be there who may not be."""
 
 
 @dataclass
@@ -54,6 +56,7 @@ class FakeSystem:
         self._ids = itertools.count(1)
         self._deliveries = 0
         self._requests = 0
+        self._asked = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._http = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         self._ws = await ws_server.serve(
@@ -152,6 +155,8 @@ class FakeSystem:
             return 200, {}
         if method == "GET":
             return 200, {"notifications": self._feeds[path.split("/")[3]], "nextCursor": None}
+        if path.startswith("/v1/presence/query"):
+            return 200, {"users": [self._presence(user) for user in json.loads(body)["userIds"]]}
         self._requests += 1
         if self.faults.refuse and self._requests % self.faults.refuse == 0:
             return 503, {"code": "unavailable"}
@@ -159,6 +164,11 @@ class FakeSystem:
         if isinstance(document, list):
             return 202, {"results": [self._event(event) for event in document]}
         return 202, self._event(document)
+
+    def _presence(self, user: str) -> dict[str, str]:
+        self._asked += 1
+        ghost = bool(self.faults.ghost) and self._asked % self.faults.ghost == 0
+        return {"userId": user, "status": "active" if self._sockets[user] or ghost else "offline"}
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

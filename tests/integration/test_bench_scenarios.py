@@ -13,6 +13,7 @@ from benchmarks import __main__ as command
 from benchmarks import report
 from benchmarks.bench import Measurement, Options, Progress
 from benchmarks.scenarios import SCENARIOS
+from benchmarks.target import TargetError
 from tests.integration.fake_system import FakeSystem, Faults
 
 SMALL = Options(
@@ -28,6 +29,8 @@ SMALL = Options(
     offline_events=42,  # seven for each of the six users, three of whom are offline
     storm_connections=30,
     storm_timeout_s=10.0,
+    presence_users=20,
+    presence_queries=5,
     warmup_events=10,
     receipt_timeout_s=0.05,
     settle_s=0.2,
@@ -66,6 +69,17 @@ async def test_a_wrong_system_is_found_wrong(name: str, fault: str, kind: str) -
     assert not measurement.verdict.ok
     assert getattr(measurement.verdict, kind) > 0, measurement.verdict.sentence()
     assert kind in measurement.verdict.sentence()
+
+
+async def test_presence_is_measured_and_checked() -> None:
+    """C1 times queries of a system that is right, and fails on one that shows somebody who is not there."""
+    measurement, _ = await measure("C1")
+    assert measurement.verdict.ok, measurement.verdict.sentence()
+    for kind in ("all_online_ms", "never_seen_ms", "half_online_ms"):
+        assert measurement.metrics[kind]["n"] == 5
+        assert measurement.metrics[kind]["p50"] > 0
+    with pytest.raises(TargetError, match="wrong for 1 of 20 users"):
+        await measure("C1", Faults(ghost=501))
 
 
 async def test_refusals_are_shown_and_are_no_violation() -> None:

@@ -14,7 +14,19 @@ import pytest_asyncio
 
 from carillon.errors import ClusterError
 from carillon.ids import slot_of, uuid_text
-from carillon.messages import Change, DevicePut, Failure, Outcome, Outcomes, Publish, SessionsRevoke
+from carillon.messages import (
+    Change,
+    DevicePresence,
+    DevicePut,
+    Failure,
+    Outcome,
+    Outcomes,
+    PresenceMode,
+    PresenceReply,
+    Publish,
+    SessionsRevoke,
+    UserPresence,
+)
 from cluster.embedded import EmbeddedPostgres
 from serve.ingress import Ingress, bind_door
 from tests.actors.fakes import actor_config
@@ -504,11 +516,45 @@ async def test_devices_and_preferences(world: World) -> None:
 async def test_presence(world: World) -> None:
     """Presence comes from the shards by way of the router, in the order asked."""
     one = (await world.http.get("/v1/presence/ada", headers=world.service())).json()
-    assert one == {"userId": "ada", "status": "offline", "devices": [], "lastSeenAt": None}
+    nobody = {"userId": "ada", "status": "offline", "invisible": False, "devices": [], "lastSeenAt": None}
+    assert one == nobody
     many = await world.http.post("/v1/presence/query", json={"userIds": ["b", "a"]}, headers=world.service())
     assert [user["userId"] for user in many.json()["users"]] == ["b", "a"]
     body = {"userIds": ["x"] * 1001}
     problem(await world.http.post("/v1/presence/query", json=body, headers=world.service()), 422, "invalid")
+
+
+async def test_presence_tells_devices_and_who_hides(world: World) -> None:
+    """Devices with attention, since when, and how many connections; `invisible` beside the status."""
+
+    def answer(link: Any, message: Any, request: int) -> bool:
+        devices = [DevicePresence("laptop", "focused", 1_700_000_000_000, 2)]
+        one = UserPresence("ada", "offline", devices, 1_700_000_000_001, invisible=True)
+        link.reply_nowait(request, PresenceReply([one] * len(message.users)))
+        return True
+
+    world.router.answer = answer
+    since = "2023-11-14T22:13:20.000Z"
+    devices = [{"deviceId": "laptop", "attention": "focused", "since": since, "connections": 2}]
+    told = {"status": "offline", "devices": devices, "lastSeenAt": "2023-11-14T22:13:20.001Z"}
+    service = await world.http.get("/v1/presence/ada", headers=world.service())
+    assert service.json() == {"userId": "ada", "invisible": True, **told}
+    client = await world.http.get("/api/presence", headers=world.client())
+    assert client.json() == {"mode": "invisible", **told}
+
+
+async def test_a_client_hides(world: World) -> None:
+    """PUT /api/presence goes to the owner of the token's user; an unknown mode is refused and named."""
+    answer = await world.http.put("/api/presence", json={"mode": "invisible"}, headers=world.client())
+    assert (answer.status_code, answer.json()) == (200, {"mode": "invisible"})
+    assert world.router.received[-1] == PresenceMode("acme", "ada", slot_of("acme", "ada"), "invisible")
+    count = len(world.router.received)
+    for body in ({}, {"mode": "away"}, {"mode": None}, {"mode": ["auto"]}):
+        told = problem(
+            await world.http.put("/api/presence", json=body, headers=world.client()), 422, "invalid"
+        )
+        assert told["errors"][0]["path"] == "mode"
+    assert len(world.router.received) == count
 
 
 async def test_sync(world: World) -> None:

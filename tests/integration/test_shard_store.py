@@ -144,6 +144,7 @@ WRITES: dict[str, Callable[[Kit, Event, int], Awaitable[Any]]] = {
     "log_out": lambda kit, e, d: kit.store.log_out(
         kit.term, kit.user.stream_id, UserKey("t", "u"), "phone", b"i" * 16, NOW
     ),
+    "set_invisible": lambda kit, e, d: kit.store.set_invisible(kit.term, kit.user.stream_id, NOW),
     "revoke_tokens": lambda kit, e, d: kit.store.revoke_tokens(kit.term, kit.user.stream_id, NOW),
 }
 SILENT: dict[str, Callable[[Kit, Event, int], Awaitable[Any]]] = {

@@ -35,8 +35,9 @@ READS = frozenset(
 )  # fmt: skip
 """Statements that commit nothing: whether they ran makes no difference, so they have `before` alone."""
 
-ELSEWHERE = frozenset(("save_draining",))
-"""Simulated clusters start no processes, so no nodes are left: tests/actors/test_coordinator.py has these."""
+ELSEWHERE = frozenset(("save_draining", "set_invisible"))
+"""Simulated clusters start no processes, so no nodes are left: tests/actors/test_coordinator.py has these.
+Nobody hides in them: tests/actors/test_invisible.py has that."""
 
 MESSAGES = (
     ("ingress", "Publish"), ("router", "Publish"), ("shard", "Outcomes"), ("router", "Outcomes"),

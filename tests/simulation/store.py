@@ -80,6 +80,7 @@ class StreamRow:
     unread: int = 0
     last_seen_ms: int | None = None
     valid_from_ms: int | None = None
+    invisible_since_ms: int | None = None
     revoked: dict[bytes, int] = field(default_factory=dict)
     """Tokens that were logged out, with their ends (ms)."""
     notes: list[Note] = field(default_factory=list)
@@ -292,7 +293,7 @@ class ModelShardStore:
                     UserRecord(
                         key, s.id, s.epoch, s.seq, s.rev, s.unread, expired, s.last_seen_ms, s.valid_from_ms,
                         sorted(token for token, end in s.revoked.items() if end > now_ms), targets,
-                        self._db.preferences.get(key),
+                        self._db.preferences.get(key), s.invisible_since_ms,
                     )
                 )  # fmt: skip
             return records
@@ -565,10 +566,10 @@ class ModelShardStore:
 
         await self._db.run(statement)
 
-    async def last_seen(self, tenant: str, users: Sequence[str]) -> dict[str, int | None]:
-        def statement() -> dict[str, int | None]:
-            streams = self._db.streams
-            return {u: streams[UserKey(tenant, u)].last_seen_ms for u in users if (tenant, u) in streams}
+    async def last_seen(self, tenant: str, users: Sequence[str]) -> dict[str, tuple[int | None, int | None]]:
+        def statement() -> dict[str, tuple[int | None, int | None]]:
+            rows = {u: self._db.streams.get(UserKey(tenant, u)) for u in users}
+            return {u: (s.last_seen_ms, s.invisible_since_ms) for u, s in rows.items() if s is not None}
 
         return await self._db.run(statement)
 
@@ -815,6 +816,15 @@ class ModelShardStore:
             self._db.by_id[stream_id].valid_from_ms = now_ms
 
         await self._db.run(statement)
+
+    async def set_invisible(self, term: int, stream_id: int, since_ms: int | None) -> int | None:
+        def statement() -> int | None:
+            self._fence(term)
+            row = self._db.by_id[stream_id]
+            row.invisible_since_ms = None if since_ms is None else row.invisible_since_ms or since_ms
+            return row.invisible_since_ms
+
+        return await self._db.run(statement)
 
     async def log_out(
         self, term: int, stream_id: int, key: UserKey, device: str | None, token_id: bytes, expires_ms: int

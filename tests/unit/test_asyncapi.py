@@ -144,7 +144,7 @@ WRITERS: dict[str, st.SearchStrategy[bytes]] = {
     "presence": st.builds(
         server_frames.presence, texts, st.sampled_from(["active", "idle", "offline"]), st.none() | times
     ),
-    "ok": st.builds(server_frames.ok, refs),
+    "ok": st.builds(server_frames.ok, refs, st.lists(texts)),
     "pong": st.builds(server_frames.pong, st.none() | refs),
     "error": st.builds(server_frames.error, texts, texts, st.booleans(), st.none() | refs),
 }  # fmt: skip

@@ -24,7 +24,8 @@ select b.tenant, b.user_id, b.stream_id, b.epoch, b.seq, b.rev,
        (extract(epoch from b.last_seen_at) * 1000)::bigint as last_seen_ms,
        (extract(epoch from b.tokens_valid_from) * 1000)::bigint as valid_from_ms,
        array(select r.token_id from revoked_tokens r where r.stream_id = b.stream_id and r.expires_at > now()),
-       (select p.document::text from preferences p where p.tenant = b.tenant and p.user_id = b.user_id)
+       (select p.document::text from preferences p where p.tenant = b.tenant and p.user_id = b.user_id),
+       (extract(epoch from b.invisible_since) * 1000)::bigint as invisible_since_ms
 from both_of b, fence;
 
 -- name: load_targets
@@ -226,8 +227,10 @@ union all
 select 0, term, 0, 0, 0 from fence;
 
 -- name: last_seen
--- When users were last seen. $1 tenant, $2 users.
-select user_id, (extract(epoch from last_seen_at) * 1000)::bigint from streams
+-- When users were last seen, and since when they are invisible. $1 tenant, $2 users.
+select user_id, (extract(epoch from last_seen_at) * 1000)::bigint,
+       (extract(epoch from invisible_since) * 1000)::bigint
+from streams
 where tenant = $1 and user_id = any ($2::text[]);
 
 -- name: exists
@@ -555,6 +558,13 @@ on conflict do nothing;
 
 -- name: revoke_tokens
 update streams set tokens_valid_from = to_timestamp($2) where stream_id = $1;
+
+-- name: set_invisible
+-- $1 stream, $2 since, null for visible.
+update streams set invisible_since = case when $2::float8 is null then null
+                                          else coalesce(invisible_since, to_timestamp($2)) end
+where stream_id = $1
+returning (extract(epoch from invisible_since) * 1000)::bigint;
 
 -- name: notifications_after
 -- Replay: $1 stream, $2 after seq, $3 limit.
