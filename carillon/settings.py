@@ -306,6 +306,12 @@ class IngressSettings:
     max_streams: int = setting(
         5000, "Event streams and long polls of one replica; more are answered 503.", low=1
     )
+    stream_life_s: float = setting(
+        300.0,
+        "An event stream is ended (4212) after 0.8 to 1 times so long: its client comes back, or is gone.",
+        low=0.05,
+        unit="s",
+    )
     stream_retry_s: float = setting(
         2.0,
         "What an EventSource is told to wait before it comes back, give or take half.",

@@ -55,6 +55,7 @@ class Connections:
         self._stats = stats
         self._clock = clock
         self.retry_s = settings.ingress.stream_retry_s
+        self.life_s = settings.ingress.stream_life_s
         self._max = settings.ingress.max_streams
         self._skew_s = settings.ingress.clock_skew_s
         self._held: dict[Connection, None] = {}

@@ -16,7 +16,7 @@ import socket
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from actors.attached import AttachedSocket, Phase
+from actors.attached import NEVER, AttachedSocket, Phase
 from actors.gateway_handshake import Encoding, position_of
 from carillon.client_frames import ClientVisibility, check_id, visibility
 from carillon.errors import InvalidInputError, UnauthenticatedError
@@ -111,12 +111,13 @@ class EventStream(AttachedSocket, Connection, asyncio.Protocol):
         chunked: False for HTTP/1.0, where the end of the connection is the end of the body.
     """
 
-    __slots__ = ("_chunked", "_connections")
+    __slots__ = ("_chunked", "_connections", "_ends_at")
 
     def __init__(self, connections: Connections, *, chunked: bool) -> None:
         super().__init__(connections)
         self._connections = connections
         self._chunked = chunked
+        self._ends_at = NEVER
         self.encoding = Encoding.PLAIN
 
     def begin(self, transport: asyncio.Transport, head: bytes, opening: Opening) -> None:
@@ -130,6 +131,11 @@ class EventStream(AttachedSocket, Connection, asyncio.Protocol):
         self._write(b"retry: %d\n\n" % retry_ms)
         self.beat_due = self._connections.loop.time() + limits.heartbeat_s * random.uniform(0.5, 1.0)  # noqa: S311
         self._connections.admit(self, *opening)
+        # No client answers a heart-beat here, and the kernel of a frozen one goes on acknowledging for it:
+        # only by coming back does it show that it is there.
+        self._ends_at = self._connections.loop.time() + self._connections.life_s * random.uniform(0.8, 1.0)  # noqa: S311
+        self.expires_at = min(self.expires_at, self._ends_at)
+        self.reschedule()
 
     # -- asyncio --------------------------------------------------------------------------------------
 
@@ -196,6 +202,8 @@ class EventStream(AttachedSocket, Connection, asyncio.Protocol):
         if self.phase is not Phase.OPEN:
             if self._transport is not None:
                 self._transport.abort()
+        elif now >= self._ends_at:
+            self.close(4212, "come back to show that you are there")
         elif now >= self.expires_at:
             self.close(4101, "the token has expired")
         elif self.lost(now):

@@ -19,6 +19,13 @@ from tests.chaos.plant import Plant
 from tests.chaos.population import Habit, claims
 
 _numbers = itertools.count(1)
+
+
+def connection_number() -> int:
+    """A new one for every connection of every device."""
+    return next(_numbers)
+
+
 STOP_CODES = range(4001, 4100)
 """Close codes after which a client does not come back."""
 
@@ -84,7 +91,7 @@ class Device:
 
     async def _connection(self) -> bool:
         """One connection, from dialling to its end; True if it got a WELCOME."""
-        self._conn = next(_numbers)
+        self._conn = connection_number()
         position = [self._epoch, self._seq, self._rev] if self._epoch else None
         self._answered = position is None
         how = "none" if position is None else self._rng.choice(["url", "frame"])

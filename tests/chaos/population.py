@@ -21,6 +21,8 @@ class Habit:
     """What its devices tell: visible, hidden, or wander: another state now and then."""
     ghost: bool = False
     """At the end of the run it vanishes without a word: half-open for good."""
+    streams: bool = False
+    """Its devices use event streams instead of WebSockets."""
     slow: bool = False
     """Reads slowly."""
     reads: float = 0.0
@@ -65,6 +67,8 @@ def people(rng: random.Random, scale: int = 1) -> list[Person]:
     add("slow", 1, Habit(slow=True), 1, "none")
     add("ghost", 1, Habit(ghost=True), 1, "one")
     add("leaver", 4, Habit(leaves=True, reads=0.02), 1, "one")
+    add("stream", 3, Habit(streams=True), 1, "one")
+    add("restless", 1, Habit(streams=True, leaves=True), 1, "one")
     add("away", 4, Habit(), 0, "one")
     add("away2", 1, Habit(), 0, "both")
     add("feed", 2, Habit(), 0, "none")

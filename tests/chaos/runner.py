@@ -19,6 +19,7 @@ from tests.chaos.history import History
 from tests.chaos.load import Load
 from tests.chaos.plant import Plant
 from tests.chaos.population import Person, people
+from tests.chaos.stream_devices import StreamDevice
 
 SHORT = {
     "CARILLON_SHARD_ACK_WINDOW_S": "1.5",
@@ -29,6 +30,7 @@ SHORT = {
     "CARILLON_SHARD_DELIVERY_LEASE_S": "6",
     "CARILLON_GATEWAY_HEARTBEAT_S": "3",
     "CARILLON_GATEWAY_PONG_TIMEOUT_S": "2",
+    "CARILLON_INGRESS_STREAM_LIFE_S": "10",
     "CARILLON_PUSH_TIMEOUT_S": "2",
     "CARILLON_PUSH_BACKOFF_S": "0.3",
     "CARILLON_PUSH_BREAKER_OPEN_S": "0.5",
@@ -84,7 +86,7 @@ class Run:
         gateway, shard, push = (getattr(self.plant.settings, name) for name in ("gateway", "shard", "push"))
         silence_s = gateway.heartbeat_s + gateway.pong_timeout_s
         self.devices = [
-            Device(
+            (StreamDevice if person.habit.streams else Device)(
                 self.plant, self.history, person.user, name, person.habit,
                 random.Random(rng.randrange(1 << 62)), silence_s,
             )

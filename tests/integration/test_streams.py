@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from carillon.testing.provider_credentials import server_tls
 from tests.integration.transports_world import TENANT, Stream, Transports
 from tests.support import eventually
 
@@ -130,9 +133,37 @@ async def test_moves_with_its_slot(postgres_dsn: str) -> None:
         assert (await other.status())["connections"] == 1
 
 
-async def test_slow_reader_is_ended(postgres_dsn: str) -> None:
+@pytest.fixture
+def tls(tmp_path: Path) -> dict[str, Any]:
+    """For a world whose door speaks TLS."""
+    server_tls(tmp_path)
+    pem = str(tmp_path / "server.pem")
+    trusting = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    return {"trusting": trusting, "ingress": {"tls_cert_file": pem, "tls_key_file": pem}}
+
+
+async def test_over_tls(postgres_dsn: str, tls: dict[str, Any]) -> None:
+    """Streams and polls work over TLS, up to their end."""
+    async with Transports(postgres_dsn, **tls) as world:
+        assert world.ingress.url.startswith("https://")
+        stream = await world.stream()
+        epoch = (await stream.frame())["epoch"]
+        poll = asyncio.create_task(world.call("GET", f"/api/sync?epoch={epoch}&since=0&rev=0&waitS=30"))
+        await eventually(lambda: len(world.ingress.connections) == 2)
+        await world.send("n1")
+        assert seqs([await stream.frame()]) == [1]
+        assert [one["seq"] for one in (await poll).json()["notifications"]] == [1]
+        await stream.close()
+        await world.status_is("offline")
+        short = await world.stream(login=False, token=world.token(ttl_s=1))
+        assert await short.closed() == 4101
+
+
+@pytest.mark.parametrize("way", ["plain", "tls"])
+async def test_slow_reader_is_ended(postgres_dsn: str, way: str, tls: dict[str, Any]) -> None:
     """A client that does not read is ended once the bound of unsent bytes is reached, and is detached."""
-    async with Transports(postgres_dsn, gateway={"max_buffer_bytes": 65_536}) as world:
+    more = tls if way == "tls" else {}
+    async with Transports(postgres_dsn, gateway={"max_buffer_bytes": 65_536}, **more) as world:
         stream = await world.stream()
         await stream.frame()
         await world.status_is("active")
@@ -204,6 +235,21 @@ async def test_ends_with_the_log_out(postgres_dsn: str) -> None:
         assert (again.status, (await again.problem())["code"]) == (401, "unauthenticated")
         await world.send("n1")
         assert seqs([await other.frame()]) == [1]
+
+
+async def test_life_is_bounded(postgres_dsn: str) -> None:
+    """A stream ends after a while with 4212, for a frozen client would be present for ever; who comes back
+    misses nothing and stays present."""
+    async with Transports(postgres_dsn, ingress={"stream_life_s": 0.5}, shard={"grace_s": 5.0}) as world:
+        stream = await world.stream(deviceId="tablet")
+        welcome = await stream.event()
+        assert welcome is not None
+        assert await stream.closed() == 4212
+        await eventually(lambda: len(world.ingress.connections) == 0)
+        await world.send("n1")
+        await world.status_is("active")
+        again = await world.stream(deviceId="tablet", headers={"Last-Event-ID": welcome.id})
+        assert seqs(await again.frames(2)) == [1]
 
 
 async def test_heart_beat(postgres_dsn: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from typing import Any
 
 import asyncpg
@@ -28,8 +29,11 @@ TENANT = "acme"
 class Transports(Kit):
     """One replica, one gateway, one router, one shard; tenant "acme"."""
 
-    def __init__(self, dsn: str, **sections: dict[str, Any]) -> None:
+    def __init__(
+        self, dsn: str, *, trusting: ssl.SSLContext | None = None, **sections: dict[str, Any]
+    ) -> None:
         super().__init__(dsn)
+        self._trusting = trusting
         self.settings = fast_settings(
             postgres={"dsn": dsn, "pool_size": 2},
             shard={
@@ -58,7 +62,11 @@ class Transports(Kit):
         self.ingress = Ingress(self._config("ingress", "ingress-a"))
         await self.ingress.start()
         self.http = httpx.AsyncClient(
-            base_url=self.ingress.url, trust_env=False, timeout=15.0, headers={"Authorization": ""}
+            base_url=self.ingress.url,
+            trust_env=False,
+            timeout=15.0,
+            headers={"Authorization": ""},
+            verify=self._trusting or True,
         )
         self.streams: list[Stream] = []
         self.sockets: list[ClientConnection] = []
