@@ -7,6 +7,8 @@ import contextlib
 import logging
 from typing import Any
 
+import msgspec
+
 from actors.config import ActorConfig
 from actors.link import Link
 from actors.member import Membership
@@ -54,6 +56,8 @@ from carillon.messages import (
     Logout,
     Outcome,
     Outcomes,
+    PlanQuery,
+    PlanReply,
     PreferencesPut,
     PresenceMode,
     PresenceQuery,
@@ -376,6 +380,8 @@ class Shard:
             self._spawn(self._answer(link, request, self._presence.query(message)))
         elif kind is DeviceAck or kind is DeviceVisibility:
             self._device_said(link, message, request)
+        elif kind is PlanQuery:
+            self._spawn(self._answer(link, request, self._preview(message)))
         elif kind in _DOCUMENT_MESSAGES:
             self._spawn(self._answer(link, request, self._document(message)))
         else:
@@ -490,6 +496,10 @@ class Shard:
 
         self._with_user(message, found, failed)
         return await future
+
+    async def _preview(self, message: PlanQuery) -> PlanReply:
+        user = await self._user(message)
+        return PlanReply(msgspec.json.encode(self._writer.preview(user, message.event)).decode())
 
     async def _document(self, message: Any) -> Done:
         user = await self._user(message)

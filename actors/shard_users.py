@@ -16,6 +16,7 @@ import msgspec
 
 from carillon.budget import Spent
 from carillon.errors import CarillonError, FencedError, UnavailableError
+from carillon.explain import providers_receipt
 from carillon.ids import UserKey
 from carillon.messages import PushTarget
 from carillon.presence import as_seen
@@ -33,7 +34,8 @@ class User:
 
     __slots__ = (
         "epoch", "expired", "invisible_since_ms", "key", "last_seen_ms", "pins", "preferences", "providers",
-        "rev", "revoked", "seq", "session", "slot", "spent", "stream_id", "unread", "valid_from_ms",
+        "receipt", "rev", "revoked", "seq", "session", "slot", "spent", "stream_id", "unread",
+        "valid_from_ms",
     )  # fmt: skip
 
     def __init__(self, record: UserRecord, slot: int) -> None:
@@ -46,6 +48,7 @@ class User:
         self.unread = record.unread
         self.expired = record.expired
         self.providers: frozenset[str] = frozenset()
+        self.receipt = 0  # the part of receipts that says where the user has targets
         self.take_targets(record.targets)
         self.last_seen_ms = record.last_seen_ms
         self.invisible_since_ms = record.invisible_since_ms
@@ -59,6 +62,7 @@ class User:
     def take_targets(self, targets: Iterable[PushTarget]) -> None:
         """Note at which push providers the user has a target."""
         self.providers = frozenset(target.provider for target in targets)
+        self.receipt = providers_receipt(self.providers)
 
     def head(self) -> Head:
         """Position as committed; unread as shown."""

@@ -22,6 +22,7 @@ from carillon.budget import Spent
 from carillon.clock import Clock, rfc3339
 from carillon.decision import Verdict, judge, pack
 from carillon.errors import CarillonError, FencedError, NotFoundError, UnavailableError
+from carillon.explain import circumstance, of_plan, read_receipt, told
 from carillon.external import IN_APP
 from carillon.ids import UserKey
 from carillon.messages import Event, Outcome
@@ -52,13 +53,14 @@ HEAL_PAUSE_S = 0.5
 class Entry:
     """One event on its way: where it came from and what is known of it."""
 
-    __slots__ = ("done", "event", "plan", "user", "waiters")
+    __slots__ = ("done", "event", "plan", "receipt", "user", "waiters")
 
     def __init__(self, event: Event, done: Callable[[Outcome], None]) -> None:
         self.event = event
         self.done = done
         self.user: User | None = None
         self.plan: Plan | None = None
+        self.receipt = 0
         self.waiters: list[Callable[[Outcome], None]] | None = None
 
 
@@ -209,6 +211,27 @@ class Writer:
             self._wake.set()
 
         self._users.when_loaded(key, event.slot, loaded)
+
+    def preview(self, user: User, event: Event) -> dict[str, Any]:
+        """What would become of an event now, and every rule behind it; nothing is done."""
+        entry = Entry(event, _answered)
+        entry.user = user
+        found = self._plan(entry, self._clock.now_ms())
+        reach, attention, _ = read_receipt(entry.receipt)
+        rules = of_plan(
+            found, event.channels, event.fallback, event.priority, reach, attention, user.providers
+        )
+        return {
+            "userId": event.user,
+            "status": found.status,
+            "channels": list(found.channels),
+            "fallback": list(found.chain),
+            "reason": found.reason,
+            "pushDueAt": None if found.push_due_ms is None or found.push_now else rfc3339(found.push_due_ms),
+            "silent": found.silent,
+            "archived": found.archived,
+            "rules": told(rules),
+        }
 
     def submit_change(self, change: ChangeEntry) -> None:
         """Queue one state change. Ordering: changes of one user are applied in the order submitted."""
@@ -410,6 +433,7 @@ class Writer:
         attention = Attention.UNKNOWN
         if reach is Reach.LIVE and wants_push(event, user.providers):
             attention = self._attention(user, event, now_ms)
+        entry.receipt = circumstance(user.receipt, reach, attention)
         policy = self._policy(event.tenant)
         verdict: Verdict | None = None
         if user.preferences is not None or policy.rules is not None:
@@ -457,6 +481,7 @@ class Writer:
             rows.append(row_of_event)
             # Planned before, the batch met a taken idempotency key: limits are not spent twice.
             decided = entry.plan = self._plan(entry, now_ms, spend=entry.plan is None)
+            row_of_event.receipt = entry.receipt
             if decided.rules:
                 row_of_event.decision = pack(decided.rules)
                 row_of_event.archived, row_of_event.priority = decided.archived, decided.priority

@@ -179,6 +179,22 @@ class PreferencesPut(Struct, array_like=True, tag=7):
     document: str
 
 
+class PlanQuery(Struct, array_like=True, tag=38):
+    """Request: what would become of an event? Nothing of it is stored. Reply: `PlanReply`."""
+
+    tenant: str
+    user: str
+    slot: int
+    event: Event
+
+
+class PlanReply(Struct, array_like=True, tag=39):
+    """Reply to `PlanQuery`."""
+
+    document: str
+    """The plan and the rules behind it, as `POST /v1/events?dryRun=true` answers it (JSON)."""
+
+
 class Done(Struct, array_like=True, tag=8):
     """Plain success."""
 
@@ -716,6 +732,7 @@ type_union = (
     | PushLeft | Join | Renew | ClusterMap | Leave | StatsQuery | StatsReply | Failure | Ping
     | DeviceAck | DeviceVisibility | DeviceTold | PresenceWatch | PresenceTold | WatchAnswer
     | PresenceMode | ClientMode
+    | PlanQuery | PlanReply
 )  # fmt: skip
 Message = type_union
 

@@ -132,6 +132,11 @@ def _responses(route: Route) -> dict[str, Any]:
     if route.door == SERVICE:
         statuses.add(403)
     responses: dict[str, Any] = {str(route.status): good}
+    for status, (meaning, schema) in route.other_answers.items():
+        responses[str(status)] = {
+            "description": meaning,
+            "content": {"application/json": {"schema": schema}},
+        }
     for status in sorted(statuses):
         told: dict[str, Any] = {"description": _TITLES[status], "content": _PROBLEM}
         if status in (409, 429, 503):

@@ -6,7 +6,7 @@ serve/openapi.py writes it down, and a test holds docs/reference/http.md to it.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -57,6 +57,8 @@ class Route:
     """JSON schema of the answer; None: an answer without a JSON body."""
     answer_example: Any = None
     answer_type: str = "application/json"
+    other_answers: Mapping[int, tuple[str, dict[str, Any]]] = field(default_factory=dict)
+    """Other statuses of success: what each means, and its schema."""
     problems: Sequence[int] = field(default=())
     """Statuses of problem documents beyond those every route of the door can give."""
     tag: str = ""

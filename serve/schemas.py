@@ -329,6 +329,45 @@ COMPONENTS: Final[dict[str, Schema]] = {
             "timezone": {"anyOf": [{"type": "null"}, {"type": "string", "examples": ["Europe/Vienna"]}]},
         }
     ),
+    "FiredRule": obj(
+        {
+            "rule": {"type": "string"},
+            "source": {"enum": ["user", "tenant", "event", "system"]},
+            "about": {"type": ["string", "null"]},
+            "channels": {"type": "array", "items": {"type": "string"}},
+            "until": {"anyOf": [INSTANT, {"type": "null"}]},
+            "words": {"type": "string"},
+        },
+        ["rule", "source", "about", "channels", "until", "words"],
+    ),
+    "Plan": obj(
+        {
+            "userId": {"type": "string"},
+            "status": {"enum": ["delivered", "queued", "stored", "deferred", "suppressed"]},
+            "channels": {"type": "array", "items": {"type": "string"}},
+            "fallback": {"type": "array", "items": {"type": "string"}},
+            "reason": {"type": ["string", "null"]},
+            "pushDueAt": {"anyOf": [INSTANT, {"type": "null"}]},
+            "silent": _FLAG,
+            "archived": _FLAG,
+            "rules": {"type": "array", "items": ref("FiredRule")},
+        },
+        ["userId", "status", "channels", "rules"],
+    ),
+    "Plans": obj(
+        {
+            "results": {
+                "type": "array",
+                "items": {
+                    "anyOf": [
+                        ref("Plan"),
+                        obj({"userId": {"type": "string"}, "error": ref("Problem")}, ["error"]),
+                    ]
+                },
+            }
+        },
+        ["results"],
+    ),
     "Digest": {
         "anyOf": [
             {"enum": list(DIGESTS)},

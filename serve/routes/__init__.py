@@ -12,6 +12,7 @@ def all_routes() -> tuple[Route, ...]:
         dead_letters,
         demo,
         events,
+        explain,
         operations,
         policy,
         presence,
@@ -20,6 +21,6 @@ def all_routes() -> tuple[Route, ...]:
     )
 
     return (
-        *events.ROUTES, *users.ROUTES, *presence.ROUTES, *dead_letters.ROUTES, *client.ROUTES,
-        *policy.ROUTES, *templates.ROUTES, *operations.ROUTES, *demo.ROUTES,
+        *events.ROUTES, *explain.ROUTES, *users.ROUTES, *presence.ROUTES, *dead_letters.ROUTES,
+        *client.ROUTES, *policy.ROUTES, *templates.ROUTES, *operations.ROUTES, *demo.ROUTES,
     )  # fmt: skip

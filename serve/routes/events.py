@@ -10,8 +10,9 @@ from carillon.events import ProblemError, TemplatesWantedError, refused
 from carillon.events import Request as ParsedEvents
 from carillon.ids import uuid_text
 from carillon.messages import Outcome
-from carillon.problems import FieldError, Problem, problem, problem_document
+from carillon.problems import FieldError, Problem, problem, problem_document, shown
 from serve.http import JSON, Header, Request, Response, problem_response
+from serve.routes.explain import preview
 from serve.routing import SERVICE, Query, Route
 from serve.schemas import ref
 from serve.services import Services
@@ -28,13 +29,18 @@ _TOLD: Final = {
 
 async def post_events(services: Services, request: Request) -> Response:
     """One event, an event for many, or a batch."""
-    query = request.query()
-    if query.get("dryRun", "false") != "false":
-        raise refused(
-            "dryRun is not supported yet", [FieldError("dryRun", "absent or false", "true")], "not_supported"
-        )
+    dry = request.query().get("dryRun", "false")
+    if dry not in ("true", "false"):
+        expected = FieldError("dryRun", "true or false", shown(dry))
+        raise refused(f"expected dryRun to be true or false, got {shown(dry)}", [expected])
     body = await request.body()
     key = request.header(b"idempotency-key")
+    if dry == "true":
+        parsed = await _parse(services, body, key, request.tenant, request.deadline)
+        caller = request.caller
+        if caller is not None and caller.rate_per_s is not None and parsed.events:
+            await admit(services, caller, len(parsed.events))
+        return await preview(services, parsed, request.deadline, request.request_id)
     return await publish(
         services, body, key, request.tenant, request.deadline, request.request_id, request.caller
     )
@@ -51,6 +57,19 @@ async def admit(services: Services, caller: ApiKeyRecord, requests: int) -> None
     if wait_s:
         detail = f"this API key may send {caller.rate_per_s:g} a second, {caller.burst} at once"
         raise ProblemError(problem("rate_limited", detail, retry_after_s=wait_s))
+
+
+async def _parse(
+    services: Services, body: bytes, key: bytes | None, tenant: str, deadline: float
+) -> ParsedEvents:
+    text_key = None if key is None else key.decode("utf-8", "replace")
+    try:
+        return services.parser.parse(body, tenant, services.clock.now_ms(), text_key)
+    except TemplatesWantedError as wanted:
+        prepared = await services.templates.prepare(wanted.document, tenant, deadline)
+        return services.parser.parse_prepared(
+            wanted.document, prepared, tenant, services.clock.now_ms(), text_key
+        )
 
 
 async def publish(
@@ -70,14 +89,7 @@ async def publish(
     Raises:
         ProblemError: the request as a whole is refused.
     """
-    text_key = None if key is None else key.decode("utf-8", "replace")
-    try:
-        parsed = services.parser.parse(body, tenant, services.clock.now_ms(), text_key)
-    except TemplatesWantedError as wanted:
-        prepared = await services.templates.prepare(wanted.document, tenant, deadline)
-        parsed = services.parser.parse_prepared(
-            wanted.document, prepared, tenant, services.clock.now_ms(), text_key
-        )
+    parsed = await _parse(services, body, key, tenant, deadline)
     if caller is not None and caller.rate_per_s is not None and parsed.events:
         await admit(services, caller, len(parsed.events))
     outcomes = await services.backend.publish(parsed.events, deadline) if parsed.events else []
@@ -162,7 +174,13 @@ ROUTES: Final = (
             "Answered after the commit. One bad item of a batch does not fail the others: it is "
             '`{"error": problem}`.'
         ),
-        query=(Query("dryRun", {"enum": ["false"]}, "true is not supported yet."),),
+        query=(
+            Query(
+                "dryRun",
+                {"enum": ["true", "false"]},
+                "true: nothing is stored; 200 with the plan of each event and the rules behind it.",
+            ),
+        ),
         headers=(
             Query(
                 "Idempotency-Key",
@@ -181,6 +199,7 @@ ROUTES: Final = (
         body_example=_EVENT,
         status=202,
         answer={"anyOf": [ref("EventResult"), ref("EventResults")]},
+        other_answers={200: ("With dryRun: the plan", {"anyOf": [ref("Plan"), ref("Plans")]})},
         answer_example={
             "id": "0198c0de-7000-7000-8000-000000000001",
             "seq": 17,

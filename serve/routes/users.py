@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Final
 
 import msgspec
@@ -191,7 +192,18 @@ async def get_user_device(services: Services, request: Request) -> Response:
 
 async def get_preferences(services: Services, request: Request, tenant: str, user: str) -> Response:
     """The document with every member."""
-    return json_response(preferences.complete(await services.feed.preferences(tenant, user)))
+    stored, defaults = await asyncio.gather(
+        services.feed.preferences(tenant, user), _default_preferences(services, tenant)
+    )
+    return json_response(preferences.complete(stored, defaults))
+
+
+async def _default_preferences(services: Services, tenant: str) -> dict[str, Any]:
+    """The tenant's defaults; {} if it has none."""
+    try:
+        return (await services.tenants.policy(tenant)).get("defaults", {})
+    except NotFoundError:  # a token outlives its tenant
+        return {}
 
 
 async def put_preferences(services: Services, request: Request, tenant: str, user: str) -> Response:
@@ -204,7 +216,7 @@ async def put_preferences(services: Services, request: Request, tenant: str, use
     await services.backend.request(
         PreferencesPut(tenant, user, slot_of(tenant, user), text), request.deadline
     )
-    return json_response(preferences.complete(document))
+    return json_response(preferences.complete(document, await _default_preferences(services, tenant)))
 
 
 async def get_user_preferences(services: Services, request: Request) -> Response:

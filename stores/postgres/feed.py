@@ -130,6 +130,12 @@ class Found:
     row: NotificationRow
     user: str
     deliveries: list[dict[str, Any]]
+    decision: str | None = None
+    """The rules that fired (carillon.decision.pack)."""
+    receipt: int | None = None
+    """How the user was reached (carillon.explain.receipt_of)."""
+    priority: int = 1
+    """With the user's override."""
 
 
 class FeedReader:
@@ -328,7 +334,8 @@ class FeedReader:
         for t in tries:
             delivery = by_id.setdefault(
                 t["id"], {name: t[name] for name in ("channel", "state", "attempts", "reason", "due_ms",
-                                                     "created_ms", "updated_ms")} | {"tries": []}
+                                                     "created_ms", "updated_ms", "chain", "step")}
+                | {"tries": []}
             )  # fmt: skip
             if t["attempt"] is not None:
                 names = (
@@ -336,7 +343,10 @@ class FeedReader:
                     "started_ms", "duration_ms",
                 )  # fmt: skip
                 delivery["tries"].append({name: t[name] for name in names})
-        return Found(row_of(record), record["user_id"], list(by_id.values()))
+        return Found(
+            row_of(record), record["user_id"], list(by_id.values()), record["decision"], record["receipt"],
+            record["priority"],
+        )  # fmt: skip
 
     async def device(self, tenant: str, user: str, device: str) -> dict[str, Any] | None:
         """A push target by its columns (`registered_ms`, `disabled_ms` in ms), or None."""

@@ -130,6 +130,8 @@ class AppendRow:
     """The user wants nothing of it in the app: filed away from the first, and not counted as unread."""
     priority: int | None = None
     """With the user's override; None: the event's."""
+    receipt: int | None = None
+    """How the user was reached (carillon.explain.receipt_of)."""
 
 
 @dataclass(slots=True)
@@ -340,8 +342,10 @@ class ShardStore:
         parts = dict.fromkeys(names, "") | {"shown": "n", "planned": ""}
         if outbox:
             parts["planned"] = f",\n{self._sql['append_planned']}"
+        last = 27 if outbox else 14
+        parts["receipt"] = f"${last}"
         if ruled:
-            first = 27 if outbox else 14
+            first = last + 1
             parts |= {
                 "shown": "shown",
                 "shown_array": f", ${first}::int[]",
@@ -550,6 +554,7 @@ class ShardStore:
             [e.created_ms / 1000 for e in events],
             [None if e.expires_ms is None else e.expires_ms / 1000 for e in events],
             *planned,
+            [row.receipt for row in rows],
             *ruled,
         )
         if not answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from typing import Any
 
@@ -18,6 +19,8 @@ from carillon.messages import (
     Done,
     Outcome,
     Outcomes,
+    PlanQuery,
+    PlanReply,
     PresenceQuery,
     PresenceReply,
     Publish,
@@ -78,6 +81,9 @@ class FakeRouter:
             link.reply_nowait(
                 request, PresenceReply([UserPresence(user, "offline") for user in message.users])
             )
+        elif type(message) is PlanQuery:
+            plan = {"userId": message.user, "status": "stored", "channels": ["in_app"], "rules": []}
+            link.reply_nowait(request, PlanReply(json.dumps(plan)))
         elif kind == "Change":
             link.reply_nowait(request, ChangeResult(self.changed, 7, 0))
         else:

@@ -20,6 +20,7 @@ from stores.postgres.named import load_queries
 from stores.postgres.shard_store import (
     AppendRow,
     AttemptRow,
+    CarrierRow,
     KeysTakenError,
     OutboxRow,
     ReleaseRow,
@@ -135,6 +136,9 @@ WRITES: dict[str, Callable[[Kit, Event, int], Awaitable[Any]]] = {
         NOW,
     ),
     "release": lambda kit, e, d: kit.store.release(kit.term, [ReleaseRow(d, 1, NOW, "waits")], NOW),
+    "merge": lambda kit, e, d: kit.store.merge(
+        kit.term, [CarrierRow(d, 1, kit.user.stream_id, SLOT, "push", [(d + 1, 1)])], NOW
+    ),
     "replay": lambda kit, e, d: kit.store.replay(kit.term, [ReplayRow(d, "t", SLOT, NOW)], NOW),
     "put_target": lambda kit, e, d: kit.store.put_target(
         kit.term, "t", "u", target("tok"), "android", None, NOW
@@ -168,7 +172,9 @@ async def test_an_old_term_writes_nothing(postgres_dsn: str, name: str) -> None:
     """Every write of a shard whose term is over is refused, and no row of any table has changed (G9)."""
     async with Kit(postgres_dsn) as kit:
         event, delivery = await prepared(kit)
-        if name in ("release", "replay"):
+        if name == "merge":
+            assert await kit.append(kit.event(), due_ms=NOW) == [delivery + 1]
+        if name in ("release", "replay", "merge"):
             await kit.store.claim_due(kit.term, [SLOT], NOW + 1, 10, NOW + 100)
         if name == "replay":
             dead = SettleRow(delivery, 1, "dead", NOW, "gave up")

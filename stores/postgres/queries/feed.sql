@@ -110,14 +110,14 @@ limit $4;
 
 -- name: notification
 -- One notification of a tenant by id: the partition is pruned by the id. $1 id, $2 tenant.
-select %(row)s, s.user_id
+select %(row)s, s.user_id, n.decision, n.receipt, n.priority
 from notifications n
 join streams s on s.stream_id = n.stream_id
 where n.id = $1 and s.tenant = $2;
 
 -- name: deliveries
 -- The external deliveries of a notification with their tries, as rows. $1 notification.
-select d.id, d.channel, d.state, d.attempts, d.reason,
+select d.id, d.channel, d.state, d.attempts, d.reason, d.chain, d.step,
        (extract(epoch from d.due_at) * 1000)::bigint as due_ms,
        (extract(epoch from d.created_at) * 1000)::bigint as created_ms,
        (extract(epoch from d.updated_at) * 1000)::bigint as updated_ms,

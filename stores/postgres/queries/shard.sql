@@ -1,8 +1,6 @@
 -- What a shard asks of PostgreSQL. Every write begins with the fence: the shard's own row, locked FOR SHARE
 -- and compared with its term. Whoever takes slots away bumps the term, which waits for transactions in flight
 -- and makes every later one find no row here. Times are parameters in seconds since the epoch.
--- `state || ''` stands where a statement knows its outbox rows by id or notification: a plain `state` would let
--- generic plans read all that is pending through the partial index of due rows.
 
 -- name: load_users
 -- The streams of users, made where missing. $1 shard, $2 term, $3 tenants, $4 users, $5 slots, $6 epochs.
@@ -43,7 +41,7 @@ order by d.tenant, d.user_id, d.device_id;
 -- The group commit: positions, notifications and outbox in one statement, hence one transaction.
 -- $3,$4 stream ids and how many each gets; $5..$13 the notifications, `back` counting from the stream's last;
 -- a batch with outbox rows has `append_planned` behind `stored`: $14..$19, $21..$26 the rows, $20 now.
--- A batch in which rules fired has three parameters more (shard_store.py fills in the names below): how many of
+-- Behind them come the receipts. A batch in which rules fired has three parameters more (shard_store.py fills in the names below): how many of
 -- each stream count as unread, what was decided, and since when those are filed away that users do not want.
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
 moved as (
@@ -54,12 +52,13 @@ moved as (
 ),
 stored as (
     insert into notifications
-        (id, stream_id, seq, rev, position, priority, type, category, content, created_at, expires_at%(ruled)s)
+        (id, stream_id, seq, rev, position, priority, type, category, content, created_at, expires_at,
+         receipt%(ruled)s)
     select e.id, e.stream_id, m.seq - e.back, m.rev - e.back, m.rev - e.back, e.priority, e.type, e.category,
-           e.content, to_timestamp(e.created_s), to_timestamp(e.expires_s)%(ruled_values)s
+           e.content, to_timestamp(e.created_s), to_timestamp(e.expires_s), e.receipt%(ruled_values)s
     from unnest($5::uuid[], $6::bigint[], $7::int[], $8::smallint[], $9::text[], $10::text[], $11::text[],
-                $12::float8[], $13::float8[]%(ruled_arrays)s)
-         as e (id, stream_id, back, priority, type, category, content, created_s, expires_s%(ruled_names)s)
+                $12::float8[], $13::float8[], %(receipt)s::smallint[]%(ruled_arrays)s)
+         as e (id, stream_id, back, priority, type, category, content, created_s, expires_s, receipt%(ruled_names)s)
     join moved m on m.stream_id = e.stream_id
 )%(planned)s
 select stream_id, seq, rev, unread from moved
@@ -152,8 +151,8 @@ withdrawn as (
         updated_at = to_timestamp($5)
     from target t
     where d.notification_id = t.id and d.channel <> 'withdraw'
-      and (d.state || '' in ('planned', 'failed', 'unknown')
-           or ($7 and %(retire)s and d.state || '' in ('sending', 'sent') and d.gate is distinct from 'withdrawn'))
+      and (d.state in ('planned', 'failed', 'unknown')
+           or ($7 and %(retire)s and d.state in ('sending', 'sent') and d.gate is distinct from 'withdrawn'))
     returning d.notification_id, d.stream_id, d.slot, d.state, d.attempts
 ),
 -- What phones show already is taken back: not from the device that made the change.
@@ -206,8 +205,8 @@ withdrawn as (
         updated_at = to_timestamp($5)
     from target t
     where d.notification_id = t.id and d.channel <> 'withdraw'
-      and (d.state || '' in ('planned', 'failed', 'unknown')
-           or ($7 and d.state || '' in ('sending', 'sent') and d.gate is distinct from 'withdrawn'))
+      and (d.state in ('planned', 'failed', 'unknown')
+           or ($7 and d.state in ('sending', 'sent') and d.gate is distinct from 'withdrawn'))
     returning d.notification_id, d.stream_id, d.slot, d.state, d.attempts
 ),
 -- What phones show already is taken back: not from the device that made the change.
@@ -270,9 +269,9 @@ followed as (
         shown_on = case when t.shown <@ d.shown_on then d.shown_on else coalesce(d.shown_on || t.shown, t.shown) end,
         updated_at = to_timestamp($5)
     from told t
-    -- The array says by which index. Rows that have ended follow no signal (delivery_signal).
+    -- The array says by which index: the join alone may be planned as a scan of all that is pending.
     where d.notification_id = any ($3::uuid[]) and d.notification_id = t.id and d.stream_id = t.stream_id
-      and d.channel <> 'withdraw'
+      and d.state in ('planned', 'failed', 'unknown', 'sending') and d.channel <> 'withdraw'
       and delivery_signal(t.signal, d.state, d.gate, coalesce(d.hold_until > to_timestamp($5), false))
           = any (case when t.shown is null or t.shown <@ d.shown_on then array['cancel', 'hold', 'due']
                       else array['cancel', 'hold', 'due', 'show'] end)
@@ -286,7 +285,7 @@ from unnest($1::bigint[], $2::bigint[], $3::bigint[]) as t (stream_id, after, up
 join notifications n on n.stream_id = t.stream_id and n.seq > t.after and n.seq <= t.upto
 where n.delivered_at is null
    or exists (select from deliveries d
-              where d.notification_id = n.id and d.state || '' in ('planned', 'failed', 'unknown'));
+              where d.notification_id = n.id and d.state in ('planned', 'failed', 'unknown'));
 
 -- name: policies
 -- The policy documents of tenants, null for one that stored none. $1 tenants.
@@ -350,7 +349,7 @@ back as (
         updated_at = to_timestamp($7)
     from fence, unnest($3::bigint[], $4::smallint[], $5::float8[], $6::text[], $8::boolean[])
          as t (id, attempt, due_s, reason, held)
-    where d.id = any ($3::bigint[]) and d.id = t.id and d.attempts = t.attempt and d.state || '' = 'sending'
+    where d.id = any ($3::bigint[]) and d.id = t.id and d.attempts = t.attempt and d.state = 'sending'
     returning d.id
 )
 select (select count(*) from back) as released, (select count(*) from fence) as fenced;
@@ -384,7 +383,7 @@ again as (
         gate = 'always',
         updated_at = case when a.expired then d.updated_at else to_timestamp($7) end
     from asked a
-    where d.id = a.id and d.id = any ($3::bigint[]) and a.state = 'dead' and d.state || '' = 'dead'
+    where d.id = a.id and d.id = any ($3::bigint[]) and a.state = 'dead' and d.state = 'dead'
     returning d.id, not a.expired as replayed
 )
 select id, replayed from again
@@ -403,13 +402,13 @@ carrier as materialized (
     from fence, unnest($6::bigint[], $7::smallint[], $8::bigint[], $9::smallint[], $10::text[])
          as t (id, attempt, stream_id, slot, channel)
     join deliveries d on d.id = t.id
-    where d.id = any ($6::bigint[]) and d.state || '' = 'sending' and d.attempts = t.attempt
+    where d.id = any ($6::bigint[]) and d.state = 'sending' and d.attempts = t.attempt
 ),
 claimed as (
     update deliveries d set state = 'cancelled', reason = c.reason, updated_at = to_timestamp($11)
     from unnest($3::bigint[], $4::smallint[], $5::bigint[]) as t (id, attempt, carrier)
     join carrier c on c.id = t.carrier
-    where d.id = any ($3::bigint[]) and d.id = t.id and d.attempts = t.attempt and d.state || '' = 'sending'
+    where d.id = any ($3::bigint[]) and d.id = t.id and d.attempts = t.attempt and d.state = 'sending'
     returning c.id
 ),
 due as (
@@ -466,7 +465,7 @@ with done as (
                  else d.tenant end
     from unnest($1::bigint[], $2::smallint[], $3::text[], $4::float8[], $5::text[], $7::boolean[])
          as t (id, attempt, state, due_s, reason, onward)
-    where d.id = t.id and d.attempts = t.attempt and d.state || '' = 'sending'
+    where d.id = t.id and d.attempts = t.attempt and d.state = 'sending'
     returning d.id, t.state in ('dead', 'cancelled') and t.onward and d.chain <> '' as falls, d.gate,
               d.notification_id, d.stream_id, d.slot
 ),

@@ -1,0 +1,2 @@
+-- How the user was reached when the notification was planned (carillon.explain.receipt_of), for GET .../explain.
+alter table notifications add column receipt smallint;
