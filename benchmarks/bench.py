@@ -46,6 +46,8 @@ class Options:
     batch_connections: int = 4
     rate_per_s: float = 500.0
     offline_events: int = 2000
+    stored_notifications: int = 1_000_000
+    """What F1 and F2 read among, put into Postgres once."""
     storm_connections: int = 5000
     storm_timeout_s: float = 60.0
     """S6: longest wait for the last WELCOME."""

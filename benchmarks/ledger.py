@@ -63,13 +63,15 @@ class Verdict:
     """Numbers missing from a user's 1..n."""
     not_stored: int | None = None
     """Accepted but not in Postgres or the feed; None if that was not looked up."""
+    wrong: int | None = None
+    """Answers other than what Postgres holds, or changes a device was not told of; None outside F1 to F3."""
     not_pushed: int | None = None
     """Accepted for an offline user with a push device, but no push arrived; None outside S5."""
     examples: list[str] = field(default_factory=list)
 
     VIOLATIONS = (
         "lost", "duplicated", "out_of_order", "foreign", "phantom", "seq_mismatch", "seq_gap", "not_stored",
-        "not_pushed",
+        "wrong", "not_pushed",
     )  # fmt: skip
 
     @property

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import statistics
 import sys
 import tempfile
@@ -27,6 +28,8 @@ from stores.postgres.pool import connect
 from tests.actors.fakes import SECRET, FakeCoordinator
 
 IDS = Uuid7Source()
+WORDS = [format(n * 2654435761 % 2**32, "x")[: 3 + n % 6] for n in range(2000)]
+"""Of the bodies: an index of words is to cost what it costs in life."""
 
 
 def make(user: str) -> Event:
@@ -36,7 +39,7 @@ def make(user: str) -> Event:
         {
             "type": "bench",
             "title": "A title of usual length",
-            "body": "x" * 100,
+            "body": " ".join(WORDS[random.randrange(len(WORDS))] for _ in range(14)),
             "createdAt": "2026-01-01T00:00:00.000Z",
         }
     )

@@ -16,7 +16,8 @@ from benchmarks.bench import Measurement
 from benchmarks.stats import change_percent, flatten, median_tree
 
 COMPARED: Final = re.compile(
-    r"(end_to_end_ms|post_ms|push_ms|welcome_ms)\.(p50|p99)$|_per_s$|all_welcome_s$|\.pss$|cpu_s_per_1000\.total$"
+    r"(end_to_end_ms|post_ms|push_ms|welcome_ms|feed_ms|count_ms|search_ms|read_frame_ms|read_post_ms)\.(p50|p99)$"
+    r"|_per_s$|all_welcome_s$|\.pss$|cpu_s_per_1000\.total$"
 )
 """Metrics that are compared with the baseline; p999 and max of a short run are noise."""
 _FORMAT = 2
@@ -137,14 +138,46 @@ def _throughput(result: Mapping[str, Any]) -> str:
     metrics = result["metrics"]
     if "events_per_s" in metrics:
         return f"{number(metrics['events_per_s'])} events/s"
+    if "reads_per_s" in metrics:
+        return f"{number(metrics['reads_per_s'])} reads/s"
     if "connections_per_s" in metrics:
         return f"{number(metrics['connections_per_s'])} connections/s"
     return "-"
 
 
+_READS: Final = {
+    "first_feed_ms": "first page, first read of a user",
+    "first_count_ms": "unread count, first read of a user",
+    "feed_ms": "first page",
+    "count_ms": "unread count",
+    "many_feed_ms": "first page, all connections at once",
+    "many_count_ms": "unread count, all connections at once",
+    "first_search_ms": "first search in a long feed (its words are indexed)",
+    "search_ms": "search, users drawn by notification",
+    "search_long_ms": "search in long feeds",
+    "search_middle_ms": "search in middle feeds",
+    "search_short_ms": "search in short feeds",
+    "read_frame_ms": "MARK_READ to frame on another device",
+    "read_post_ms": "POST /api/notifications/read to frame on another device",
+}
+
+
 def _details(result: Mapping[str, Any]) -> list[str]:
     """Sentences for what does not fit the table."""
     metrics, lines = result["metrics"], []
+    lines.extend(
+        f"{what}: p50 {number(metrics[key]['p50'])} ms, p99 {number(metrics[key]['p99'])} ms "
+        f"({metrics[key]['n']:,.0f})"
+        for key, what in _READS.items()
+        if metrics.get(key, {}).get("n")
+    )
+    if "cpu_s_per_1000_reads" in metrics:
+        spent = {k: v for k, v in metrics["cpu_s_per_1000_reads"].items() if k != "total"}
+        lines.append(
+            f"CPU s per 1,000 reads: {number(metrics['cpu_s_per_1000_reads']['total'])} in all; "
+            + ", ".join(f"{name} {number(value)}" for name, value in spent.items() if value >= 0.0005)
+        )
+        lines.append(f"statements in PostgreSQL for each read: {number(metrics['statements_per_read'])}")
     if (push := metrics.get("push_ms", {})).get("n"):
         lines.append(
             f"push: {number(push['n'])} at the provider, p50 {number(push['p50'])} ms, "

@@ -13,6 +13,7 @@ from typing import Any, Final
 from benchmarks.bench import Bench, Measurement, Options, Progress, opened
 from benchmarks.checks import received_pushes
 from benchmarks.faults import reconnects, shard_killed
+from benchmarks.feeds import feed_and_count, read_elsewhere, searches
 from benchmarks.outbox_cost import outbox_cost
 from benchmarks.presence import presence_query
 from benchmarks.procs import cpu_between, snapshot
@@ -303,6 +304,9 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "S9": shard_killed,
     "S10": outbox_cost,
     "C1": presence_query,
+    "F1": feed_and_count,
+    "F2": searches,
+    "F3": read_elsewhere,
 }
 
 DESTRUCTIVE: Final = frozenset({"S8", "S9"})

@@ -37,6 +37,8 @@ class Faults:
     no_push: int = 0
     ghost: int = 0
     """Users told to be there who may not be."""
+    hide_read: int = 0
+    """Not told to other devices."""
 
 
 @dataclass
@@ -57,6 +59,7 @@ class FakeSystem:
         self._deliveries = 0
         self._requests = 0
         self._asked = 0
+        self._reads = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._http = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         self._ws = await ws_server.serve(
@@ -96,6 +99,8 @@ class FakeSystem:
                 frame = json.loads(message)
                 if frame["type"] == "ACK":
                     self.acknowledged[user] = max(self.acknowledged.get(user, 0), frame["seq"])
+                elif frame["type"] == "MARK_READ":
+                    self._read(user, frame["notificationIds"])
         except ConnectionClosed:
             pass
         finally:
@@ -119,6 +124,12 @@ class FakeSystem:
             ws_server.broadcast(self._sockets[user], extra)
         if not self._sockets[user] and user in self.push_devices:
             self._push(user, note["id"])
+
+    def _read(self, user: str, ids: list[str]) -> None:
+        self._reads += 1
+        if not (self.faults.hide_read and self._reads % self.faults.hide_read == 0):
+            frame = {"type": "NOTIFICATIONS_READ", "notificationIds": ids, "rev": self._reads}
+            ws_server.broadcast(self._sockets[user], json.dumps(frame, separators=(",", ":")))
 
     def _push(self, user: str, notification: str) -> None:
         if self.faults.no_push and len(self.pushes) % self.faults.no_push == self.faults.no_push - 1:
@@ -144,7 +155,11 @@ class FakeSystem:
         self._deliver(user, note)
         return {"id": note["id"], "seq": note["seq"], "status": "delivered"}
 
-    def _answer(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
+    def _answer(self, method: str, path: str, body: bytes, token: str) -> tuple[int, Any]:
+        if path == "/api/notifications/read":
+            user = jwt.decode(token, SECRET, algorithms=["HS256"])["sub"]
+            self._read(user, json.loads(body)["notificationIds"])
+            return 200, {"success": True}
         if path.startswith("/healthz"):
             return 200, {"status": "ok"}
         if path.startswith("/received"):
@@ -182,7 +197,8 @@ class FakeSystem:
                     length = int(head[mark + 16 : head.index("\r\n", mark)]) if mark >= 0 else 0
                     body = await reader.readexactly(length) if length else b""
                     method, path, _ = head.split(" ", 2)
-                    status, document = self._answer(method, path, body)
+                    token = head.partition("Authorization: Bearer ")[2].partition("\r\n")[0]
+                    status, document = self._answer(method, path, body, token)
                     data = json.dumps(document, separators=(",", ":")).encode()
                     writer.write(
                         f"HTTP/1.1 {status} X\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data

@@ -13,8 +13,9 @@ from benchmarks import __main__ as command
 from benchmarks import report
 from benchmarks.bench import Measurement, Options, Progress
 from benchmarks.scenarios import SCENARIOS
-from benchmarks.target import TargetError
+from benchmarks.target import Target, TargetError
 from tests.integration.fake_system import FakeSystem, Faults
+from tests.integration.ingress_world import World
 
 SMALL = Options(
     users=6,
@@ -106,6 +107,41 @@ async def test_a_storm_runs_in_a_process_of_its_own_and_is_judged() -> None:
     assert measurement.metrics["welcome_ms"]["n"] == 30
     measurement, _ = await measure("S6", Faults(lose=20))
     assert measurement.verdict.lost == 1
+
+
+async def test_a_read_is_followed_to_the_other_device() -> None:
+    """F3 is right when each read was told to the other device, and wrong when one was not."""
+    measurement, _ = await measure("F3", sequential_events=24, receipt_timeout_s=0.3)
+    assert measurement.verdict.ok, measurement.verdict.sentence()
+    assert measurement.metrics["read_frame_ms"]["n"] == 12
+    assert measurement.metrics["read_post_ms"]["n"] == 12
+    measurement, _ = await measure("F3", Faults(hide_read=11), sequential_events=24, receipt_timeout_s=0.3)
+    assert measurement.verdict.wrong == 2
+    assert not measurement.verdict.ok
+
+
+async def test_feeds_and_searches_are_compared_with_what_is_stored(postgres_dsn: str, redis_url: str) -> None:
+    """F1 and F2 fill a database once, measure, and are right; a count that is off by one is found."""
+    world = await World(postgres_dsn, redis={"url": redis_url}, ingress={"search_walk": 20}).start()
+    try:
+        target = Target(
+            "acme", world.key, world.acme.client_secret, world.ingress.url, world.ingress.url,
+            "ws://127.0.0.1:1/ws", postgres_dsn,
+        )  # fmt: skip
+        options = Options(**{**asdict(SMALL), "stored_notifications": 3000, "sequential_events": 60})
+        measurement = await SCENARIOS["F2"](target, options, Progress(quiet=True))
+        assert measurement.verdict.ok, (measurement.verdict.sentence(), measurement.verdict.examples)
+        assert measurement.metrics["search_long_ms"]["n"] > 0
+        assert await world.pool.fetchval("select count(*) from notifications") == 3000
+        assert await world.pool.fetchval("select count(*) from search_documents") >= 300
+        await world.pool.execute("update streams set unread = unread + 1")
+        measurement = await SCENARIOS["F1"](target, options, Progress(quiet=True))
+        assert measurement.metrics["many_feed_ms"]["n"] > 0
+        # Every count is wrong, every page is right.
+        assert measurement.verdict.wrong == measurement.verdict.received > 0
+        assert not measurement.verdict.ok
+    finally:
+        await world.stop()
 
 
 async def test_the_command_reports_and_its_exit_code_tells(
