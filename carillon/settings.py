@@ -67,6 +67,12 @@ class RedisSettings:
         low=0.0,
         unit="s",
     )
+    feed_from_reads: int = setting(
+        2,
+        "Feeds and counts that a replica reads at once from which on it asks Redis; 1 means always. A lone "
+        "read has its answer sooner from PostgreSQL.",
+        low=1,
+    )
     feed_max_bytes: int = setting(
         131_072, "Longest entry of a feed; longer ones are read from PostgreSQL each time.", low=0
     )

@@ -128,7 +128,7 @@ class Ingress:
                     self.stats,
                 ),
                 DeadLetterReader(self._pool, settings.postgres.connect_timeout_s),
-                CachedFeed(feed, HotFeedStore(settings.redis, self._clock), self.stats),
+                CachedFeed(feed, HotFeedStore(settings.redis, self._clock), self.stats, settings.redis),
                 SearchReader(self._pool, settings.ingress, self._clock, settings.postgres.connect_timeout_s),
                 connections=self.connections,
                 url=self.url,

@@ -2,16 +2,17 @@
 
 An entry is written by whoever read the page from Postgres, after the answer: users who never read cost
 nothing, and nothing is read for the cache alone. It is shown only after Postgres was asked where the stream
-stands; many requests share that question.
+stands; many requests share that question. A request that is alone shares nothing, and Postgres answers it
+sooner than Redis and Postgres together: Redis is asked from `redis.feed_from_reads` reads at once.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from carillon.hot_feed import (
-    NOWHERE,
     HotFeed,
     Standing,
     count_of,
@@ -23,6 +24,7 @@ from carillon.hot_feed import (
 )
 from carillon.metrics import Stats
 from carillon.notification import notification_json, user_json_of
+from carillon.settings import RedisSettings
 from stores.gather import Gather
 from stores.postgres.feed import EVERYTHING, TOP, FeedFilter, FeedReader, decode_cursor, encode_cursor
 from stores.redis.hot_feed import HotFeedStore
@@ -45,22 +47,18 @@ class CachedFeed:
     All methods raise StoreUnavailableError while Postgres does not answer.
     """
 
-    def __init__(self, reader: FeedReader, hot: HotFeedStore, stats: Stats) -> None:
+    def __init__(self, reader: FeedReader, hot: HotFeedStore, stats: Stats, settings: RedisSettings) -> None:
         self._reader = reader
         self._hot = hot
         self._stats = stats
+        self._from_reads = settings.feed_from_reads
+        self._reading = 0
         self._standings: Gather[tuple[str, str, Sequence[bytes]], Standing] = Gather(reader.standings)
 
     async def close(self) -> None:
         """Stop. The reader is not owned, the store of entries is."""
         await self._standings.close()
         await self._hot.close()
-
-    async def standing(self, tenant: str, user: str, unsure_of: Sequence[bytes] = ()) -> Standing:
-        """Where the stream stands, asked together with others who want to know it of theirs."""
-        if "\0" in tenant or "\0" in user:
-            return NOWHERE
-        return await self._standings.get((tenant, user, unsure_of))
 
     async def page(
         self,
@@ -78,15 +76,33 @@ class CachedFeed:
             InvalidInputError: the cursor is none of ours.
         """
         below = None if cursor is None else decode_cursor(cursor)
+        self._reading += 1
+        try:
+            return await self._page(tenant, user, now_ms, limit, below, chosen)
+        finally:
+            self._reading -= 1
+
+    def _asks_redis(self, user: str) -> bool:
+        return self._reading >= self._from_reads and self._hot.available() and "\0" not in user
+
+    async def _page(
+        self, tenant: str, user: str, now_ms: int, limit: int, below: int | None, chosen: FeedFilter
+    ) -> FeedPage:
         cacheable = chosen.type is None and chosen.category is None and chosen.status in _READ
         entry: HotFeed | None = None
-        if cacheable and self._hot.available():
-            entry = await self._hot.feed(tenant, user)
-            if entry is not None:
-                page = await self._shown(tenant, user, entry, below, limit, chosen, now_ms)
-                if page is not None:
-                    self._stats.count('feed_reads{from="redis"}')
-                    return page
+        asks = cacheable and self._asks_redis(user)
+        if asks:
+            # Asked in the same moment: one wait, not two. It is younger than the request: that suffices.
+            standing = self._standings.ask_nowait((tenant, user, ()))
+            try:
+                entry = await self._hot.feed(tenant, user)
+                if entry is not None:
+                    page = await self._shown(tenant, user, entry, standing, below, limit, chosen, now_ms)
+                    if page is not None:
+                        self._stats.count('feed_reads{from="redis"}')
+                        return page
+            finally:
+                standing.cancel()
         self._stats.count('feed_reads{from="postgres"}')
         read = await self._reader.page_at(tenant, user, now_ms, limit=limit, below=below, chosen=chosen)
         user_json = user_json_of(user)
@@ -97,7 +113,7 @@ class CachedFeed:
                 rows.append(hot_row(read.follower, user_json))
             grown = extended(entry, read.epoch, read.rev, below, rows, read.follower is None)
             if grown is not None:
-                self._hot.put_feed_nowait(tenant, user, grown)
+                self._hot.put_feed_nowait(tenant, user, grown, missed=asks)
         else:
             items = [notification_json(row, user_json) for row in read.rows]
         return FeedPage(items, encode_cursor(read.rows[-1].position) if read.follower is not None else None)
@@ -107,6 +123,7 @@ class CachedFeed:
         tenant: str,
         user: str,
         entry: HotFeed,
+        asked: asyncio.Future[Standing],
         below: int | None,
         limit: int,
         chosen: FeedFilter,
@@ -117,7 +134,8 @@ class CachedFeed:
         if found is None:
             return None
         rows, more = found
-        standing = await self.standing(tenant, user, unsure(rows))
+        ids = unsure(rows)
+        standing = await (self._standings.get((tenant, user, ids)) if ids else asked)
         if (standing.epoch, standing.rev) != (entry.epoch, entry.rev) or standing.acknowledged:
             self._stats.count("feed_stale")
             return None
@@ -125,16 +143,29 @@ class CachedFeed:
 
     async def unread_count(self, tenant: str, user: str, now_ms: int) -> tuple[int, int]:
         """(count, rev): what is unread and not archived, dismissed, retracted or expired, true for `rev`."""
-        if self._hot.available():
-            entry = await self._hot.count(tenant, user)
-            if entry is not None:
-                standing = await self.standing(tenant, user)
-                count = count_of(entry, standing, now_ms)
-                if count is not None:
-                    self._stats.count('count_reads{from="redis"}')
-                    return count, standing.rev
+        self._reading += 1
+        try:
+            return await self._unread_count(tenant, user, now_ms)
+        finally:
+            self._reading -= 1
+
+    async def _unread_count(self, tenant: str, user: str, now_ms: int) -> tuple[int, int]:
+        asks = self._asks_redis(user)
+        if asks:
+            asked = self._standings.ask_nowait((tenant, user, ()))
+            try:
+                entry = await self._hot.count(tenant, user)
+                if entry is not None:
+                    standing = await asked
+                    count = count_of(entry, standing, now_ms)
+                    if count is not None:
+                        self._stats.count('count_reads{from="redis"}')
+                        return count, standing.rev
+            finally:
+                asked.cancel()
         self._stats.count('count_reads{from="postgres"}')
         head, expired, until_ms = await self._reader.counted(tenant, user, now_ms)
         if head.rev:
-            self._hot.put_count_nowait(tenant, user, hot_count(head.epoch, head.rev, expired, until_ms))
+            entry = hot_count(head.epoch, head.rev, expired, until_ms)
+            self._hot.put_count_nowait(tenant, user, entry, missed=asks)
         return head.unread, head.rev

@@ -31,11 +31,15 @@ class Gather(Generic[K, V]):
 
     async def get(self, key: K) -> V:
         """The answer for a key. Cancellation: the question goes on for the others."""
+        return await self.ask_nowait(key)
+
+    def ask_nowait(self, key: K) -> asyncio.Future[V]:
+        """The answer to come for a key. Whoever does not need it any more cancels it."""
         future: asyncio.Future[V] = asyncio.get_running_loop().create_future()
         self._waiting.append((key, future))
         if self._task is None:
             self._task = asyncio.ensure_future(self._run())
-        return await future
+        return future
 
     async def _run(self) -> None:
         try:

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 MAX_WRITES: Final = 256
 """Entries that wait to be written; further ones are dropped: they will be read, and written, again."""
 _WRITES_AT_ONCE: Final = 32
+MAX_WRITTEN: Final = 10_000
+"""Entries of which a replica remembers that it wrote them; the oldest goes."""
 
 
 class HotFeedStore:
@@ -42,6 +44,7 @@ class HotFeedStore:
         self._timeout_s = settings.timeout_s
         self._retry_at = 0.0
         self._writes: dict[str, bytes] = {}
+        self._written: dict[str, tuple[int, float]] = {}
         self._writer: asyncio.Task[None] | None = None
         self._reads: Gather[str, bytes | None] = Gather(self._read)
         self._redis: Any = None
@@ -66,13 +69,18 @@ class HotFeedStore:
         """The user's counters as they were written, whatever their age. Never raises."""
         return decode_count(await self._reads.get(_key("count", tenant, user))) if self.available() else None
 
-    def put_feed_nowait(self, tenant: str, user: str, entry: HotFeed) -> None:
-        """Write the entry soon, if Redis is there and it is not too large."""
-        self._put_nowait(_key("feed", tenant, user), encode(entry))
+    def put_feed_nowait(self, tenant: str, user: str, entry: HotFeed, *, missed: bool) -> None:
+        """Write the entry soon, if Redis is there and it is not too large.
 
-    def put_count_nowait(self, tenant: str, user: str, entry: HotCount) -> None:
-        """Write the entry soon, if Redis is there."""
-        self._put_nowait(_key("count", tenant, user), encode(entry))
+        Args:
+            missed: Redis does not have it; False: nobody asked, and what this replica wrote lately is not
+                written again.
+        """
+        self._put_nowait(_key("feed", tenant, user), encode(entry), missed)
+
+    def put_count_nowait(self, tenant: str, user: str, entry: HotCount, *, missed: bool) -> None:
+        """The same for the counters."""
+        self._put_nowait(_key("count", tenant, user), encode(entry), missed)
 
     async def close(self) -> None:
         """Close connections; what was not written is dropped."""
@@ -87,9 +95,20 @@ class HotFeedStore:
         found = await self._tried(self._redis.mget(keys))
         return found if found is not None else [None] * len(keys)
 
-    def _put_nowait(self, key: str, data: bytes) -> None:
+    def _put_nowait(self, key: str, data: bytes, missed: bool) -> None:
         if not self.available() or len(data) > self._max_bytes or len(self._writes) >= MAX_WRITES:
             return
+        now, mark = self._clock.monotonic(), hash(data)
+        if (
+            not missed
+            and (known := self._written.get(key)) is not None
+            and known[0] == mark
+            and known[1] > now
+        ):
+            return
+        while len(self._written) >= MAX_WRITTEN:
+            del self._written[next(iter(self._written))]
+        self._written[key] = (mark, now + self._ttl_ms / 2000)
         self._writes[key] = data
         if self._writer is None:
             self._writer = asyncio.ensure_future(self._write())
@@ -115,6 +134,7 @@ class HotFeedStore:
             if self.available():
                 log.warning("feeds are read from PostgreSQL alone: %s: %s", type(exc).__name__, exc)
             self._retry_at = self._clock.monotonic() + 2 * self._timeout_s
+            self._written.clear()
             return None
 
 

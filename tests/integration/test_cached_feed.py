@@ -35,9 +35,8 @@ class Kit:
         self.pool = pool
         self.stats = Stats()
         self.reader = FeedReader(pool)
-        self.feed = CachedFeed(
-            self.reader, HotFeedStore(RedisSettings(url=url, **settings), CLOCK), self.stats
-        )
+        redis_settings = RedisSettings(url=url, **{"feed_from_reads": 1, **settings})
+        self.feed = CachedFeed(self.reader, HotFeedStore(redis_settings, CLOCK), self.stats, redis_settings)
         self.redis = aioredis.Redis.from_url(url)
 
     async def seqs(self, limit: int = 20, cursor: str | None = None, status: str | None = None) -> list[int]:
@@ -113,14 +112,10 @@ async def test_the_last_hundred(kit: Kit, postgres_dsn: str) -> None:
         cursor = None
         for _ in range(6):
             page = await kit.feed.page("acme", "ada", NOW, limit=25, cursor=cursor)
+            await eventually(lambda: kit.feed._hot._writer is None, what="the entry was written")
             await kit.seqs(limit=25, cursor=cursor)
+            await eventually(lambda: kit.feed._hot._writer is None, what="the entry was written")
             cursor = page.cursor
-            await asyncio.sleep(0)
-
-            async def quiet() -> bool:
-                return kit.feed._hot._writer is None
-
-            await eventually(quiet)
         assert cursor is None
     assert await kit.seqs(limit=100) == list(range(150, 50, -1))
     # Of each page two reads a turn, the comparison not counted: the fifth and sixth are beyond the hundred.
@@ -245,6 +240,24 @@ async def test_entries_are_bounded(pool: Any, redis_url: str, postgres_dsn: str)
         await kit.redis.aclose()
 
 
+async def test_a_lone_read_is_postgres_own(pool: Any, redis_url: str, postgres_dsn: str) -> None:
+    """One at a time Postgres answers, and the entry is written once; many at once are answered from Redis."""
+    await store_notifications(postgres_dsn, "acme", "ada", 3)
+    kit = Kit(pool, redis_url, feed_from_reads=2)
+    await kit.redis.config_resetstat()
+    for _ in range(5):
+        assert await kit.seqs() == [3, 2, 1]
+        assert await kit.count() == (3, 3)
+    await kit.written(FEED, COUNT)
+    assert (kit.read_from("feed"), kit.read_from("count")) == ((0, 5), (0, 5))
+    assert (await kit.redis.info("commandstats"))["cmdstat_set"]["calls"] == 2
+    await asyncio.gather(*(kit.seqs() for _ in range(10)), *(kit.count() for _ in range(10)))
+    assert kit.read_from("feed") == (9, 6)
+    assert kit.read_from("count") == (10, 5)
+    await kit.feed.close()
+    await kit.redis.aclose()
+
+
 async def test_redis_that_is_gone_costs_one_wait(pool: Any, postgres_dsn: str) -> None:
     """Refused or silent: the feed is read from Postgres, and Redis is not asked again for a while."""
     await store_notifications(postgres_dsn, "acme", "ada", 3)
@@ -263,7 +276,7 @@ async def test_redis_that_is_gone_costs_one_wait(pool: Any, postgres_dsn: str) -
 
 async def test_over_http(postgres_dsn: str, redis_url: str) -> None:
     """Users and services read through Redis; another user's entry is another key."""
-    world = await World(postgres_dsn, redis={"url": redis_url}).start()
+    world = await World(postgres_dsn, redis={"url": redis_url, "feed_from_reads": 1}).start()
     try:
         await store_notifications(postgres_dsn, "acme", "ada", 3)
         await store_notifications(postgres_dsn, "acme", "a:ada", 1)

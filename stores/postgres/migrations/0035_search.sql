@@ -1,4 +1,4 @@
--- Full-text search over title and body (docs/adr/0012-search-indexed-by-searching.md). The index is filled by those
+-- Full-text search over title and body (docs/adr/0013-search-indexed-by-searching.md). The index is filled by those
 -- who search: an event that is stored costs nothing for it.
 
 -- A text as lower-case words between single blanks. In scripts that are written without blanks (Thai to Khmer,
