@@ -18,6 +18,7 @@ from actors.shard_outbox import Outbox
 from actors.shard_policies import Policies
 from actors.shard_presence import Presence
 from actors.shard_replays import Replays
+from actors.shard_schedules import Schedules
 from actors.shard_sessions import Sessions
 from actors.shard_users import User, UserCache, read_preferences
 from actors.shard_watch import WatchPermission
@@ -181,10 +182,15 @@ class Shard:
             policy=self._policies.of, planned=self._planned, withdrawn=self._outbox.due_now,
             fenced=self._was_fenced,
         )  # fmt: skip
+        self._schedules = Schedules(
+            self._store, self._clock, self._stats, self._settings, name=self._config.name,
+            term=self._term, slots=lambda: self._slots, router=self._router, fenced=self._was_fenced,
+        )  # fmt: skip
         self._policies.start()
         self._writer.start()
         self._acks.start()
         self._outbox.start()
+        self._schedules.start()
         self._membership = Membership(self._config, self, stats=self._stats, clock=self._clock)
         self._membership.on_map(self._take_map)
         await self._membership.start()
@@ -204,6 +210,7 @@ class Shard:
         self._stopped = True
         if self._gauges is not None:
             self._gauges.cancel()
+        await self._schedules.close()
         await self._writer.close()
         await self._replays.close()
         await self._outbox.close()
@@ -315,19 +322,24 @@ class Shard:
             )  # fmt: skip
             self._sessions.run(user, effects)
 
-    def _send_jobs(self, push: Push) -> bool:
-        """To a router: of this node if there is one, else any."""
+    def _router_links(self) -> list[Link]:
+        """Open links to routers, those of this node first."""
         routers = [m for m in self._membership.map.members if m.kind == "router"]
         routers.sort(key=lambda m: m.node != self._config.node)
-        for member in routers:
-            link = self._links.get(member.name)
-            if link is None or link.closed:
-                continue
+        links = [self._links.get(member.name) for member in routers]
+        return [link for link in links if link is not None and not link.closed]
+
+    def _router(self) -> Link | None:
+        return next(iter(self._router_links()), None)
+
+    def _send_jobs(self, push: Push) -> bool:
+        """To a router: of this node if there is one, else any."""
+        for link in self._router_links():
             try:
                 link.send_nowait(push)
                 return True
             except CarillonError as exc:
-                log.info("%s: jobs not sent to %s: %s", self._config.name, member.name, exc)
+                log.info("%s: jobs not sent to %s: %s", self._config.name, link.peer, exc)
         return False
 
     # -- LinkHandler ------------------------------------------------------------------------------------

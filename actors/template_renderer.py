@@ -22,6 +22,8 @@ import msgspec
 from carillon.clock import Clock
 from carillon.errors import BusyError, UnavailableError
 from carillon.metrics import Stats
+from carillon.problems import FieldError
+from carillon.schedules import ScheduleError
 from carillon.settings import TemplateSettings
 from carillon.templates import Job
 
@@ -156,6 +158,16 @@ class Renderer:
         """Compile texts given with their paths: {"names": [...]} or {"error": why} each. Raises as
         `render`."""
         return await self._ask(b"c", list(sources), len(sources), deadline)
+
+    async def occurrences(
+        self, document: dict[str, Any], after_ms: int, zone: str, deadline: float
+    ) -> list[int]:
+        """The next occurrences of a schedule, some at most. Raises as `render`, and ScheduleError."""
+        answers = await self._ask(b"s", [document, after_ms, zone], 1, deadline)
+        if answers and ("errors" in answers[0] or "error" in answers[0]):
+            told = answers[0].get("errors") or [["rrule", "a rule with occurrences", "none"]]
+            raise ScheduleError([FieldError(*error) for error in told])
+        return [answer["at"] for answer in answers]
 
     async def _ask(
         self, kind: bytes, items: Sequence[Any], texts: int, deadline: float

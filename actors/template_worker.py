@@ -1,4 +1,4 @@
-"""The process that renders templates: `python -m actors.template_worker FD`.
+"""The process that renders templates and tries new rules of schedules: `python -m actors.template_worker FD`.
 
 Frames on an inherited socket: 4 bytes of length, then MessagePack. It has no database, no secrets and no
 links;
@@ -17,11 +17,14 @@ from typing import Any
 
 import msgspec
 
+from carillon.schedules import ScheduleError, parse, upcoming
 from carillon.template_language import Language, TemplateFaultError
 from carillon.templates import HTML_MEMBERS, Job
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_jobs = msgspec.msgpack.Decoder(list[Job]).decode
+OCCURRENCES = 20
+"""Occurrences of a new rule that are looked at."""
 SLOW = "it takes longer than a template may"
 
 
@@ -88,6 +91,16 @@ class Worker:
                 answers.append({"error": SLOW})
         return answers
 
+    def schedule(self, document: Any, after_ms: int, zone: str) -> list[dict[str, Any]]:
+        """The next occurrences of a rule, one {"at": ms} each, or {"errors": [...]}."""
+        try:
+            found = self._timed(lambda: upcoming(parse(document), after_ms, zone, OCCURRENCES))
+        except ScheduleError as exc:
+            return [{"errors": [list(error) for error in exc.errors]}]
+        except TooSlowError:
+            return [{"errors": [["rrule", "a rule with occurrences", "none for centuries"]]}]
+        return [{"at": at_ms} for at_ms in found]
+
 
 def _read(connection: socket.socket, size: int) -> bytes:
     parts: list[bytes] = []
@@ -114,6 +127,9 @@ def main(argv: list[str]) -> None:
             kind, body = frame[:1], frame[1:]
             if kind == b"r":
                 answer = worker.render(_decode_jobs(body))
+            elif kind == b"s":
+                document, after_ms, zone = msgspec.msgpack.decode(body)
+                answer = worker.schedule(document, after_ms, zone)
             else:
                 answer = worker.check(msgspec.msgpack.decode(body, type=list[tuple[str, str]]))
             data = _encode(answer)

@@ -131,7 +131,7 @@ class Templates:
         """Render what the events of a body want; events that break a rule are left out.
 
         Args:
-            document: of TemplatesWantedError.
+            document: of NotPlainError.
 
         Raises:
             StoreUnavailableError, UnavailableError, BusyError: not now.

@@ -33,7 +33,7 @@ LAST_EXPIRY_MS: Final = 253_370_764_800_000
 MAX_CHANNELS: Final = 20
 LATER_CHANNELS: Final = ("email", "sms", "webhook", "chat", "webpush")
 _LISTS: Final = ("userIds", "channels", "fallback", "actions")
-LATER_FIELDS: Final = ("topic", "dedupe", "scheduleAt")
+LATER_FIELDS: Final = ("topic", "dedupe")
 """Known to the protocol, not built yet: refused unless null."""
 METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
 PRIORITY_NAMES: Final = (*PRIORITIES, "critical")
@@ -190,6 +190,11 @@ def _check_expires(value: Any) -> FieldError | None:
     return None if 0 <= expiry_ms(at) < LAST_EXPIRY_MS else wrong
 
 
+def _check_schedule(value: Any) -> FieldError | None:
+    wrong = _check_expires(value)
+    return None if wrong is None else wrong._replace(path="scheduleAt")
+
+
 def _check_flag(value: Any) -> FieldError | None:
     return None if isinstance(value, bool) else FieldError("aggregate", "true or false", shown(value))
 
@@ -213,6 +218,7 @@ _OTHERS: Final[dict[str, Callable[[Any], FieldError | None]]] = {
     "priority": _check_priority,
     "data": _check_data,
     "expiresAt": _check_expires,
+    "scheduleAt": _check_schedule,
     "aggregate": _check_flag,
     "template": _check_template,
     "params": _check_params,

@@ -103,7 +103,13 @@ class EventBody(Struct, rename="camel", forbid_unknown_fields=True, omit_default
     schedule_at: None = None
 
 
-class TemplatedBody(EventBody, kw_only=True):
+class LaterBody(EventBody, kw_only=True):
+    """An event that is not sent now."""
+
+    schedule_at: Instant | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class TemplatedBody(LaterBody, kw_only=True):
     """An event whose texts come from a template; what it names itself wins."""
 
     # msgspec takes a field of the same name for another one; in Python's types it is not.
@@ -161,20 +167,30 @@ class Slot(NamedTuple):
     refused: Problem | None
 
 
+class Later(NamedTuple):
+    """An event with `scheduleAt`."""
+
+    due_ms: int
+    body: str
+    """What is to be sent then: the event for its one recipient, as JSON, without time and key."""
+
+
 class Request(NamedTuple):
     """A valid request (some of its items may be refused)."""
 
     events: list[Event]
     slots: list[Slot] | None
     """None for a single event: it is `events[0]`."""
+    later: Mapping[int, Later] = {}
+    """Events that are not sent now, by index."""
 
 
 class _SlowPathError(Exception):
     """The fast path does not accept this; the slow one decides. Never leaves this module."""
 
 
-class TemplatesWantedError(InvalidInputError):
-    """Some events name templates, which are rendered elsewhere: then `EventParser.parse_prepared`.
+class NotPlainError(InvalidInputError):
+    """Some events name templates or a time: render, then `EventParser.parse_prepared`.
 
     Args (positional): the body as plain values.
     """
@@ -182,7 +198,7 @@ class TemplatesWantedError(InvalidInputError):
     code = "not_supported"
 
     def __init__(self, document: Any) -> None:
-        super().__init__("templates are rendered before events are parsed", "template")
+        super().__init__("templates and times are for those who keep them", "template")
         self.args = (document,)
         self.document = document
 
@@ -236,8 +252,8 @@ class EventParser:
             OverflowError,
         ):
             document = read_json(body)
-            if wants_templates(document):
-                raise TemplatesWantedError(document) from None
+            if not is_plain(document):
+                raise NotPlainError(document) from None
             return self._explained(document, tenant, now_ms, key, {})
 
     def parse_prepared(
@@ -251,7 +267,7 @@ class EventParser:
         """Parse a body some of whose events name templates.
 
         Args:
-            document: of TemplatesWantedError.
+            document: of NotPlainError.
             prepared: by place of the event (0 for a single one); events that break a rule may be missing.
 
         Raises:
@@ -446,9 +462,19 @@ class EventParser:
             if isinstance(one, Problem):
                 raise ProblemError(one)
             try:
+                at = _due_ms(one, now_ms)
                 if one.user_ids is not None:
-                    return self._fan_out(one, tenant, now_ms, key, False, made)
-                return Request([self._single(one, tenant, now_ms, key, False, made)], None)
+                    many = self._fan_out(one, tenant, now_ms, key, False, made)
+                    if at is None:
+                        return many
+                    later = {
+                        index: Later(at, _sent_later(one, e.user)) for index, e in enumerate(many.events)
+                    }
+                    return many._replace(later=later)
+                single = self._single(one, tenant, now_ms, key, False, made)
+                return Request(
+                    [single], None, {} if at is None else {0: Later(at, _sent_later(one, single.user))}
+                )
             except _SlowPathError:
                 raise ProblemError(_UNEXPLAINED) from None
         if len(document) > MAX_ITEMS:
@@ -458,24 +484,31 @@ class EventParser:
             )
         events: list[Event] = []
         slots: list[Slot] = []
+        later: dict[int, Later] = {}
         for index, item in enumerate(document):
             one, made = _with_texts(item, prepared.get(index), recipients=False)
             if not isinstance(one, Problem):
                 item_key = None if key is None else f"{key}#{index}"
                 try:
                     events.append(self._single(one, tenant, now_ms, item_key, False, made))
+                    at = _due_ms(one, now_ms)
+                    if at is not None:
+                        later[len(events) - 1] = Later(at, _sent_later(one, events[-1].user))
                     slots.append(Slot(len(events) - 1, None, None))
                     continue
                 except _SlowPathError:
                     one = _UNEXPLAINED
             slots.append(Slot(-1, None, one))
-        return Request(events, slots)
+        return Request(events, slots, later)
 
 
-def wants_templates(document: Any) -> bool:
-    """Whether an event of a body names a template."""
+def is_plain(document: Any) -> bool:
+    """Whether no event of a body names a template or a time."""
     items = document if is_array(document) else [document]
-    return any(is_object(item) and item.get("template") is not None for item in items)
+    return not any(
+        is_object(item) and (item.get("template") is not None or item.get("scheduleAt") is not None)
+        for item in items
+    )
 
 
 def _with_texts(
@@ -488,6 +521,20 @@ def _with_texts(
     if prepared is None:
         return problem("not_supported", "templates are not rendered here"), None
     return (prepared, None) if isinstance(prepared, Problem) else (one, prepared)
+
+
+def _due_ms(one: EventBody, now_ms: int) -> int | None:
+    """When it is to be sent; None is now, as is what has passed."""
+    at = one.schedule_at if isinstance(one, LaterBody) else None
+    return None if at is None or expiry_ms(at) <= now_ms else expiry_ms(at)
+
+
+def _sent_later(one: EventBody, user: str) -> str:
+    """The event for one recipient, without what belongs to the request that scheduled it."""
+    body = msgspec.structs.replace(
+        cast("Any", one), user_id=user, user_ids=None, schedule_at=None, idempotency_key=None
+    )
+    return _encode(body).decode()
 
 
 def _filled(one: EventBody, rendered: Rendered, user: str | None) -> EventBody:
@@ -537,7 +584,7 @@ def _accepted(item: Any, *, recipients: bool) -> EventBody | Problem:
     refusal = explain_event(item, recipients=recipients)
     if refusal is None:
         try:
-            one = msgspec.convert(item, EventBody if item.get("template") is None else TemplatedBody)
+            one = msgspec.convert(item, LaterBody if item.get("template") is None else TemplatedBody)
             size = event_bytes(one)
         except (msgspec.ValidationError, UnicodeError, OverflowError) as exc:
             return problem("invalid", str(exc))

@@ -537,6 +537,36 @@ class TemplateSettings:
 
 
 @dataclass(frozen=True)
+class ScheduleSettings:
+    """What is sent later."""
+
+    sweep_s: float = setting(
+        0.25, "How often a shard looks for what is due; 0: never.", low=0.0, high=60.0, unit="s"
+    )
+    batch: int = setting(200, "Schedules claimed at a time.", low=1, high=5000)
+    lease_s: float = setting(
+        30.0, "A claimed schedule whose outcome is missing is due again after so long.", low=0.2, unit="s"
+    )
+    publish_timeout_s: float = setting(10.0, "Longest publishing of one occurrence.", low=0.1, unit="s")
+    retry_s: float = setting(
+        1.0, "Pause before an occurrence that could not be published is tried again.", low=0.01, unit="s"
+    )
+    zone_recheck_s: float = setting(
+        900.0, "A user's new time zone counts for what is scheduled in it within so long.", low=0.05, unit="s"
+    )
+    keep_s: float = setting(
+        604_800.0,
+        "Schedules that ended are kept for so long (their idempotency keys, too).",
+        low=1.0,
+        unit="s",
+    )
+    max_ahead_s: float = setting(
+        31_622_400.0, "How far ahead scheduleAt of an event may be.", low=1.0, unit="s"
+    )
+    min_interval_s: float = setting(60.0, "Shortest time between occurrences of a rule.", low=0.05, unit="s")
+
+
+@dataclass(frozen=True)
 class Settings:
     """The whole tree."""
 
@@ -551,6 +581,7 @@ class Settings:
     router: RouterSettings = field(default_factory=RouterSettings)
     presence: PresenceSettings = field(default_factory=PresenceSettings)
     template: TemplateSettings = field(default_factory=TemplateSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
 
     def __post_init__(self) -> None:
         for section in dataclasses.fields(self):

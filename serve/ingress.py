@@ -38,6 +38,7 @@ from stores.cached_feed import CachedFeed
 from stores.postgres.dead_letters import DeadLetterReader
 from stores.postgres.feed import FeedReader
 from stores.postgres.pool import open_pool
+from stores.postgres.schedules import ScheduleStore
 from stores.postgres.search import SearchReader
 from stores.postgres.templates import TemplateStore
 from stores.postgres.tenants import TenantStore
@@ -127,6 +128,7 @@ class Ingress:
                     self._clock,
                     self.stats,
                 ),
+                ScheduleStore(self._pool, settings.postgres.connect_timeout_s),
                 DeadLetterReader(self._pool, settings.postgres.connect_timeout_s),
                 CachedFeed(feed, HotFeedStore(settings.redis, self._clock), self.stats, settings.redis),
                 SearchReader(self._pool, settings.ingress, self._clock, settings.postgres.connect_timeout_s),

@@ -100,6 +100,7 @@ _EVENT_MEMBERS: Final[dict[str, Schema]] = {
     },
     "expiresAt": {**INSTANT, "description": "From 1970 to 9998, with offset."},
     "aggregate": {"const": False, "description": "true is not supported yet."},
+    "scheduleAt": {**INSTANT, "description": "Sent then: answered `deferred`, `id` is that of the schedule."},
     "template": {
         "type": "string",
         "pattern": r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(@[1-9][0-9]{0,8})?$",

@@ -16,6 +16,7 @@ from serve.connections import Connections
 from stores.cached_feed import CachedFeed
 from stores.postgres.dead_letters import DeadLetterReader
 from stores.postgres.feed import FeedReader
+from stores.postgres.schedules import ScheduleStore
 from stores.postgres.search import SearchReader
 from stores.postgres.tenants import TenantStore
 from stores.postgres.tickets import TicketStore
@@ -61,6 +62,7 @@ class Services:
     tickets: TicketStore
     limits: RateLimiter
     templates: Templates
+    schedules: ScheduleStore
     dead_letters: DeadLetterReader
     feeds: CachedFeed
     search: SearchReader

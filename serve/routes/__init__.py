@@ -16,11 +16,22 @@ def all_routes() -> tuple[Route, ...]:
         operations,
         policy,
         presence,
+        schedules,
         templates,
         users,
     )
 
-    return (
-        *events.ROUTES, *explain.ROUTES, *users.ROUTES, *presence.ROUTES, *dead_letters.ROUTES,
-        *client.ROUTES, *policy.ROUTES, *templates.ROUTES, *operations.ROUTES, *demo.ROUTES,
-    )  # fmt: skip
+    modules = (
+        events,
+        explain,
+        schedules,
+        users,
+        presence,
+        dead_letters,
+        client,
+        policy,
+        templates,
+        operations,
+        demo,
+    )
+    return tuple(route for module in modules for route in module.ROUTES)

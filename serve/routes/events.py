@@ -6,7 +6,8 @@ from typing import Final
 
 import msgspec
 
-from carillon.events import ProblemError, TemplatesWantedError, refused
+from carillon.clock import rfc3339
+from carillon.events import NotPlainError, ProblemError, refused
 from carillon.events import Request as ParsedEvents
 from carillon.ids import uuid_text
 from carillon.messages import Outcome
@@ -16,6 +17,7 @@ from serve.routes.explain import preview
 from serve.routing import SERVICE, Query, Route
 from serve.schemas import ref
 from serve.services import Services
+from stores.postgres.schedules import NewSchedule
 from stores.postgres.tenants import ApiKeyRecord
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -65,7 +67,7 @@ async def _parse(
     text_key = None if key is None else key.decode("utf-8", "replace")
     try:
         return services.parser.parse(body, tenant, services.clock.now_ms(), text_key)
-    except TemplatesWantedError as wanted:
+    except NotPlainError as wanted:
         prepared = await services.templates.prepare(wanted.document, tenant, deadline)
         return services.parser.parse_prepared(
             wanted.document, prepared, tenant, services.clock.now_ms(), text_key
@@ -92,7 +94,10 @@ async def publish(
     parsed = await _parse(services, body, key, tenant, deadline)
     if caller is not None and caller.rate_per_s is not None and parsed.events:
         await admit(services, caller, len(parsed.events))
-    outcomes = await services.backend.publish(parsed.events, deadline) if parsed.events else []
+    if parsed.later:
+        outcomes = await publish_some(services, parsed, tenant, deadline)
+    else:
+        outcomes = await services.backend.publish(parsed.events, deadline) if parsed.events else []
     if parsed.slots is None:
         outcome = outcomes[0]
         told = outcome_problem(outcome)
@@ -101,6 +106,36 @@ async def publish(
         headers = (_REPLAYED,) if outcome.replayed else ()
         return Response(f"{{{_result(outcome)}}}".encode(), 202, JSON, headers)
     return _many(parsed, outcomes, request_id)
+
+
+async def publish_some(
+    services: Services, parsed: ParsedEvents, tenant: str, deadline: float
+) -> list[Outcome]:
+    """Publish what is to be sent now, keep what is scheduled; one outcome each, in order."""
+    now_ms = services.clock.now_ms()
+    most_ms = now_ms + round(services.settings.schedule.max_ahead_s * 1000)
+    outcomes: dict[int, Outcome] = {}
+    rows: dict[int, NewSchedule] = {}
+    for index, later in parsed.later.items():
+        event = parsed.events[index]
+        if later.due_ms > most_ms:
+            told = f"scheduleAt: expected a time before {rfc3339(most_ms)}, got {rfc3339(later.due_ms)}"
+            outcomes[index] = Outcome(event.id, status="failed", code="invalid", detail=told)
+            continue
+        rule = _encode({"at": rfc3339(later.due_ms)}).decode()
+        rows[index] = NewSchedule(
+            event.id, event.slot, event.user, rule, later.body, True, later.due_ms, later.due_ms,
+            key=event.idempotency_key, body_hash=event.body_hash,
+        )  # fmt: skip
+    kept = await services.schedules.add(tenant, list(rows.values())) if rows else []
+    for index, told_ in zip(rows, kept, strict=True):
+        if told_ is None:
+            outcomes[index] = Outcome(parsed.events[index].id, status="failed", code="idempotency_conflict")
+        else:
+            outcomes[index] = Outcome(told_[0], status="deferred", replayed=told_[1])
+    now = [event for index, event in enumerate(parsed.events) if index not in parsed.later]
+    sent = iter(await services.backend.publish(now, deadline) if now else ())
+    return [outcomes[i] if i in parsed.later else next(sent) for i in range(len(parsed.events))]
 
 
 def _many(parsed: ParsedEvents, outcomes: list[Outcome], request_id: bytes) -> Response:

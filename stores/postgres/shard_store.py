@@ -364,6 +364,11 @@ class ShardStore:
                 self._settings, self._settings.shard_pool_size, server_settings=PLANS
             )
 
+    @property
+    def pool(self) -> asyncpg.Pool:
+        """The connections that the writer does not use. Raises StoreUnavailableError: not open."""
+        return self._open_pool()
+
     async def close(self) -> None:
         """Close all connections."""
         if self._pool is None:

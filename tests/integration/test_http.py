@@ -149,7 +149,7 @@ REFUSED = [
     (b'{"userId":"a","type":"t","title":"x","data":{"n":1e999}}', 422, "invalid"),
     (b'{"userId":"a","type":"t","title":"x","data":' + b'{"a":' * 32 + b"1" + b"}" * 33, 422, "invalid"),
     (b'{"userId":"a","type":"t","title":"x","topic":"t"}', 422, "invalid"),
-    (b'{"userId":"a","type":"t","title":"x","scheduleAt":"2030-01-01T00:00:00Z"}', 422, "not_supported"),
+    (b'{"userId":"a","type":"t","title":"x","scheduleAt":"tomorrow"}', 422, "invalid"),
     (b'{"userId":"a","type":"t","title":"x","channels":["email"]}', 422, "not_supported"),
     (b'{"userId":"a","type":"t","template":"x"}', 422, "invalid"),
     (b'{"topic":"a","type":"t","title":"x"}', 422, "not_supported"),

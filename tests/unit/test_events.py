@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from carillon.event_rules import LAST_EXPIRY_MS, expiry_ms, explain_event
-from carillon.events import EventBody, EventParser, ProblemError, TemplatesWantedError
+from carillon.events import EventBody, EventParser, NotPlainError, ProblemError
 from carillon.external import CHANNELS, EXTERNAL
 from carillon.ids import Uuid7Source, slot_of
 from carillon.notification import encode_content
@@ -33,7 +33,7 @@ def parse(document: Any, key: str | None = None) -> Any:
     body = document if isinstance(document, bytes) else json.dumps(document).encode()
     try:
         return PARSER.parse(body, "acme", NOW, key)
-    except TemplatesWantedError as wanted:
+    except NotPlainError as wanted:
         made = {index: defaultdict(lambda: RENDERED) for index in range(1000)}
         return PARSER.parse_prepared(wanted.document, made, "acme", NOW, key)
 
@@ -202,7 +202,6 @@ def test_unknown_field_is_named() -> None:
     [
         {"dedupe": {"key": "k"}},
         {"aggregate": True},
-        {"scheduleAt": "2030-01-01T00:00:00Z"},
         {"fallback": ["email"]},
         {"topic": "t", "userId": None},
         {"channels": ["sms"]},
