@@ -117,6 +117,7 @@ class Sessions:
         self._deadlines: list[tuple[float, int, User]] = []
         self._order = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
+        self._wakes_at = 0.0  # when; uvloop's handle of a short wait (below 0.5 ms) does not know
         self._tasks: set[asyncio.Task[None]] = set()
         self.live = 0  # sessions in memory
 
@@ -476,10 +477,12 @@ class Sessions:
         if not self._deadlines:
             return
         wait_s = max(0.0, self._deadlines[0][0] - self._clock.monotonic())
+        due = self._loop.time() + wait_s
         if self._timer is not None:
-            if self._timer.when() <= self._loop.time() + wait_s:
+            if self._wakes_at <= due:
                 return  # wakes early enough
             self._timer.cancel()
+        self._wakes_at = due
         self._timer = self._loop.call_later(wait_s, self.tick)
 
     def tick(self) -> None:
