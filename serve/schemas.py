@@ -173,6 +173,7 @@ _NOTIFICATION_WHEN_SET: Final[dict[str, Schema]] = {
     "channels": {"type": "array", "items": {"type": "string"}},
     "count": {"type": "integer", "minimum": 1},
     "actors": {"type": "array"},
+    "channelContent": {"type": "object", "description": "By channel what is said there instead."},
     "clicked": {"const": True},
     "dismissed": {"const": True},
     **{
