@@ -169,11 +169,11 @@ class Shard:
             self._config.name, self._store, self._users, self._clock, presence, shard.grace_s,
             term=self._term, owns=self._owns, mirror=self._make_mirror(),
         )  # fmt: skip
-        self._watch = WatchPermission(self._policies)
+        self._watch = WatchPermission(self._policies, presence, self._clock, self._store.client_secret)
         self._sessions = Sessions(
             self._config.name, self._store, self._users, self._clock, self._limits,
             term=self._term, map_version=lambda: self._membership.map.version, owns=self._owns,
-            acks=self._acks, presence_changed=self._presence.changed, watch=self._watch.ask,
+            acks=self._acks, presence_changed=self._presence.status_changed, watch=self._watch.ask,
             take=lambda link, message: self.receive(link, message, 0),
         )  # fmt: skip
         self._writer = Writer(
@@ -565,10 +565,12 @@ class Shard:
     async def _set_mode(self, user: User, mode: str) -> None:
         if mode not in MODES:
             raise InvalidInputError(f"expected mode to be one of {', '.join(MODES)}, got {mode!r}", "mode")
+        before = user.invisible_since_ms
         user.invisible_since_ms = await self._store.set_invisible(
             self._term_now, user.stream_id, self._clock.now_ms() if mode == "invisible" else None
         )
-        self._presence.changed(user)
+        if user.session is not None and (before is None) != (user.invisible_since_ms is None):
+            self._presence.changed(user)
 
     async def _client_mode(self, link: Link, message: ClientMode) -> None:
         found = self._sessions.find(link, message.conn)

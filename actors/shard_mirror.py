@@ -63,7 +63,7 @@ class Mirror:
                 written = await self._write(list(changed))
                 if written and self._clock.monotonic() >= round_at:
                     round_at = self._clock.monotonic() + self._round_s
-                    written = await self._write([u.key for u in self._users.users() if u.session is not None])
+                    written = await self._write(self._there())
             except Exception:
                 log.exception("mirroring presence failed")
                 written = False
@@ -71,6 +71,11 @@ class Mirror:
                 # Not before it may be back; then everybody at once.
                 round_at = self._clock.monotonic() + self._retry_s
                 await asyncio.sleep(self._retry_s)
+
+    def _there(self) -> list[UserKey]:
+        """Those to be renewed. A key that does not lapse would tell of an invisible user that it is there."""
+        users = self._users.users()
+        return [u.key for u in users if u.session is not None and u.invisible_since_ms is None]
 
     async def _write(self, keys: Iterable[UserKey]) -> bool:
         """Write the present state of those users that are (still) here."""

@@ -154,8 +154,13 @@ class Presence:
                 del self._watchers[key]
                 self._changed.pop(key, None)
 
+    def status_changed(self, user: User) -> None:
+        """A session's status changed: nobody's business if its user is invisible, not even that it did."""
+        if user.invisible_since_ms is None:
+            self.changed(user)
+
     def changed(self, user: User) -> None:
-        """A user's presence changed."""
+        """What others may see of a user changed."""
         if self._mirror is not None:
             self._mirror.changed(user)
         if user.key not in self._watchers:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -142,8 +143,11 @@ def complete(
     } | {name: document[name] for name in RULES if document and name in document}
 
 
-def validate(document: Any) -> str:
+def validate(document: Any, callback_hosts: str | None = None) -> str:
     """Check a document and return the text to store (members left out stay left out).
+
+    Args:
+        callback_hosts: `presence.callback_hosts`; None leaves that to whoever asks the URL.
 
     Raises:
         PolicyError: it breaks a rule; `errors` names each.
@@ -168,6 +172,10 @@ def validate(document: Any) -> str:
                 errors.append(FieldError(path, "an object", shown(some)))
             else:
                 errors.extend(_rules(f"{path}/", some))
+    url = document.get("presence", {}).get("url") if not errors else None
+    if url is not None and callback_hosts is not None and not callback_allowed(url, callback_hosts):
+        wanted = "a URL whose host the operator allows (presence.callback_hosts)"
+        errors.append(FieldError("presence/url", wanted, shown(url)))
     if errors:
         raise PolicyError(errors)
     return msgspec.json.encode(document).decode()
@@ -190,6 +198,21 @@ def _rules(prefix: str, some: dict[str, Any]) -> list[FieldError]:
         elif (name != "types" and name not in RULES) or prefix:
             errors.append(FieldError(path, "a member of the policy", "an unknown field"))
     return errors
+
+
+def callback_allowed(url: str, hosts: str) -> bool:
+    """Whether a tenant's URL may be asked.
+
+    Args:
+        hosts: `presence.callback_hosts`. Tenants set their policy themselves: without this list each of them
+            could have our servers send requests to whatever only they can reach.
+    """
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    host = (parts.hostname or "").lower()
+    allowed = {one.strip().lower() for one in hosts.split(",")} - {""}
+    default = port == (443 if parts.scheme == "https" else 80)
+    return f"{host}:{port}" in allowed or (default and host in allowed)
 
 
 def _presence_errors(rule: Any) -> list[FieldError]:

@@ -20,7 +20,7 @@ from carillon.errors import SettingsError
 
 T = TypeVar("T")
 
-WATCH: tuple[str, ...] = ("nobody", "tenant")
+WATCH: tuple[str, ...] = ("nobody", "tenant", "callback")
 """Who may watch whose presence (carillon/policy.py)."""
 WHEN_AWAY = ("in_app", "both", "push_after")
 """What may be done while every device of a connected user is hidden or idle (carillon/policy.py)."""
@@ -153,7 +153,8 @@ class ShardSettings:
     when_away: str = setting(
         "push_after",
         "While all devices of a user are hidden or idle: in_app (no push if one acknowledges), both, or "
-        "push_after (a delay, unless seen). A tenant's policy wins.",
+        "push_after (a delay, unless seen). A tenant's policy wins; it "
+        "can also name a URL that decides (callback).",
     )
     when_away_delay_s: float = setting(
         30.0, "The delay of push_after. A tenant's policy wins.", low=0.0, high=86_400.0, unit="s"
@@ -272,6 +273,22 @@ class PresenceSettings:
     )
     mirror_retry_s: float = setting(
         5.0, "Pause before Redis is tried again that did not take the mirror.", low=0.01, unit="s"
+    )
+    callback_hosts: str = setting(
+        "",
+        "Comma-separated hosts (or host:port) that tenants' presence URLs may have; empty: none is asked.",
+    )
+    callback_timeout_s: float = setting(
+        2.0, "Longest wait for the answer of a tenant's presence URL.", low=0.05, unit="s"
+    )
+    callback_at_once: int = setting(
+        32, "Requests to tenants' presence URLs that a shard has under way.", low=1
+    )
+    callback_waiting: int = setting(
+        2000, "Connections of a shard that wait for such an answer; more are answered busy.", low=1
+    )
+    permission_ttl_s: float = setting(
+        30.0, "How long such an answer holds for the same request of the same user.", low=0.0, unit="s"
     )
     recheck_s: float = setting(
         300.0, "Whether a connection may still watch whom it watches is asked so often.", low=0.05, unit="s"

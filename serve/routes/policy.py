@@ -33,7 +33,7 @@ async def put_policy(services: Services, request: Request) -> Response:
     """PUT /v1/policy."""
     document = await request.json_object()
     try:
-        text = policy.validate(document)
+        text = policy.validate(document, services.settings.presence.callback_hosts)
     except policy.PolicyError as exc:
         raise ProblemError(problem("invalid", str(exc), exc.errors)) from None
     await services.tenants.put_policy(request.tenant, text)

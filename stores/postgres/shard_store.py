@@ -691,6 +691,12 @@ class ShardStore:
                 rows = await connection.fetch(self._sql["policies"], tenants)
         return {r[0]: None if r[1] is None else msgspec.json.decode(r[1]) for r in rows}
 
+    async def client_secret(self, tenant: str) -> str | None:
+        """The secret of a tenant; None if there is no such tenant."""
+        with translated():
+            async with self._open_pool().acquire(timeout=self._settings.connect_timeout_s) as connection:
+                return await connection.fetchval(self._sql["client_secret"], tenant)
+
     async def save_last_seen(self, term: int, wanted: Sequence[tuple[int, int]]) -> None:
         """Keep when users were last seen: (stream id, ms)."""
         await self._pool_execute(

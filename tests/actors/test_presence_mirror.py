@@ -102,6 +102,12 @@ async def test_the_mirror_follows_and_lapses(postgres_dsn: str, redis_url: str) 
         assert await mirror.status("ann") is None
         await bob.answer("SET_PRESENCE", mode="invisible")
         await mirror.says("bob", "offline")
+        await mirror.says("bob", None)  # as if it had gone: that it is there shows in nothing
+        await bob.answer("VISIBILITY", state="focused")
+        await bob.answer("VISIBILITY", state="hidden")
+        await bob.answer("SET_PRESENCE", mode="invisible")
+        await asyncio.sleep(0.5)  # two rounds of renewal
+        assert await mirror.status("bob") is None
         await bob.answer("SET_PRESENCE", mode="auto")
         await mirror.says("bob", "idle")
         await bob.close()

@@ -272,6 +272,7 @@ class Pair:
             since_ms = self.rng.choice((None, self.now_ms, self.now_ms + 5))
             await self.both("set_invisible", self.term(), stream, since_ms)
             await self.both("last_seen", "t", ["ann", "bob", "nobody"])
+            await self.both("client_secret", "nobody")
 
     async def targets(self) -> None:
         rng, key = self.rng, self.rng.choice(USERS)

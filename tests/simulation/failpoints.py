@@ -30,6 +30,7 @@ RESTART_S = 0.7
 READS = frozenset(
     (
         "open", "close", "find_ids", "find_keys", "existing", "last_seen", "load_targets", "policies",
+        "client_secret",
         "ids_between", "tries_before", "notifications_after", "changes_after", "draw_delivery_ids", "load",
     )
 )  # fmt: skip

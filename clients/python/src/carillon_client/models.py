@@ -233,6 +233,7 @@ class PresenceDevice(_Wire, frozen=True):
     device_id: str
     attention: str
     since: str
+    connections: int = 1
 
 
 class Presence(_Wire, frozen=True):
@@ -240,9 +241,10 @@ class Presence(_Wire, frozen=True):
 
     user_id: str
     status: str
-    """active, idle or offline."""
+    """active, idle or offline, as others may see it."""
     devices: list[PresenceDevice] = []
     last_seen_at: str | None = None
+    invisible: bool = False
 
 
 class Token(_Wire, frozen=True):
