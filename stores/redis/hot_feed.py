@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 MAX_WRITES: Final = 256
 """Entries that wait to be written; further ones are dropped: they will be read, and written, again."""
 _WRITES_AT_ONCE: Final = 32
+MAX_PAUSE_S: Final = 30.0
+"""Longest time for which Redis is left alone after trouble."""
 MAX_WRITTEN: Final = 10_000
 """Entries of which a replica remembers that it wrote them; the oldest goes."""
 
@@ -43,6 +45,7 @@ class HotFeedStore:
         self._max_bytes = settings.feed_max_bytes
         self._timeout_s = settings.timeout_s
         self._retry_at = 0.0
+        self._pause_s = 0.0
         self._writes: dict[str, bytes] = {}
         self._written: dict[str, tuple[int, float]] = {}
         self._writer: asyncio.Task[None] | None = None
@@ -126,16 +129,23 @@ class HotFeedStore:
             self._writer = None
 
     async def _tried(self, command: Awaitable[Any]) -> Any:
-        """The answer of Redis, or None: then nobody asks for a while."""
+        """The answer of Redis, or None: then nobody asks for a while, twice as long each time."""
+        if self._pause_s:  # this one finds out whether it is back; the others do not wait with it
+            self._retry_at = self._clock.monotonic() + self._timeout_s + self._pause_s
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await command
+                answer = await command
         except (RedisError, OSError, TimeoutError) as exc:
-            if self.available():
+            if not self._pause_s:
                 log.warning("feeds are read from PostgreSQL alone: %s: %s", type(exc).__name__, exc)
-            self._retry_at = self._clock.monotonic() + 2 * self._timeout_s
+            self._pause_s = min(MAX_PAUSE_S, 2 * max(self._timeout_s, self._pause_s))
+            self._retry_at = self._clock.monotonic() + self._pause_s
             self._written.clear()
             return None
+        if self._pause_s:
+            log.info("feeds are read through Redis again")
+        self._pause_s = self._retry_at = 0.0
+        return answer
 
 
 def _key(kind: str, tenant: str, user: str) -> str:

@@ -12,6 +12,7 @@ import pytest
 import redis.asyncio as aioredis
 
 from carillon.clock import SystemClock
+from carillon.hot_feed import hot_count
 from carillon.metrics import Stats
 from carillon.notification import notification_json
 from carillon.settings import PostgresSettings, RedisSettings
@@ -272,6 +273,43 @@ async def test_redis_that_is_gone_costs_one_wait(pool: Any, postgres_dsn: str) -
             assert kit.read_from("feed") == (0, 20)
             await kit.feed.close()
             await kit.redis.aclose()
+
+
+class Hand:
+    """A clock moved by hand."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def now_ms(self) -> int:
+        return round(self.now * 1000)
+
+
+async def test_redis_that_hangs_is_asked_ever_less(pool: Any, redis_url: str, postgres_dsn: str) -> None:
+    """After each wait in vain Redis is left alone twice as long, and used again once it answers."""
+    clock = Hand()
+    store = HotFeedStore(RedisSettings(url=redis_url, timeout_s=0.1), clock)
+    other = aioredis.Redis.from_url(redis_url)
+    await other.client_pause(1500, all=True)
+    for pause_s in (0.2, 0.4, 0.8):
+        assert await store.feed("acme", "ada") is None
+        clock.now += pause_s - 0.01
+        assert not store.available()
+        clock.now += 0.02
+        assert store.available()
+    await other.ping()  # answered when the pause is over
+    store.put_count_nowait("acme", "ada", hot_count("e", 1, 0, None), missed=True)
+
+    async def there() -> bool:
+        clock.now += 1.0
+        return await store.count("acme", "ada") is not None
+
+    await eventually(there)
+    assert store._pause_s == 0
+    await store.close()
+    await other.aclose()
 
 
 async def test_over_http(postgres_dsn: str, redis_url: str) -> None:
