@@ -159,6 +159,18 @@ class Renderer:
         `render`."""
         return await self._ask(b"c", list(sources), len(sources), deadline)
 
+    async def values(
+        self, items: Sequence[tuple[str, str | None, str]], params: dict[str, Any], deadline: float
+    ) -> list[dict[str, Any]]:
+        """Fill in texts given as (path, expression, text): {"ok": value} or {"error": why} each.
+
+        An expression's value is taken as it is, a text is rendered. Raises as `render`.
+        """
+        if not items:
+            return []
+        answers = await self._ask(b"v", [list(items), params], len(items), deadline)
+        return answers if len(answers) == len(items) else [answers[0]] * len(items)
+
     async def occurrences(
         self, document: dict[str, Any], after_ms: int, zone: str, deadline: float
     ) -> list[int]:

@@ -91,6 +91,23 @@ class Worker:
                 answers.append({"error": SLOW})
         return answers
 
+    def values(self, items: list[Any], params: dict[str, Any]) -> list[dict[str, Any]]:
+        """One answer per (path, expression or null, text): {"ok": value} or {"error": why}."""
+        answers: list[dict[str, Any]] = []
+        language = self._language
+        for _path, expression, source in items:
+            try:
+                if expression is None:
+                    made = self._timed(lambda source=source: language.render(source, params, html=False))
+                else:
+                    made = self._timed(lambda source=expression: language.value(source, params))
+                answers.append({"ok": made})
+            except TemplateFaultError as exc:
+                answers.append({"error": str(exc)})
+            except TooSlowError:
+                return [{"error": SLOW}] * len(items)
+        return answers
+
     def schedule(self, document: Any, after_ms: int, zone: str) -> list[dict[str, Any]]:
         """The next occurrences of a rule, one {"at": ms} each, or {"errors": [...]}."""
         try:
@@ -130,6 +147,8 @@ def main(argv: list[str]) -> None:
             elif kind == b"s":
                 document, after_ms, zone = msgspec.msgpack.decode(body)
                 answer = worker.schedule(document, after_ms, zone)
+            elif kind == b"v":
+                answer = worker.values(*msgspec.msgpack.decode(body))
             else:
                 answer = worker.check(msgspec.msgpack.decode(body, type=list[tuple[str, str]]))
             data = _encode(answer)

@@ -22,6 +22,7 @@ SCOPES: Final[dict[str, str]] = {
     "tokens:write": "mint client tokens (POST /v1/tokens): whoever can, can act as any user of the tenant",
     "presence:read": "read presence",
     "policy:write": "read and change the tenant's policy",
+    "sources:write": "make, read and delete sources of webhooks",
     "templates:write": "read, change and preview templates",
     "admin": "everything above, and what later needs more",
 }

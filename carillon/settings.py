@@ -584,6 +584,30 @@ class ScheduleSettings:
 
 
 @dataclass(frozen=True)
+class InboundSettings:
+    """Events that others bring: webhooks and a Redis stream."""
+
+    tolerance_s: float = setting(
+        300.0, "A webhook signed longer ago, or further ahead, is refused.", low=1.0, unit="s"
+    )
+    max_body_bytes: int = setting(1_048_576, "Longest webhook.", low=1024)
+    secret_overlap_s: float = setting(
+        86_400.0, "How long the replaced secret of a source is taken, too.", low=0.0, unit="s"
+    )
+    stream: str = setting("", "Redis stream that events are read from; empty: none.")
+    stream_group: str = setting("carillon", "Consumer group of the replicas.")
+    stream_tenant: str = setting("", "Tenant of entries that name none.")
+    stream_batch: int = setting(100, "Entries read and published at a time.", low=1, high=1000)
+    stream_block_s: float = setting(1.0, "Longest wait of one read for entries.", low=0.01, unit="s")
+    stream_claim_s: float = setting(
+        60.0, "An entry that its reader did not acknowledge for so long is taken over.", low=0.05, unit="s"
+    )
+    stream_retry_s: float = setting(
+        0.2, "First pause before an entry, or Redis, is tried again; doubled up to 5 s.", low=0.01, unit="s"
+    )
+
+
+@dataclass(frozen=True)
 class Settings:
     """The whole tree."""
 
@@ -599,6 +623,7 @@ class Settings:
     presence: PresenceSettings = field(default_factory=PresenceSettings)
     template: TemplateSettings = field(default_factory=TemplateSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    inbound: InboundSettings = field(default_factory=InboundSettings)
 
     def __post_init__(self) -> None:
         for section in dataclasses.fields(self):

@@ -34,9 +34,11 @@ from serve.backend import RouterBackend
 from serve.connections import Connections
 from serve.door import DoorProtocol, protocol_of
 from serve.services import Services
+from serve.stream_in import StreamIn
 from stores.cached_feed import CachedFeed
 from stores.postgres.dead_letters import DeadLetterReader
 from stores.postgres.feed import FeedReader
+from stores.postgres.inbound import InboundStore
 from stores.postgres.pool import open_pool
 from stores.postgres.schedules import ScheduleStore
 from stores.postgres.search import SearchReader
@@ -88,6 +90,7 @@ class Ingress:
         self._socket: socket.socket | None = None
         self._server: _Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._stream: StreamIn | None = None
 
     async def start(self) -> None:
         """Open everything; returns when requests are served.
@@ -129,6 +132,7 @@ class Ingress:
                     self.stats,
                 ),
                 ScheduleStore(self._pool, settings.postgres.connect_timeout_s),
+                InboundStore(self._pool, settings.postgres.connect_timeout_s),
                 DeadLetterReader(self._pool, settings.postgres.connect_timeout_s),
                 CachedFeed(feed, HotFeedStore(settings.redis, self._clock), self.stats, settings.redis),
                 SearchReader(self._pool, settings.ingress, self._clock, settings.postgres.connect_timeout_s),
@@ -167,6 +171,8 @@ class Ingress:
                 await self._tasks[0]
                 raise ClusterError(f"the listener on {self.url} ended before it began")
             await asyncio.sleep(0.005)
+        self._stream = StreamIn(services)
+        self._stream.start()
         log.info("%s listens on %s", self.config.name, self.url)
 
     async def status(self) -> dict[str, Any]:
@@ -192,6 +198,8 @@ class Ingress:
 
     async def stop(self) -> None:
         """Finish what is in flight (at most `ingress.drain_s`), then close everything."""
+        if self._stream is not None:
+            await self._stream.close()
         if self.app is not None:
             self.app.services.draining = True
         if self._server is not None and self._tasks:

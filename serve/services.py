@@ -16,6 +16,7 @@ from serve.connections import Connections
 from stores.cached_feed import CachedFeed
 from stores.postgres.dead_letters import DeadLetterReader
 from stores.postgres.feed import FeedReader
+from stores.postgres.inbound import InboundStore
 from stores.postgres.schedules import ScheduleStore
 from stores.postgres.search import SearchReader
 from stores.postgres.tenants import TenantStore
@@ -63,6 +64,7 @@ class Services:
     limits: RateLimiter
     templates: Templates
     schedules: ScheduleStore
+    inbound: InboundStore
     dead_letters: DeadLetterReader
     feeds: CachedFeed
     search: SearchReader

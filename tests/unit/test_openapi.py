@@ -64,7 +64,7 @@ def test_scopes_are_known() -> None:
     """Every route for services names a scope that a key can have."""
     for route in all_routes():
         assert (route.scope in SCOPES) == (route.door == SERVICE), route.path
-        if route.door == OPEN:
+        if route.door == OPEN and route.path != "/v1/inbound/{source}":  # its login is the signature
             assert not route.path.startswith(("/v1/", "/api/"))
 
 
