@@ -71,11 +71,13 @@ from carillon.messages import (
     Replay,
     SessionsRevoke,
     SocketDrained,
+    Unsubscribe,
 )
 from carillon.metrics import Stats
 from carillon.plan import Reach
 from carillon.presence import MODES
 from carillon.session import SessionLimits
+from carillon.unsubscribe import Unsubscription, switch_off
 from stores.postgres.shard_store import OutboxRow, ShardStore
 from stores.redis.presence_mirror import PresenceMirror
 
@@ -554,6 +556,14 @@ class Shard:
         if kind is PresenceMode:
             await self._set_mode(user, message.mode)
             return Done()
+        if kind is Unsubscribe:
+            what = Unsubscription(*user.key, message.section, message.name, message.channel)
+            document = await self._store.change_preferences(
+                self._term_now, message.tenant, message.user, lambda known: switch_off(known, what), now_ms
+            )
+            for known in {user, self._users.get(user.key) or user}:
+                known.preferences = read_preferences(document)
+            return Done()
         if kind is Logout:
             await self._log_out(user, message)
             return Done()
@@ -617,5 +627,5 @@ _SESSION_MESSAGES = frozenset(
     (ClientAck, ClientReady, ClientResume, ClientVisibility, ClientWatch, SocketDrained, Detach)
 )
 _DOCUMENT_MESSAGES = frozenset(
-    (DevicePut, DeviceDelete, PreferencesPut, SessionsRevoke, Logout, PresenceMode)
+    (DevicePut, DeviceDelete, PreferencesPut, Unsubscribe, SessionsRevoke, Logout, PresenceMode)
 )

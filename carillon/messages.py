@@ -179,6 +179,17 @@ class PreferencesPut(Struct, array_like=True, tag=7):
     document: str
 
 
+class Unsubscribe(Struct, array_like=True, tag=45):
+    """Request: switch something off in the user's preferences (carillon/unsubscribe.py). Reply: `Done`."""
+
+    tenant: str
+    user: str
+    slot: int
+    section: str
+    name: str
+    channel: str
+
+
 class PlanQuery(Struct, array_like=True, tag=38):
     """Request: what would become of an event? Nothing of it is stored. Reply: `PlanReply`."""
 
@@ -732,7 +743,7 @@ type_union = (
     | PushLeft | Join | Renew | ClusterMap | Leave | StatsQuery | StatsReply | Failure | Ping
     | DeviceAck | DeviceVisibility | DeviceTold | PresenceWatch | PresenceTold | WatchAnswer
     | PresenceMode | ClientMode
-    | PlanQuery | PlanReply
+    | PlanQuery | PlanReply | Unsubscribe
 )  # fmt: skip
 Message = type_union
 

@@ -19,6 +19,7 @@ def all_routes() -> tuple[Route, ...]:
         presence,
         schedules,
         templates,
+        unsubscribe,
         users,
     )
 
@@ -33,6 +34,7 @@ def all_routes() -> tuple[Route, ...]:
         client,
         policy,
         templates,
+        unsubscribe,
         operations,
         demo,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -910,6 +910,24 @@ class ShardStore:
         """Replace the preferences document (JSON text)."""
         async with self._fenced(term) as connection:
             await connection.execute(self._sql["put_preferences"], tenant, user, document, now_ms / 1000)
+
+    async def change_preferences(
+        self,
+        term: int,
+        tenant: str,
+        user: str,
+        change: Callable[[dict[str, Any]], dict[str, Any]],
+        now_ms: int,
+    ) -> str:
+        """Read the preferences document, change it, write it back; returns it as it is then (JSON text)."""
+        async with self._fenced(term) as connection:
+            known = await connection.fetchval(self._sql["lock_preferences"], tenant, user)
+            before: dict[str, Any] = {} if known is None else msgspec.json.decode(known)
+            after = change(before)
+            document = msgspec.json.encode(after).decode()
+            if after != before:
+                await connection.execute(self._sql["put_preferences"], tenant, user, document, now_ms / 1000)
+            return document
 
     async def log_out(
         self, term: int, stream_id: int, key: UserKey, device: str | None, token_id: bytes, expires_ms: int

@@ -179,3 +179,27 @@ def test_every_rule_has_words() -> None:
         assert told.endswith(".")
         assert "{" not in told
         assert "None" not in told
+
+
+async def test_one_click_unsubscribes(service: Service) -> None:
+    """The link asks on GET and acts on POST, without a login; the next event follows, and the rest stays."""
+    made = await service.call(
+        "POST", "/v1/unsubscribe-links",
+        {"userId": "ada", "category": "marketing", "channel": "push", "baseUrl": service.world.url}, 201,
+    )  # fmt: skip
+    await service.phone()
+    await service.prefer(badge=False)
+    assert made["headers"]["List-Unsubscribe"] == f"<{made['url']}>"
+    page = await service.http.get(made["url"])
+    assert (page.status_code, "marketing by push" in page.text) == (200, True)
+    assert (await service.dry(category="marketing"))["status"] == "queued"
+    for _ in range(2):
+        done = await service.http.post(made["url"], data={"List-Unsubscribe": "One-Click"})
+        assert done.status_code == 200
+        plan = await service.dry(category="marketing")
+        assert (plan["status"], rules(plan)) == ("stored", [("category_channel_off", "user")])
+    stored = await service.call("GET", "/v1/users/ada/preferences")
+    assert (stored["categories"], stored["badge"]) == ({"marketing": {"channels": {"push": False}}}, False)
+    assert (await service.http.post(made["url"][:-2])).status_code == 404
+    both = {"userId": "ada", "category": "a", "type": "b"}
+    await service.call("POST", "/v1/unsubscribe-links", both, 422)

@@ -145,6 +145,9 @@ WRITES: dict[str, Callable[[Kit, Event, int], Awaitable[Any]]] = {
     ),
     "delete_target": lambda kit, e, d: kit.store.delete_target(kit.term, "t", "u", "phone"),
     "put_preferences": lambda kit, e, d: kit.store.put_preferences(kit.term, "t", "u", "{}", NOW),
+    "change_preferences": lambda kit, e, d: kit.store.change_preferences(
+        kit.term, "t", "u", lambda known: known | {"global": False}, NOW
+    ),
     "log_out": lambda kit, e, d: kit.store.log_out(
         kit.term, kit.user.stream_id, UserKey("t", "u"), "phone", b"i" * 16, NOW
     ),

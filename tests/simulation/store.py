@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import json
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -812,6 +813,22 @@ class ModelShardStore:
             self._db.preferences[UserKey(tenant, user)] = document
 
         await self._db.run(statement)
+
+    async def change_preferences(
+        self,
+        term: int,
+        tenant: str,
+        user: str,
+        change: Callable[[dict[str, Any]], dict[str, Any]],
+        now_ms: int,
+    ) -> str:
+        def statement() -> str:
+            self._fence(term)
+            key = UserKey(tenant, user)
+            self._db.preferences[key] = json.dumps(change(json.loads(self._db.preferences.get(key, "{}"))))
+            return self._db.preferences[key]
+
+        return await self._db.run(statement)
 
     async def revoke_tokens(self, term: int, stream_id: int, now_ms: int) -> None:
         def statement() -> None:

@@ -547,6 +547,10 @@ on conflict (tenant, user_id, device_id) do update
 -- name: delete_target
 delete from devices where tenant = $1 and user_id = $2 and device_id = $3 returning device_id;
 
+-- name: lock_preferences
+-- $1 tenant, $2 user.
+select document::text from preferences where tenant = $1 and user_id = $2 for update;
+
 -- name: put_preferences
 insert into preferences as p (tenant, user_id, document, updated_at) values ($1, $2, $3::jsonb, to_timestamp($4))
 on conflict (tenant, user_id) do update
