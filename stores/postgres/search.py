@@ -37,7 +37,6 @@ _ALONE: Final = (
 )
 """Characters that are words (`search_text` in Postgres has the same)."""
 _WORD: Final = re.compile(rf"[{_ALONE}]|[^\W_{_ALONE}]+")
-_ASCII: Final = re.compile(r"[a-z0-9]+")
 
 
 def check_query(q: str) -> None:
@@ -58,11 +57,6 @@ def check_query(q: str) -> None:
     else:
         return
     raise InvalidInputError(f"expected q to be {expected}, got {got!r}", "q", expected, got)
-
-
-def needle_of(q: str) -> str:
-    """A part of one of the words: what ASCII text has to contain to match at all."""
-    return max(_ASCII.findall(q.lower()), key=len, default="")
 
 
 def search_queries() -> dict[str, str]:
@@ -131,7 +125,6 @@ class SearchReader:
             stream, seq, indexed = place
             arguments = (
                 stream, q, below, now_ms / 1000, limit + 1, chosen.type, chosen.category, chosen.status,
-                needle_of(q),
             )  # fmt: skip
             found = await connection.fetch(self._sql["walk"], *arguments, self._walk)
         if len(found) <= limit and seq > self._walk:

@@ -229,7 +229,7 @@ async def test_search(filled: asyncpg.Connection[Any], generic: bool) -> None:
     place = await plan_of(filled, SEARCH["place"], "acme", "user3")
     assert_indexed(place)
     stream = await filled.fetchval("select stream_id from streams where user_id = 'user3'")
-    arguments = (stream, "n77", TOP, NOW / 1000, 21, None, None, None, "n77")
+    arguments = (stream, "n77", TOP, NOW / 1000, 21, None, None, None)
     assert_indexed(await plan_of(filled, SEARCH["walk"], *arguments, 1000))
     async with filled.transaction():
         fill = await plan_of(filled, SEARCH["fill"], stream, 0, 5000)
