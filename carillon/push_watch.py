@@ -6,6 +6,7 @@ makes the moment prompt at which a user looks away. Times are monotonic seconds.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable
 from typing import Final
 
@@ -13,6 +14,8 @@ from carillon.attention import ACKNOWLEDGED, HELD, SEEN, at_due, on_signal
 
 MAX_WATCHED: Final = 1000
 """Waiting pushes a session remembers; the oldest are left to the sweep of the outbox."""
+SPARE: Final = 64
+"""Entries of the heap that may lead nowhere, beside one for each row, before it is made anew."""
 _NEVER: Final = float("inf")
 
 
@@ -32,15 +35,22 @@ class Waiting:
 class PushWatch:
     """The waiting pushes of one user, by notification.
 
-    Attributes:
-        next_due: the earliest time at which `take_due` finds something; not later than that, maybe earlier.
+    A busy user has a thousand of them for a minute, and tens a second come, are acknowledged and become due:
+    none of these looks at all of them.
     """
 
-    __slots__ = ("_rows", "next_due")
+    __slots__ = ("_due", "_in_order", "_last_seq", "_rows")
 
     def __init__(self) -> None:
         self._rows: dict[bytes, Waiting] = {}
-        self.next_due = _NEVER
+        self._due: list[tuple[float, bytes]] = []  # heap; entries of rows that moved on are skipped
+        self._last_seq = 0
+        self._in_order = True  # rows were added with rising seq
+
+    @property
+    def next_due(self) -> float:
+        """The earliest time at which `take_due` finds something; not later than that, maybe earlier."""
+        return self._due[0][0] if self._due else _NEVER
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -54,13 +64,31 @@ class PushWatch:
         rows = self._rows
         if len(rows) >= MAX_WATCHED:
             del rows[next(iter(rows))]
+        if row.seq < self._last_seq:
+            self._in_order = False
+        self._last_seq = row.seq
         rows[notification] = row
-        if row.gate == SEEN and row.due < self.next_due:
-            self.next_due = row.due
+        if row.gate == SEEN:
+            self._wait(row.due, notification)
+
+    def _wait(self, due: float, notification: bytes) -> None:
+        if len(self._due) > 2 * len(self._rows) + SPARE:
+            self._due = [(row.due, raw) for raw, row in self._rows.items() if row.gate in (SEEN, HELD)]
+            heapq.heapify(self._due)
+        heapq.heappush(self._due, (due, notification))
 
     def between(self, after: int, upto: int) -> list[bytes]:
         """Those with after < seq <= upto."""
-        return [raw for raw, row in self._rows.items() if after < row.seq <= upto]
+        if not self._in_order:
+            return [raw for raw, row in self._rows.items() if after < row.seq <= upto]
+        found: list[bytes] = []
+        for raw, row in reversed(self._rows.items()):  # what is acknowledged came last
+            if row.seq <= after:
+                break
+            if row.seq <= upto:
+                found.append(raw)
+        found.reverse()
+        return found
 
     def forget(self, ids: Iterable[bytes], upto: int = 0) -> None:
         """The user dealt with these, and with everything up to a seq."""
@@ -83,7 +111,7 @@ class PushWatch:
                 del self._rows[raw]
             elif done == "hold":
                 row.gate, row.due = HELD, row.hold_until
-                self.next_due = min(self.next_due, row.due)
+                self._wait(row.due, raw)
 
     def held(self) -> list[bytes]:
         """Those that are held for an active user."""
@@ -97,23 +125,19 @@ class PushWatch:
         """
         dropped: list[bytes] = []
         kept: list[bytes] = []
-        sent: list[bytes] = []
-        later = _NEVER
-        for raw, row in self._rows.items():
-            if row.gate != SEEN and row.gate != HELD:
-                continue
-            if row.due > now:
-                later = min(later, row.due)
+        while self._due and self._due[0][0] <= now:
+            due, raw = heapq.heappop(self._due)
+            row = self._rows.get(raw)
+            if row is None or row.due != due or row.gate not in (SEEN, HELD):
                 continue
             holdable = row.hold_until > now
             verdict = at_due(row.gate, active=active, acknowledged=row.acknowledged, holdable=holdable)
             if verdict == "hold":
                 row.gate, row.due = HELD, row.hold_until
-                later = min(later, row.due)
+                self._wait(row.due, raw)
                 kept.append(raw)
             else:
-                (dropped if verdict == "drop" else sent).append(raw)
-        self.forget(dropped)
-        self.forget(sent)
-        self.next_due = later
+                if verdict == "drop":
+                    dropped.append(raw)
+                del self._rows[raw]
         return dropped, kept
