@@ -11,17 +11,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import statistics
+import time
 from dataclasses import fields, replace
 from typing import Any, Final
 
 from benchmarks.bench import Bench, Measurement, Options, Progress, opened
 from benchmarks.ledger import Verdict
+from benchmarks.procs import cpu_between, snapshot
 from benchmarks.stats import summary_ms
 from benchmarks.target import Target, TargetError
 from benchmarks.wire import http_request, now
 
 TURNS: Final = 4
+MENTIONED_S: Final = 0.01
+"""Processes that cost less CPU for 1,000 events are left out of the notes; the JSON has all."""
 KINDS: Final = ("bare", "full")
 
 
@@ -43,9 +48,17 @@ async def outbox_cost(target: Target, options: Options, progress: Progress) -> M
             await bench.warm_up()
         rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
         waits: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+        costs: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+        mine = {os.getpid()}
         for turn in range(TURNS):
             for kind in KINDS if turn % 2 == 0 else reversed(KINDS):
+                before, own = snapshot(target.pids, exclude=mine), time.process_time()
+                count = len(benches[kind].ledger.accepted)
                 rates[kind].append(await _closed(benches[kind], options.duration_s / 2))
+                count = max(1, len(benches[kind].ledger.accepted) - count)
+                spent = cpu_between(before, snapshot(target.pids, exclude=mine))
+                spent["load generator"] = time.process_time() - own
+                costs[kind].append({group: 1000 * cpu_s / count for group, cpu_s in spent.items()})
                 waits[kind].append(await _open(benches[kind], options.duration_s / 2))
         done = [await bench.finish(bench.name, {}) for bench in benches.values()]
     ratios = [full / bare for bare, full in zip(*rates.values(), strict=True)]
@@ -57,6 +70,10 @@ async def outbox_cost(target: Target, options: Options, progress: Progress) -> M
     for kind in KINDS:
         metrics[kind] = {
             "events_per_s": statistics.median(rates[kind]),
+            "cpu_s_per_1000": {
+                group: statistics.median(one.get(group, 0.0) for one in costs[kind])
+                for group in costs[kind][0]
+            },
             "end_to_end_ms": {
                 name: statistics.median(one[name] for one in waits[kind]) for name in ("p50", "p99")
             },
@@ -70,7 +87,9 @@ async def outbox_cost(target: Target, options: Options, progress: Progress) -> M
         measurement.notes.append(
             f"{kind}: {part['events_per_s']:,.0f} events/s with {connections} connections; at "
             f"{options.rate_per_s:g}/s p50 {part['end_to_end_ms']['p50']:.2f} ms, "
-            f"p99 {part['end_to_end_ms']['p99']:.2f} ms (medians of {TURNS} turns)"
+            f"p99 {part['end_to_end_ms']['p99']:.2f} ms (medians of {TURNS} turns); CPU s of 1,000 events at "
+            f"saturation: {sum(part['cpu_s_per_1000'].values()):.3f}, of it "
+            + ", ".join(f"{g} {c:.3f}" for g, c in part["cpu_s_per_1000"].items() if c >= MENTIONED_S)
         )
     measurement.notes.append(
         f"full against bare, turn by turn: throughput {metrics['throughput_ratio']:.3f}, "
