@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import itertools
 import json
 import os
 import shutil
+import signal
 import tempfile
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +101,27 @@ class Tab:
         await self.call("Emulation.setEmulatedMedia", features=[scheme])
         answer = await self.call("Page.captureScreenshot", format="png")
         path.write_bytes(base64.b64decode(answer["data"]))
+
+    @contextlib.asynccontextmanager
+    async def suspended(self) -> AsyncIterator[None]:
+        """Stop all of it, as phones do with tabs in the background. (A frozen page still hears messages.)"""
+        stopped = None
+        try:
+            for process in await self._browser.renderers():
+                os.kill(process, signal.SIGSTOP)
+                stopped = process
+                try:
+                    # Which of the browser's processes it is, only its silence tells.
+                    await asyncio.wait_for(self.run("1"), 3)
+                except TimeoutError:
+                    break
+                os.kill(process, signal.SIGCONT)
+                stopped = None
+            assert stopped is not None, "no process of the browser runs this page"
+            yield
+        finally:
+            if stopped is not None:
+                os.kill(stopped, signal.SIGCONT)
 
     async def close(self) -> None:
         """Close the tab as a person does."""
@@ -189,6 +213,11 @@ class Chromium:
         answer = await asyncio.wait_for(future, 30)
         assert "error" not in answer, f"{method}: {answer['error']}"
         return answer["result"]
+
+    async def renderers(self) -> list[int]:
+        """The processes that run pages."""
+        found = await self.call("SystemInfo.getProcessInfo", {})
+        return [one["id"] for one in found["processInfo"] if one["type"] == "renderer"]
 
     async def open(self, url: str) -> Tab:
         """A new tab, shown and focused."""

@@ -39,15 +39,13 @@ class FakeDemo:
         self.refusing = False
         self.tells_presence = True
         self.deaf = False
+        self.files: dict[str, Path] = {}
+        """Served as /demo/NAME, beside those of serve/static."""
 
     async def __aenter__(self) -> FakeDemo:
         app = Starlette(
             routes=[
                 Route("/demo", lambda request: FileResponse(STATIC / "demo.html")),
-                Route(
-                    "/demo/carillon-client.js", lambda request: FileResponse(STATIC / "carillon-client.js")
-                ),
-                Route("/demo/fallback.js", lambda request: FileResponse(STATIC / "fallback.js")),
                 Route("/demo/config.json", self._config),
                 Route("/demo/send", self._send, methods=["POST"]),
                 Route("/demo/received", self._received),
@@ -129,7 +127,8 @@ class FakeDemo:
         return request.headers["authorization"].split(":")[1]
 
     async def _static(self, request: Request) -> FileResponse:
-        return FileResponse(STATIC / request.path_params["name"])
+        name = request.path_params["name"]
+        return FileResponse(self.files.get(name, STATIC / name))
 
     async def _config(self, request: Request) -> JSONResponse:
         users = [{"userId": user, "token": f"{self.token}:{user}"} for user in USERS]

@@ -145,6 +145,26 @@ async def test_another_tab_takes_the_connection_over(fake: FakeDemo, browser: Ch
     assert fake.positions[-1] == {"epoch": "e1", "lastSeq": "1", "lastRev": "0"}
 
 
+async def test_a_tab_that_sleeps_gives_the_connection_up(fake: FakeDemo, browser: Chromium) -> None:
+    """The system suspends the tab with the connection: the one that is shown takes over."""
+    first = await browser.open(f"{fake.url}?user=ana")
+    await first.wait(f"{STATE} === 'open'")
+    second = await browser.open(f"{fake.url}?user=ana")
+    await second.wait(f"{STATE} === 'open'")
+    assert len(fake.positions) == 1
+    async with first.suspended():
+        await second.run("document.dispatchEvent(new Event('visibilitychange'))")
+        await eventually(lambda: len(fake.sockets["ana"]) == 2, what="a connection of the second tab")
+        await fake.notify("ana", "while it sleeps")
+        await second.wait(f"{TITLES} === 'while it sleeps'")
+    await first.wait(f"{STATE} === 'open' && {TITLES} === 'while it sleeps'")
+    await eventually(lambda: len(fake.sockets["ana"]) == 1, what="one connection")
+    await fake.notify("ana", "awake")
+    for tab in (first, second):
+        await tab.wait(f"{TITLES} === 'awake|while it sleeps' && {BADGE} === '2'")
+    assert len(fake.positions) == 2
+
+
 async def test_the_server_hears_what_the_tabs_look_at(fake: FakeDemo, browser: Chromium) -> None:
     """VISIBILITY is the most attentive tab's: hidden only when all are, focused again when one is."""
 

@@ -104,8 +104,6 @@ type Message =
   | { t: "look"; tab: string; look: Look }
   | { t: "bye"; tab: string };
 
-/** Tabs tell what they look at this often, and are forgotten after twice that and a half. */
-const LOOK_EVERY = 15_000;
 /** A leader that answered none of so many questions, one a second, is suspended. */
 const HELLOS = 3;
 /** Ids in one frame. */
@@ -143,6 +141,7 @@ export class CarillonClient {
   #connection: Connection = { state: "idle" };
   #presence: Snapshot["presence"] = {};
   #fresh: Notification[] = []; // what the other tabs are to be told of
+  #others = false; // there are some, or were
   #look: Omit<Look, "at"> = { state: null, watch: [] };
   #looks = new Map<string, Look>();
   #timers: Partial<Record<"core" | "keep" | "hello" | "look", ReturnType<typeof setTimeout>>> = {};
@@ -174,7 +173,7 @@ export class CarillonClient {
     this.#tabs = new Tabs<Message>(
       this.#key,
       { ...this.#env, BroadcastChannel: share ? this.#env.BroadcastChannel : undefined },
-      { changed: (leading) => (leading ? this.#lead() : this.#follow()), message: (message) => this.#heard(message) },
+      { changed: (leading) => (leading ? this.#lead() : this.#follow()), message: (message) => this.#heard(message, true) },
     );
     this.deviceId = options.deviceId ?? this.#keep("device") ?? `web-${this.#tabs.id}`;
     if (!options.deviceId) this.#keep("device", this.deviceId);
@@ -371,7 +370,7 @@ export class CarillonClient {
     const core = (this.#core = new Core(
       this.#feed, this.#timing, this.#env.now, this.#env.random, this.#options.transports ?? ["websocket", "sse", "poll"],
     ));
-    clearTimeout(this.#timers.hello);
+    this.#answered();
     try {
       const kept = JSON.parse(this.#keep("state") ?? "{}") as { position?: Position; ops?: Op[] };
       this.#feed.position ??= kept.position ?? null;
@@ -512,11 +511,17 @@ export class CarillonClient {
     this.#sayLook();
   }
 
+  /** Ask for the leader's state, until it answers. */
   #hello(asked = 0): void {
-    clearTimeout(this.#timers.hello);
+    if (!asked && this.#timers.hello) return; // asking already
     if (asked === HELLOS) this.#tabs.seize();
     this.#tabs.post({ t: "hello" });
     this.#timers.hello = setTimeout(() => this.#hello(asked + 1), 1_000);
+  }
+
+  #answered(): void {
+    clearTimeout(this.#timers.hello);
+    delete this.#timers.hello;
   }
 
   /** To the leader, which may be this tab. */
@@ -525,8 +530,9 @@ export class CarillonClient {
     if (this.#core) this.#heard(message);
   }
 
-  #heard(message: Message): void {
+  #heard(message: Message, other = false): void {
     if (!this.#joined) return;
+    this.#others ||= other;
     switch (message.t) {
       case "hello":
         this.#changed();
@@ -559,7 +565,7 @@ export class CarillonClient {
         const { leader, dump, connection, presence, fresh } = message;
         const unknown = this.#leader !== leader;
         this.#leader = leader;
-        clearTimeout(this.#timers.hello);
+        this.#answered();
         this.#feed.restore(dump);
         this.#presence = presence;
         if (unknown) {
@@ -581,13 +587,16 @@ export class CarillonClient {
   #sayLook(): void {
     if (!this.#joined) return;
     clearTimeout(this.#timers.look);
-    this.#timers.look = setTimeout(() => this.#sayLook(), LOOK_EVERY);
+    this.#timers.look = setTimeout(() => {
+      this.#sayLook();
+      if (!this.#core) this.#hello();
+    }, this.#timing.look);
     this.#say({ t: "look", tab: this.#tabs.id, look: { ...this.#look, at: this.#env.now() } });
   }
 
   /** The connection's attention is that of the tab that is looked at most; presence is watched for all. */
   #attend(): void {
-    const looks = [...this.#looks.values()].filter((look) => look.at > this.#env.now() - 2.5 * LOOK_EVERY);
+    const looks = [...this.#looks.values()].filter((look) => look.at > this.#env.now() - 2.5 * this.#timing.look);
     const most = ATTENTION.flatMap((state) => looks.filter((look) => look.state === state))[0];
     this.#run((core) => {
       if (most) core.attend(most.state!, most.viewing);
@@ -625,10 +634,11 @@ export class CarillonClient {
     this.#told = false;
     queueMicrotask(() => {
       this.#told = true;
-      if (this.#core) {
+      const fresh = this.#fresh.splice(0);
+      if (this.#core && this.#others) {
         this.#tabs.post({
           t: "state", leader: this.#leader, dump: this.#feed.dump(), connection: this.#connection, presence: this.#presence,
-          fresh: this.#fresh.splice(0),
+          fresh,
         });
       }
       for (const listener of [...this.#listeners]) listener();

@@ -34,6 +34,8 @@ export interface Timing {
   settle: number;
   /** Without input for so long, a visible page is idle. */
   idle: number;
+  /** Tabs tell each other this often what they look at, and are forgotten after twice that and a half. */
+  look: number;
 }
 
 export const TIMING: Timing = {
@@ -48,6 +50,7 @@ export const TIMING: Timing = {
   poll: 5_000,
   settle: 5_000,
   idle: 60_000,
+  look: 15_000,
 };
 
 /** Connections in vain on one transport before the next one is tried; of one that worked before, more: the server may be down. */

@@ -360,7 +360,7 @@ test("a leader that sleeps loses its lock to the tab that gets no answer, and fo
   const asleep = new Set<string>();
   const missed: (() => void)[] = [];
   const tab = (name: string, shared: LockManager) => {
-    /** Hears nothing while its tab sleeps, and everything when it wakes. */
+    /** Says and hears nothing while its tab sleeps, and hears everything when it wakes. */
     class Sleepy {
       #channel: TabChannel;
       onmessage = (_event: unknown) => {};
@@ -374,16 +374,21 @@ test("a leader that sleeps loses its lock to the tab that gets no answer, and fo
         };
       }
 
-      postMessage = (message: unknown) => this.#channel.postMessage(message);
+      postMessage = (message: unknown) => {
+        if (!asleep.has(name)) this.#channel.postMessage(message);
+      };
+
       close = () => this.#channel.close();
     }
-    return open({ shareTabs: true, name: `sleep-${server.http}`, env: { BroadcastChannel: Sleepy as never, locks: shared } });
+    return open({ shareTabs: true, name: `sleep-${server.http}`, timing: { look: 100 }, env: { BroadcastChannel: Sleepy as never, locks: shared } });
   };
   const shared = fakeLocks();
   const first = tab("first", shared);
   await isOpen(first);
-  asleep.add("first");
   const second = tab("second", shared);
+  await isOpen(second);
+  assert.equal(server.sockets.size, 1);
+  asleep.add("first");
   await eventually("the second leads", () => second.getSnapshot().leader && state(second) === "open", 8_000);
   asleep.clear();
   for (const take of missed.splice(0)) take();
