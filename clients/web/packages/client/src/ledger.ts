@@ -6,6 +6,8 @@
 /** Longer than a push provider keeps a message for a device that is off (FCM: four weeks). */
 const KEPT_MS = 30 * 24 * 3_600_000;
 const STORE = "shown";
+/** Old ones that one claim forgets: more than it adds, and never a long transaction. */
+const FORGOTTEN_MAX = 100;
 
 /**
  * Whether it is the first to show this notification, in whichever tab or service worker: true for one caller only.
@@ -19,16 +21,15 @@ export async function claim(id: string, name = "carillon"): Promise<boolean> {
   try {
     database = await new Promise<IDBDatabase>((resolve, reject) => {
       const opening = indexedDB.open(name, 1);
-      opening.onupgradeneeded = () => opening.result.createObjectStore(STORE);
+      opening.onupgradeneeded = () => opening.result.createObjectStore(STORE).createIndex("at", "");
       opening.onsuccess = () => resolve(opening.result);
       opening.onerror = opening.onblocked = () => reject(opening.error);
     });
     const store = database.transaction(STORE, "readwrite").objectStore(STORE);
-    // Ids are UUIDv7: they sort by their time, so that the old ones are a range.
-    const oldest = Math.max(0, Date.now() - KEPT_MS).toString(16).padStart(12, "0");
-    store.delete(IDBKeyRange.upperBound(`${oldest.slice(0, 8)}-${oldest.slice(8)}`));
+    const old = store.index("at").getAllKeys(IDBKeyRange.upperBound(Date.now() - KEPT_MS), FORGOTTEN_MAX);
+    old.onsuccess = () => old.result.forEach((key) => store.delete(key));
     return await new Promise<boolean>((resolve, reject) => {
-      const adding = store.add(1, id);
+      const adding = store.add(Date.now(), id); // the value is when it was claimed
       adding.onsuccess = () => resolve(true);
       adding.onerror = () => (adding.error!.name === "ConstraintError" ? resolve(false) : reject(adding.error));
     });
