@@ -10,9 +10,11 @@ import asyncio
 import enum
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+import msgspec
+
 from actors.gateway_handshake import Encoding
 from carillon.client_frames import ClientFrame
-from carillon.messages import ClientResume
+from carillon.messages import ClientChange, ClientResume
 from carillon.settings import GatewaySettings
 
 if TYPE_CHECKING:
@@ -86,6 +88,54 @@ class AckMemory:
         return self._known
 
 
+class ChangeMemory:
+    """Changes passed on to a shard that may die, or lose the user, with them: the next one is told again.
+
+    Telling twice is harmless: states only grow, and read-all is told again with what the client had been
+    written by then. Those with `id` are kept until they are answered, the others for `repeat_s`.
+    """
+
+    __slots__ = ("_sent",)
+
+    def __init__(self) -> None:
+        self._sent: list[tuple[float, ClientChange]] = []
+
+    def passed_on(self, change: ClientChange, seq: int, now: float, repeat_s: float, most: int) -> None:
+        """Remember a change.
+
+        Args:
+            seq: last seq that was written to the client.
+            most: so many are remembered; beyond it the oldest is forgotten.
+        """
+        if change.op == "read_all" and change.up_to_seq is None:
+            change = ClientChange(0, change.op, up_to_seq=seq, ref=change.ref)
+        self._sent = [entry for entry in self._sent if entry[1].ref is not None or now - entry[0] < repeat_s]
+        del self._sent[: max(0, len(self._sent) + 1 - most)]
+        self._sent.append((now, change))
+
+    def answered(self, frame: bytes) -> None:
+        """A frame that moves no position was written: forget the change that it answers."""
+        if self._sent and frame.startswith(_ANSWERS):
+            ref = msgspec.json.decode(frame, type=_Answer).id
+            for at, (_, change) in enumerate(self._sent):
+                if ref is not None and change.ref == ref:
+                    del self._sent[at]
+                    return
+
+    def again(self, now: float, repeat_s: float) -> list[ClientChange]:
+        """What the next shard is to be told, in order."""
+        return [change for at, change in self._sent if change.ref is not None or now - at < repeat_s]
+
+
+class _Answer(msgspec.Struct):
+    """OK or ERROR, as far as it matters here."""
+
+    id: str | int | None = None
+
+
+_ANSWERS: Final = (b'{"type":"OK"', b'{"type":"ERROR"')
+
+
 class Attached:
     """One client connection as its holder keeps it attached.
 
@@ -100,6 +150,7 @@ class Attached:
         attention, viewing: of the last VISIBILITY; None while there was none.
         acks: what it acknowledged cumulatively; None until WELCOME, or until its position acknowledges.
         held: messages that wait for an attachment.
+        changes: what its shard may not have done yet; None while it changed nothing.
         drain_wanted: True while `Owners.drained` is to be called once the buffer has run low.
         clean: it ended as agreed: short grace.
         poll: it ends with its answer, and its device comes back for more.
@@ -108,10 +159,10 @@ class Attached:
     """
 
     __slots__ = (
-        "_holder", "acks", "attached_at", "attention", "beat_due", "clean", "device", "drain_wanted", "due",
-        "encoding", "epoch", "expires_at", "held", "issued_ms", "link", "number", "orphan_since", "phase",
-        "poll", "ready", "resume", "rev", "seq", "session_id", "shard", "slot", "tenant", "term",
-        "token_id", "user", "viewing", "welcomed",
+        "_holder", "acks", "attached_at", "attention", "beat_due", "changes", "clean", "device",
+        "drain_wanted", "due", "encoding", "epoch", "expires_at", "held", "issued_ms", "link", "number",
+        "orphan_since", "phase", "poll", "ready", "resume", "rev", "seq", "session_id", "shard", "slot",
+        "tenant", "term", "token_id", "user", "viewing", "welcomed",
     )  # fmt: skip
 
     def __init__(self, holder: Holder) -> None:
@@ -130,6 +181,7 @@ class Attached:
         self.viewing: str | None = None
         self.acks: AckMemory | None = None
         self.held: list[Any] | None = None
+        self.changes: ChangeMemory | None = None
         self.attached_at = self.orphan_since = 0.0
         self.due = self.beat_due = self.expires_at = NEVER
 

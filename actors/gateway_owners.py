@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from actors.attached import AckMemory, Attached, Holder, Phase
+from actors.attached import AckMemory, Attached, ChangeMemory, Holder, Phase
 from actors.directory import ShardDirectory
 from actors.gateway_handshake import Encoding, binary_frame, text_frame
 from actors.gateway_watches import Watches
@@ -24,6 +24,7 @@ from carillon.messages import (
     Attach,
     AttachRefused,
     ClientAck,
+    ClientChange,
     ClientReady,
     ClientResume,
     ClientVisibility,
@@ -235,8 +236,24 @@ class Owners:
 
     def _forward(self, conn: Attached, message: Any) -> None:
         # Held until WELCOME: an attachment that is refused would take what follows it along.
-        if not conn.welcomed or conn.held or not self._send(conn, message):
+        if not conn.welcomed or conn.held or not self._pass_on(conn, message):
             conn.hold(message)
+
+    def _pass_on(self, conn: Attached, message: Any) -> bool:
+        """Send a client's message for the first time."""
+        if not self._send(conn, message):
+            return False
+        if type(message) is ClientChange:
+            if conn.changes is None:
+                conn.changes = ChangeMemory()
+            conn.changes.passed_on(
+                message,
+                conn.seq,
+                self._host.loop.time(),
+                self._ack_repeat_s,
+                self._host.limits.max_held_frames,
+            )
+        return True
 
     def _send(self, conn: Attached, message: Any) -> bool:
         link = conn.link
@@ -254,9 +271,13 @@ class Owners:
         """Send what waited for the attachment, in the order it came."""
         if conn.resume is not None and not self._send(conn, conn.resume):
             return
+        if conn.changes is not None:
+            for change in conn.changes.again(self._host.loop.time(), self._ack_repeat_s):
+                if not self._send(conn, change):
+                    return
         held, conn.held = conn.held, None
         for at, message in enumerate(held or ()):
-            if not self._send(conn, message):
+            if not self._pass_on(conn, message):
                 conn.held = held[at:] if held else None
                 return
         conn.taken()
@@ -329,6 +350,7 @@ class Owners:
         """Frame once per encoding, write to all."""
         attached = self._attached
         seq, rev, epoch = write.seq, write.rev, write.epoch
+        moves = seq or rev or epoch
         framed: list[bytes | None] = [None, None, None, None]
         written = 0
         for number in write.conns:
@@ -363,6 +385,8 @@ class Owners:
                 self._welcomed(conn)
             else:
                 conn.ready = True
+                if not moves and conn.changes is not None:
+                    conn.changes.answered(write.frame)
         self._stats.count("frames_written", written)
 
     def _write_each(self, conns: Iterable[Attached], frame: bytes) -> None:

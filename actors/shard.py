@@ -425,6 +425,8 @@ class Shard:
             return
 
         def done(answer: tuple[int, int, int] | CarillonError) -> None:
+            if isinstance(answer, FencedError):
+                return  # the user is another shard's now: the gateway tells that one again
             if message.ref is None:
                 if isinstance(answer, CarillonError):
                     frame = server_frames.error(answer.code, str(answer), answer.temporary)

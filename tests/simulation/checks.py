@@ -26,6 +26,7 @@ def settled(world: World) -> list[str]:
             left.append(f"{device.name} is at seq {device.view.last_seq} of {upto}")
     open_ = [d for d in world.db.deliveries.values() if d.state in CLAIMABLE]
     left += [f"push {d.id} is {d.state}, due {d.due_ms - world.clock.now_ms()} ms" for d in open_]
+    left += [what for device in world.devices for what in device.undone()]
     unanswered = sum(entry.outcome is None and not entry.abandoned for entry in world.published)
     if unanswered:
         left.append(f"{unanswered} events have no outcome")
@@ -45,6 +46,7 @@ async def check_end(world: World) -> None:
     _idempotent(world)
     _streams(world)
     _views(world)
+    _changes(world)
     _pushes(world)
     await _fresh_look(world)
 
@@ -116,6 +118,16 @@ def _views(world: World) -> None:
                 world.violated(f"G5: {device.name} shows seq {row.seq} as {shown.states}, it is {states}")
         if len(notes) > len(feed.rows):
             world.violated(f"G5: {device.name} shows {len(notes)} of {len(feed.rows)} notifications")
+
+
+def _changes(world: World) -> None:
+    """What a device asked for over a connection that lived on was done, or refused: once."""
+    for device in world.devices:
+        for what in device.undone():
+            world.violated(what)
+        for number, times in device.answered.items():
+            if times > 1:
+                world.violated(f"{device.name} was answered {times} times to {number}")
 
 
 def _pushes(world: World) -> None:

@@ -73,6 +73,11 @@ class Device:
         self.welcome: dict[str, Any] = {}
         self.acked: set[bytes] = set()
         """Notifications of which an acknowledgement or a change left this device."""
+        self.asked: dict[int, tuple[_Socket, str, list[str]]] = {}
+        """Changes that were sent and not refused, by the `id` of their frame."""
+        self.answered: dict[int, int] = {}
+        """How often each of them was answered."""
+        self._asks = 0
         self._socket: _Socket | None = None
         self._retry: Any = None
 
@@ -214,6 +219,10 @@ class Device:
                 self.view.handle(raw)
         except AssertionError as exc:
             world.violated(f"G3/G5: {self.name}: {exc}")
+        if kind in ("OK", "ERROR") and "id" in frame:
+            self.answered[frame["id"]] = self.answered.get(frame["id"], 0) + 1
+            if kind == "ERROR":
+                self.asked.pop(frame["id"], None)
         if kind == "WELCOME":
             first = not self.welcome
             self.welcome = frame
@@ -267,13 +276,35 @@ class Device:
         if kind == "MARK_ALL_READ":
             self.acked |= {raw for key in notes if (raw := parse_uuid(key))}
             self.world.read_all.add(self.user)
-            self.send({"type": kind, "id": 1})
+            self._ask({"type": kind}, [])
         elif kind in ("MARK_READ", "MARK_SEEN"):
             self.acked |= {raw for key in some if (raw := parse_uuid(key))}
-            self.send({"type": kind, "notificationIds": some, "id": 1})
+            self._ask({"type": kind, "notificationIds": some}, some)
         else:
             self.acked.add(parse_uuid(some[0]) or b"")
-            self.send({"type": kind, "notificationId": some[0], "id": 1})
+            self._ask({"type": kind, "notificationId": some[0]}, some[:1])
+
+    def _ask(self, frame: dict[str, Any], ids: list[str]) -> None:
+        if self._socket is not None and self._socket.stream is not None and self.welcome:
+            self._asks += 1
+            self.asked[self._asks] = (self._socket, frame["type"], ids)
+            self._socket.send(frame | {"id": self._asks})
+
+    def undone(self) -> list[str]:
+        """Changes that were sent over the connection that is still there, and neither made nor refused."""
+        states = {uuid_text(row.id): row for row in self.view.store.rows}
+        wrong = []
+        for number, (socket, kind, ids) in self.asked.items():
+            if socket is not self._socket or socket.ended:
+                continue  # it does not know, and would ask again
+            column = {"MARK_READ": "read", "MARK_SEEN": "seen", "ARCHIVE": "archived", "DISMISS": "dismissed",
+                      "CLICK": "clicked"}.get(kind)  # fmt: skip
+            left = [key for key in ids if column and getattr(states[key], f"{column}_ms") is None]
+            if any(states[key].retracted_ms is None for key in left):
+                wrong.append(f"a change is lost: {kind} {number} of {self.name}")
+            elif number not in self.answered:
+                wrong.append(f"a change is not answered: {kind} {number} of {self.name}")
+        return wrong
 
 
 class _Socket(asyncio.Protocol):

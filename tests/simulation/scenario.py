@@ -89,7 +89,7 @@ async def traffic(world: World) -> None:
     while world.loop.now < end:
         await asyncio.sleep(rng.expovariate(1 / pace_s))
         what = rng.random()
-        if what < 0.55:
+        if what < world.publish_share:
             publish(world, users)
         elif what < 0.7:
             rng.choice(world.devices).change(

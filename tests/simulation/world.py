@@ -195,6 +195,8 @@ class World:
         self.frames = 0
         self.unrecovered = 0
         self.faults = 0
+        self.publish_share = 0.55
+        """Of what happens so much are new events; the rest up to 0.7 are changes that devices make."""
         self.wire: Callable[[Any, str], bool] | None = None
         self.at_try: Callable[[str], PushResult | None] | None = None
         """Failpoints (failpoints.py): around messages between processes, and around tries at a provider."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from actors import gateway_owners, router, shard_acks, shard_sessions, shard_writer
+from actors import attached, gateway_owners, router, shard_acks, shard_sessions, shard_writer
 from carillon import session
 from carillon.effects import AcknowledgedRange
 from carillon.errors import StoreUnavailableError
@@ -76,6 +76,24 @@ def test_finds_a_frame_left_out_of_a_resume(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(session.Session, "_advance", forgetful)
     _found("G3/G5")
+
+
+def many_changes(world: World) -> None:
+    """Devices read, archive, ... more than is sent."""
+    world.publish_share = 0.3
+
+
+def test_changes_are_made_once() -> None:
+    """Nothing that a device changes is lost or answered twice, whichever process dies with it."""
+    for seed in range(1, 41):
+        violations = simulate(seed, change=many_changes).violations
+        assert not violations, "\n".join([f"seed {seed} with many changes", *violations])
+
+
+def test_finds_a_lost_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway that forgets what it passed on loses reads with the shard they were sent to."""
+    monkeypatch.setattr(attached.ChangeMemory, "again", lambda *_: [])
+    _found("a change is lost", many_changes)
 
 
 def test_finds_a_forgotten_outbox_row(monkeypatch: pytest.MonkeyPatch) -> None:
