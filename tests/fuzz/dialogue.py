@@ -41,6 +41,7 @@ async def converse(arena: Arena, sent: list[Any], packed: bool, own_ids: dict[st
     """
     wire: list[bytes] = []
     owed: list[Any] = []
+    late: list[Any] = []  # answered after a commit of their own: what comes behind them may be answered first
     for number, document in enumerate(sent):
         if isinstance(document, dict) and answerable(document):
             # Each of its own, so that answers can be told apart.
@@ -53,6 +54,8 @@ async def converse(arena: Arena, sent: list[Any], packed: bool, own_ids: dict[st
         wire.append(data)
         if _readable(data, packed) and answerable(document) and _depth(document) <= MAX_DEPTH:
             owed.append(document["id"])
+            if document.get("type") == "SET_PRESENCE":
+                late.append(document["id"])
     answers: list[Any] = []
     code = None
     client = await connect(
@@ -75,7 +78,7 @@ async def converse(arena: Arena, sent: list[Any], packed: bool, own_ids: dict[st
                 check_server_frame(told)
                 if told["type"] in ("OK", "ERROR", "PONG") and "id" in told:
                     answers.append(told["id"])
-                if told.get("id") == BARRIER:
+                if BARRIER in answers and all(ref in answers for ref in late):
                     break
     except ConnectionClosed as closed:
         code = closed.rcvd.code if closed.rcvd is not None else 1006
