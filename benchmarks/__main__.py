@@ -89,6 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("ack-s", float, "seconds between a device's acknowledgements; 0 never acknowledges"),
         ("sequential-events", int, "events of S1"),
         ("offline-events", int, "events of S5"),
+        ("idle-s", float, "seconds that the connections of S6 rest, to measure what heart-beats cost"),
         ("storm-connections", int, "connections of S6 and S8"),
         ("stored-notifications", int, "notifications that F1 and F2 put into Postgres"),
     ):

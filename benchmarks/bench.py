@@ -51,6 +51,8 @@ class Options:
     storm_connections: int = 5000
     storm_timeout_s: float = 60.0
     """S6: longest wait for the last WELCOME."""
+    idle_s: float = 0.0
+    """S6: so long the connections rest, to know what their heart-beats cost."""
     presence_users: int = 1000
     """C1: users of one query."""
     presence_queries: int = 300

@@ -20,7 +20,7 @@ import uvloop
 from benchmarks.bench import Bench, Measurement, Options, Progress
 from benchmarks.checks import stored
 from benchmarks.ledger import Device, judge
-from benchmarks.procs import Process, memory_of, snapshot
+from benchmarks.procs import Process, cpu_between, memory_of, snapshot
 from benchmarks.stats import summary_ms
 from benchmarks.target import ROOT, Target, TargetError
 from benchmarks.wire import Door, HttpConnection, Receiver, now
@@ -53,6 +53,7 @@ async def connection_storm(target: Target, options: Options, progress: Progress)
         await asyncio.sleep(options.linger_s)
         after = snapshot(target.pids, exclude={os.getpid()}, memory=True)
         connected = sum(part["connected"] for part in opened)
+        resting = await _rest(target, options, progress) if options.idle_s else {}
         progress.line(f"S6: {connected:,} have WELCOME after {welcome_s:.1f} s; one event to each")
         await one_to_each(bench, options)
         for child in children:
@@ -80,7 +81,14 @@ async def connection_storm(target: Target, options: Options, progress: Progress)
         "memory_per_connection_kb": memory_per_connection(before, after, connected),
         "end_to_end_ms": summary_ms(bench.ledger.latencies_s(devices)),
     }
+    if resting:
+        metrics["cores_at_rest"] = resting
     measurement = Measurement("S6", f"connection storm of {count:,}", metrics, verdict)
+    if resting:
+        measurement.notes.append(
+            f"at rest for {options.idle_s:g} s, in cores: "
+            + ", ".join(f"{group} {cores:.4f}" for group, cores in resting.items() if cores >= 0.001)
+        )
     retries = sum(part["retries"] for part in opened)
     if retries:
         measurement.notes.append(f"{retries} dials were refused or lost and tried again")
@@ -90,6 +98,16 @@ async def connection_storm(target: Target, options: Options, progress: Progress)
             f"{count - connected} connections never got WELCOME: {opened[0]['errors'][:3]}"
         )
     return measurement
+
+
+async def _rest(target: Target, options: Options, progress: Progress) -> dict[str, float]:
+    """Leave the connections alone; cores used by each group of processes meanwhile."""
+    progress.line(f"S6: at rest for {options.idle_s:g} s")
+    began, before = now(), snapshot(target.pids, exclude={os.getpid()})
+    await asyncio.sleep(options.idle_s)
+    spent = cpu_between(before, snapshot(target.pids, exclude={os.getpid()}))
+    seconds = now() - began
+    return {group: cpu_s / seconds for group, cpu_s in spent.items()}
 
 
 def memory_per_connection(
