@@ -17,6 +17,7 @@ from carillon.decision import Verdict, weigh
 from carillon.external import EXTERNAL
 from carillon.metrics import Stats
 from carillon.settings import ShardSettings
+from carillon.switches import Preferences, presented
 from stores.postgres.shard_store import CarrierRow, Claimed, ReleaseRow, SettleRow, ShardStore
 
 
@@ -98,15 +99,25 @@ class DecidedAgain:
         if over or row.sent_to or row.channel not in EXTERNAL or row.gate == WITHDRAWN:
             return None
         user = self._users.get(row.key)
-        if user is not None:
-            mine = user.preferences
-        else:
-            mine = None if row.preferences is None else read_preferences(row.preferences)
+        mine = self._preferences(row)
         rules = self._policies.of(row.key.tenant).rules
         if mine is None and rules is None and not held:
             return None
         spent = user.spent if held and user is not None else None
         return weigh(row.type, row.category, row.priority, mine, rules or NO_RULES, now_ms, spent, again=True)
+
+    def _preferences(self, row: Claimed) -> Preferences | None:
+        user = self._users.get(row.key)
+        if user is not None:
+            return user.preferences
+        return None if row.preferences is None else read_preferences(row.preferences)
+
+    def presented(self, row: Claimed) -> tuple[str, bool]:
+        """The sound of a row's push ("" none), and whether it has a badge."""
+        mine, rules = self._preferences(row), self._policies.of(row.key.tenant).rules
+        if mine is None and rules is None:
+            return "default", True
+        return presented(mine or NO_RULES.nobody, (rules or NO_RULES).defaults)
 
     def _present(self, row: Claimed, now_ms: int) -> bool:
         user = self._users.get(row.key)

@@ -343,7 +343,11 @@ class Outbox:
             )
             members = decode_content(row.content)
             for provider, some in by_provider.items():
-                jobs.append(job_of(row, members, provider, some))
+                job = job_of(row, members, provider, some)
+                job.sound, badge = self._again.presented(row)
+                if not badge:
+                    job.badge = -1
+                jobs.append(job)
         if settled:
             await self._settle([], settled, [], [], now_ms)
         for at in range(0, len(jobs), 200):

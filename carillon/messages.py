@@ -582,12 +582,15 @@ class PushJob(Struct, array_like=True):
     """Never empty: the event's, or the notification id. Cut to the provider's limit by the channel."""
     priority: int
     badge: int
+    """-1: the user wants none."""
     expires_ms: int | None
     targets: list[PushTarget]
     provider: str = ""
     """All targets are of this provider."""
     withdraw: bool = False
     """True: silent; takes back what was pushed with this collapse key."""
+    sound: str = "default"
+    """As the user wants it: "" none, "default", or the name of a sound of the app."""
 
 
 class Push(Struct, array_like=True, tag=40):

@@ -119,7 +119,7 @@ def plan(
             Reach.LIVE.
         verdict: what preferences and the tenant's rules allow; None: there are none.
     """
-    if verdict is not None:
+    if verdict is not None and (verdict.why or verdict.rules):  # without a rule that fired: as for everybody
         return _ruled(
             event, reach, providers, now_ms, ack_window_ms, grace_end_ms, lease_ms, attention, policy, verdict
         )

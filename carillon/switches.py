@@ -100,6 +100,8 @@ class Preferences:
             self.emergency_only.add(name)
         if "sound" in word:
             self.sounds[name] = _sound(word["sound"])
+        if name == "push" and "badge" in word:
+            self.badge = word["badge"]
 
     def _entries(self, words: dict[str, Any]) -> dict[str, Entry]:
         return {name: self._entry(word) for name, word in words.items()}
@@ -283,6 +285,18 @@ def _digest(
             digest = found[1]
             return digest, None if digest is None else Fired("digest", source, digest.frequency)
     return None, None
+
+
+def presented(user: Preferences, defaults: Preferences) -> tuple[str, bool]:
+    """How a push is to be shown: its sound ("" none), and whether with a badge."""
+    sound: str | None = None
+    badge: bool | None = None
+    for document in (user, defaults):
+        if sound is None:
+            sound = document.sounds.get("push", document.sound)
+        if badge is None:
+            badge = document.badge
+    return "default" if sound is None else sound, badge is not False
 
 
 def remembered(

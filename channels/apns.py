@@ -116,9 +116,11 @@ def apns_payload(job: PushJob) -> bytes:
         alert: dict[str, str] = {"title": title}
         if body:
             alert["body"] = body
-        aps: dict[str, Any] = {"alert": alert, "sound": "default", "badge": max(job.badge, 0)}
-        if job.priority < 1:
-            del aps["sound"]
+        aps: dict[str, Any] = {"alert": alert}
+        if job.sound and job.priority >= 1:
+            aps["sound"] = job.sound
+        if job.badge >= 0:
+            aps["badge"] = job.badge
         made: dict[str, Any] = {
             "aps": aps,
             "notificationId": uuid_text(job.notification),

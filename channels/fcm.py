@@ -82,7 +82,8 @@ def fcm_message(job: PushJob, target: PushTarget, now_ms: int, ttl_s: float) -> 
     if job.expires_ms is not None:
         left_s = max((job.expires_ms - now_ms) / 1000, 0.0)
     urgent = job.priority >= 1
-    badge = max(job.badge, 0)
+    badge = job.badge if job.badge >= 0 else None
+    sound = job.sound if urgent and job.sound else None
     message = messaging.Message(
         data=data,
         notification=messaging.Notification(title=shown["title"], body=shown.get("body")),
@@ -90,14 +91,18 @@ def fcm_message(job: PushJob, target: PushTarget, now_ms: int, ttl_s: float) -> 
             collapse_key=_collapse_key(job),
             priority="high" if urgent else "normal",
             ttl=datetime.timedelta(seconds=int(min(left_s, ttl_s, _MAX_TTL_S))),
-            notification=messaging.AndroidNotification(tag=job.collapse_key, notification_count=badge),
+            notification=messaging.AndroidNotification(
+                tag=job.collapse_key,
+                notification_count=badge,
+                sound=None if sound == "default" else sound,  # the app's notification channel has one
+            ),
         ),
         apns=messaging.APNSConfig(
             headers={
                 "apns-collapse-id": collapse_id(job.collapse_key),
                 "apns-priority": "10" if urgent else "5",
             },
-            payload=messaging.APNSPayload(messaging.Aps(badge=badge, sound="default" if urgent else None)),
+            payload=messaging.APNSPayload(messaging.Aps(badge=badge, sound=sound)),
         ),
     )
     return _addressed(message, target)

@@ -148,13 +148,18 @@ async def test_an_override_of_priority_reaches_the_push(postgres_dsn: str) -> No
     async with Kit(postgres_dsn) as kit:
         await phone(kit)
         await prefer(
-            kit, categories={"pager": {"priority": "urgent"}}, doNotDisturbUntil="2099-01-01T00:00:00Z"
+            kit,
+            categories={"pager": {"priority": "urgent"}},
+            doNotDisturbUntil="2099-01-01T00:00:00Z",
+            sound="bell",
+            badge=False,
         )
         event = make_event(category="pager")
         (outcome,) = await kit.publish(event)
         assert outcome.status == "queued"
         await eventually(lambda: kit.router.jobs)
         assert kit.router.jobs[0].priority == 3
+        assert (kit.router.jobs[0].sound, kit.router.jobs[0].badge) == ("bell", -1)
         assert (await stored(kit, event))["priority"] == 3
 
 

@@ -45,6 +45,19 @@ def test_a_push_of_low_priority_makes_no_sound() -> None:
     assert "sound" not in json.loads(apns_payload(job_of(priority=0)))["aps"]
 
 
+def test_sound_and_badge_are_the_users_choice() -> None:
+    """A name of a sound, no sound, no badge: told to both providers."""
+    named = json.loads(apns_payload(job_of(sound="bell")))["aps"]
+    assert named["sound"] == "bell"
+    bare = json.loads(apns_payload(job_of(sound="", badge=-1)))["aps"]
+    assert set(bare) == {"alert"}
+    message = fcm_message(job_of(sound="bell"), target_of("abc"), now_ms=1_000, ttl_s=3600.0)
+    assert (message.android.notification.sound, message.apns.payload.aps.sound) == ("bell", "bell")
+    message = fcm_message(job_of(sound="", badge=-1), target_of("abc"), now_ms=1_000, ttl_s=3600.0)
+    assert message.android.notification.sound is message.apns.payload.aps.sound is None
+    assert message.android.notification.notification_count is message.apns.payload.aps.badge is None
+
+
 def test_an_fcm_message_carries_notification_and_data() -> None:
     """Data values are strings; ttl ends when the notification expires."""
     message = fcm_message(job_of(7, expires_ms=61_000), target_of("abc"), now_ms=1_000, ttl_s=3600.0)
