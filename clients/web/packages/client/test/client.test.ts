@@ -389,7 +389,7 @@ test("a leader that sleeps loses its lock to the tab that gets no answer, and fo
   await isOpen(second);
   assert.equal(server.sockets.size, 1);
   asleep.add("first");
-  await eventually("the second leads", () => second.getSnapshot().leader && state(second) === "open", 8_000);
+  await eventually("the second leads", () => second.getSnapshot().leader && state(second) === "open");
   asleep.clear();
   for (const take of missed.splice(0)) take();
   await eventually("the first follows", () => !first.getSnapshot().leader && state(first) === "open");

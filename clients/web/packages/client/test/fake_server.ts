@@ -195,7 +195,7 @@ export class FakeServer {
 }
 
 /** Poll until it is true. */
-export async function eventually(what: string, is: () => unknown, timeoutMs = 5_000): Promise<void> {
+export async function eventually(what: string, is: () => unknown, timeoutMs = 20_000): Promise<void> {
   const deadline = Date.now() + timeoutMs;
   while (!is()) {
     if (Date.now() > deadline) throw new Error(`not within ${timeoutMs} ms: ${what}`);
