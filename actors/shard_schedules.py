@@ -240,6 +240,8 @@ class Schedules:
             if row.single:
                 event.id = row.id
                 event.retry = True  # it may be there from a claim before, longer ago than keys are kept
+        if parsed.variants:
+            await self._templates.note_variants(row.tenant, parsed)
         return parsed.events
 
     async def _send(self, events: list[Event], deadline: float) -> list[Outcome]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import msgspec
+
 from actors.template_renderer import Renderer
 from carillon.clock import Clock
 from carillon.event_rules import TEXTS, explain_event, is_array, is_object, text_error, tree_errors
-from carillon.events import MAX_ITEMS, Prepared, ProblemError
+from carillon.events import MAX_ITEMS, Prepared, ProblemError, Request
 from carillon.metrics import Stats
-from carillon.problems import FieldError, Problem, problem
+from carillon.problems import FieldError, Problem, problem, shown
 from carillon.settings import TemplateSettings
 from carillon.templates import (
     Job,
@@ -23,6 +25,9 @@ from carillon.templates import (
     assemble,
     check_params,
     completed,
+    content_for,
+    content_of,
+    contents,
     failed,
     parse_locale,
     parse_reference,
@@ -37,16 +42,23 @@ from stores.postgres.templates import TemplateStore
 class _Wanted:
     """One rendering: a template for a locale with parameters, for some users of one event."""
 
-    __slots__ = ("item", "jobs", "template", "used", "users")
+    __slots__ = ("item", "jobs", "template", "used", "users", "variant")
 
     def __init__(
-        self, item: int, template: Template, used: str, jobs: list[tuple[str, Job]], users: list[str]
+        self,
+        item: int,
+        template: Template,
+        used: str,
+        jobs: list[tuple[str, Job]],
+        users: list[str],
+        variant: str | None = None,
     ) -> None:
         self.item = item
         self.template = template
         self.used = used
         self.jobs = jobs
         self.users = users
+        self.variant = variant
 
 
 class Templates:
@@ -109,7 +121,12 @@ class Templates:
     # -- rendering -----------------------------------------------------------------------------------
 
     async def render(
-        self, template: Template, locale: str | None, params: dict[str, Any], deadline: float
+        self,
+        template: Template,
+        locale: str | None,
+        params: dict[str, Any],
+        deadline: float,
+        variant: str | None = None,
     ) -> Rendered:
         """Render one template for one locale.
 
@@ -118,14 +135,27 @@ class Templates:
             ProblemError: it cannot be rendered.
         """
         full = check_params(template.document, params)
-        used, jobs = plan_jobs(template, template.document["content"], parse_locale(locale), full)
-        wanted = _Wanted(0, template, used, jobs, [""])
+        found = content_of(template, variant)
+        if found is None:
+            raise TemplateDocumentError([FieldError("variant", "a variant of the template", shown(variant))])
+        used, jobs = plan_jobs(template, found[1], parse_locale(locale), full)
+        wanted = _Wanted(0, template, used, jobs, [""], found[0])
         made: dict[int, Prepared] = {}
         await self._render([wanted], made, deadline)
         result = made[0]
         if isinstance(result, Problem):
             raise ProblemError(result)
         return result[""]
+
+    async def note_variants(self, tenant: str, parsed: Request) -> None:
+        """Note which variant is sent to whom, before it is sent. Raises StoreUnavailableError."""
+        shown_ = [
+            (parsed.events[index].id, rendered.template, rendered.version, rendered.variant or "")
+            for index, rendered in parsed.variants.items()
+            if index not in parsed.later
+        ]
+        if shown_:
+            await self.store.expose(tenant, shown_)
 
     async def prepare(self, document: Any, tenant: str, deadline: float) -> dict[int, Prepared]:
         """Render what the events of a body want; events that break a rule are left out.
@@ -164,17 +194,21 @@ class Templates:
         locales = await self._locales(tenant, ready)
         groups: list[_Wanted] = []
         for index, item, template, params, users in ready:
-            content, given = template.document["content"], parse_locale(item.get("locale"))
-            by_locale: dict[str | None, list[str]] = {}
+            given = parse_locale(item.get("locale"))
+            by_text: dict[tuple[str | None, str | None], list[str]] = {}
+            contents_: dict[str | None, dict[str, Any]] = {}
             for user in users:
-                by_locale.setdefault(given or parse_locale(locales.get(user)), []).append(user)
-            by_used: dict[str, _Wanted] = {}
-            for locale, some in by_locale.items():
-                used, jobs = plan_jobs(template, content, locale, params)
-                if used in by_used:
-                    by_used[used].users += some
+                variant, content = content_for(template, tenant, user)
+                contents_[variant] = content
+                locale = given or parse_locale(locales.get(user))
+                by_text.setdefault((variant, locale), []).append(user)
+            by_used: dict[tuple[str | None, str], _Wanted] = {}
+            for (variant, locale), some in by_text.items():
+                used, jobs = plan_jobs(template, contents_[variant], locale, params)
+                if (variant, used) in by_used:
+                    by_used[variant, used].users += some
                 else:
-                    by_used[used] = _Wanted(index, template, used, jobs, some)
+                    by_used[variant, used] = _Wanted(index, template, used, jobs, some, variant)
             groups += by_used.values()
             if not users:
                 made[index] = {}
@@ -188,7 +222,8 @@ class Templates:
         users = {
             user
             for _, item, template, _, some in ready
-            if item.get("locale") is None and len(template.document["content"]) > 1
+            if item.get("locale") is None
+            and any(len(content) > 1 for _, content in contents(template.document))
             for user in some
         }
         return await self.store.locales(tenant, sorted(users)) if users else {}
@@ -210,6 +245,8 @@ class Templates:
             except TemplateDocumentError as exc:
                 made[one.item] = failed(exc.errors)
                 continue
+            if one.variant is not None:
+                rendered = msgspec.structs.replace(rendered, variant=one.variant, template=one.template.id)
             by_item.setdefault(one.item, {}).update(dict.fromkeys(one.users, rendered))
         for item, prepared in by_item.items():
             if not isinstance(made.get(item), Problem):

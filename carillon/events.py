@@ -183,6 +183,8 @@ class Request(NamedTuple):
     """None for a single event: it is `events[0]`."""
     later: Mapping[int, Later] = {}
     """Events that are not sent now, by index."""
+    variants: Mapping[int, Rendered] = {}
+    """Events whose template has variants, by index: what they got."""
 
 
 class _SlowPathError(Exception):
@@ -273,7 +275,12 @@ class EventParser:
         Raises:
             ProblemError: the request as a whole is refused.
         """
-        return self._explained(document, tenant, now_ms, key, prepared)
+        parsed = self._explained(document, tenant, now_ms, key, prepared)
+        if not any(
+            not isinstance(p, Problem) and any(r.variant for r in p.values()) for p in prepared.values()
+        ):
+            return parsed
+        return parsed._replace(variants=_variants(parsed, document, prepared))
 
     # -- shapes -------------------------------------------------------------------------------------
 
@@ -521,6 +528,23 @@ def _with_texts(
     if prepared is None:
         return problem("not_supported", "templates are not rendered here"), None
     return (prepared, None) if isinstance(prepared, Problem) else (one, prepared)
+
+
+def _variants(parsed: Request, document: Any, prepared: Mapping[int, Prepared]) -> dict[int, Rendered]:
+    """The variant of each event that has one. In a batch the n-th event is that of the n-th accepted item."""
+    places = [0] * len(parsed.events)
+    if is_array(document):
+        assert parsed.slots is not None
+        for place, slot in enumerate(parsed.slots):
+            if slot.event >= 0:
+                places[slot.event] = place
+    found: dict[int, Rendered] = {}
+    for index, event in enumerate(parsed.events):
+        made = prepared.get(places[index])
+        rendered = None if made is None or isinstance(made, Problem) else made.get(event.user)
+        if rendered is not None and rendered.variant is not None:
+            found[index] = rendered
+    return found
 
 
 def _due_ms(one: EventBody, now_ms: int) -> int | None:

@@ -20,10 +20,12 @@ from carillon.event_rules import (
     TEXTS,
     Text,
     has_control,
+    is_array,
     is_object,
     text_error,
     tree_errors,
 )
+from carillon.experiments import choose
 from carillon.external import EXTERNAL, IN_APP, PUSH
 from carillon.problems import FieldError, Problem, problem, shown
 
@@ -37,6 +39,8 @@ CHANNELS: Final = (IN_APP, *EXTERNAL)
 PARAM_TYPES: Final = ("any", "text", "number", "boolean", "object", "array")
 MAX_DOCUMENT_BYTES: Final = 128 * 1024
 MAX_LOCALES: Final = 100
+MAX_VARIANTS: Final = 10
+MAX_WEIGHT: Final = 1000
 MAX_PARAMS: Final = 100
 MAX_SOURCE: Final = 16_384
 
@@ -94,6 +98,7 @@ class Rendered(Struct, frozen=True):
     """The content that was used."""
     version: int = 0
     variant: str | None = None
+    template: str = ""
 
 
 # -- names --------------------------------------------------------------------------------------------
@@ -174,10 +179,13 @@ def _check_document(document: dict[str, Any]) -> list[FieldError]:
             errors.extend(_check_params(value))
         elif name == "content":
             errors.extend(_check_content(name, value))
+        elif name == "variants":
+            errors.extend(_check_variants(value))
         else:
             errors.append(FieldError(shown(name), "a member of a template", "an unknown field"))
-    if "content" not in document:
-        errors.append(FieldError("content", "texts by locale", "nothing"))
+    if ("content" in document) == ("variants" in document):
+        got = "both" if "content" in document else "nothing"
+        errors.append(FieldError("content", "texts by locale, or variants", got))
     return errors
 
 
@@ -211,6 +219,29 @@ def _check_param(path: str, rule: dict[str, Any]) -> list[FieldError]:
             )
     if not errors and rule.get("default") is not None and not _is_a(rule["default"], rule.get("type", "any")):
         errors.append(FieldError(f"{path}/default", rule["type"], shown(rule["default"])))
+    return errors
+
+
+def _check_variants(value: Any) -> list[FieldError]:
+    if not is_array(value) or not 2 <= len(value) <= MAX_VARIANTS:
+        return [FieldError("variants", f"an array of 2 to {MAX_VARIANTS} variants", shown(value))]
+    errors: list[FieldError] = []
+    names: set[str] = set()
+    for index, variant in enumerate(value):
+        path = f"variants/{index}"
+        if not is_object(variant) or set(variant) != {"name", "weight", "content"}:
+            errors.append(FieldError(path, "{name, weight, content}", shown(variant)))
+            continue
+        name, weight = variant["name"], variant["weight"]
+        if not isinstance(name, str) or not _ID.fullmatch(name) or name in names:
+            errors.append(
+                FieldError(f"{path}/name", "a name of its own, as an id of a template", shown(name))
+            )
+        else:
+            names.add(name)
+        if type(weight) is not int or not 1 <= weight <= MAX_WEIGHT:
+            errors.append(FieldError(f"{path}/weight", f"1 to {MAX_WEIGHT}", shown(weight)))
+        errors.extend(_check_content(f"{path}/content", variant["content"]))
     return errors
 
 
@@ -261,7 +292,31 @@ def _check_texts(path: str, texts: dict[str, Any]) -> list[FieldError]:
 
 def contents(document: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each set of texts by locale, with its path."""
-    yield "content", document["content"]
+    if "content" in document:
+        yield "content", document["content"]
+    for index, variant in enumerate(document.get("variants", ())):
+        yield f"variants/{index}/content", variant["content"]
+
+
+def content_for(template: Template, tenant: str, user: str) -> tuple[str | None, dict[str, Any]]:
+    """The variant of a user (None: there are none) and its texts."""
+    variants = template.document.get("variants")
+    if variants is None:
+        return None, template.document["content"]
+    shares = [(one["name"], one["weight"]) for one in variants]
+    chosen = variants[choose(f"{tenant}\0{template.id}\0{user}", shares)]
+    return chosen["name"], chosen["content"]
+
+
+def content_of(template: Template, variant: str | None) -> tuple[str | None, dict[str, Any]] | None:
+    """The texts of a variant by name; the first if None. None if there is no such variant."""
+    variants = template.document.get("variants")
+    if variants is None:
+        return None if variant is not None else (None, template.document["content"])
+    for one in variants:
+        if variant in (None, one["name"]):
+            return one["name"], one["content"]
+    return None
 
 
 def sources(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -16,7 +16,7 @@ from carillon.clock import SystemClock, rfc3339
 from carillon.errors import ClusterError, NotFoundError
 from carillon.metrics import Stats
 from carillon.settings import Settings
-from carillon.templates import Template, check_id
+from carillon.templates import Template, check_id, contents
 from cluster.admin import database
 from stores.postgres.pool import open_pool
 from stores.postgres.templates import TemplateStore
@@ -104,7 +104,7 @@ def _list(options: argparse.Namespace, settings: Settings) -> int:
                 return found
 
     for one in _with_templates(options, settings, work):
-        locales = ",".join(one.document["content"])
+        locales = ",".join(sorted({locale for _, texts in contents(one.document) for locale in texts}))
         print(f"{one.id}@{one.version}  {rfc3339(one.created_ms)}  {locales}")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from carillon.clock import rfc3339
@@ -34,6 +35,19 @@ def valid_id(name: str, value: Any) -> str:
 def path_id(request: Request, name: str) -> str:
     """An id of the path. Raises ProblemError (422)."""
     return valid_id(name, request.params[name])
+
+
+def known_query(request: Request, *names: str) -> Mapping[str, str]:
+    """The query parameters. Raises ProblemError (422): another one than these is there."""
+    query = request.query()
+    unknown = [name for name in query if name not in names]
+    if unknown:
+        expected = f"one of {', '.join(names)}"
+        raise refused(
+            f"unknown parameter {shown(unknown[0])}",
+            [FieldError(shown(unknown[0]), expected, "an unknown one")],
+        )
+    return query
 
 
 def path_notification(request: Request) -> bytes:

@@ -94,6 +94,8 @@ async def publish(
     parsed = await _parse(services, body, key, tenant, deadline)
     if caller is not None and caller.rate_per_s is not None and parsed.events:
         await admit(services, caller, len(parsed.events))
+    if parsed.variants:
+        await services.templates.note_variants(tenant, parsed)
     if parsed.later:
         outcomes = await publish_some(services, parsed, tenant, deadline)
     else:

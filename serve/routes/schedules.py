@@ -17,7 +17,7 @@ from carillon.problems import FieldError, Problem, problem, shown
 from carillon.schedules import MEMBERS, USER_ZONE, ScheduleError, known_zone, look_ms, next_ms, parse
 from serve.audit import audited
 from serve.http import Header, Request, Response, json_response, whole_number
-from serve.routes.bodies import valid_id
+from serve.routes.bodies import known_query, valid_id
 from serve.routing import SERVICE, Query, Route
 from serve.schemas import INSTANT, USER_ID, UUID, WHOLE, nullable, obj, ref
 from serve.services import Services
@@ -174,7 +174,7 @@ async def delete_schedule(services: Services, request: Request) -> Response:
 
 async def list_schedules(services: Services, request: Request) -> Response:
     """GET /v1/schedules."""
-    query = request.query()
+    query = known_query(request, "limit", "cursor", "userId", "state")
     limit = whole_number(query, "limit", DEFAULT_LIMIT, 1, MAX_LIMIT)
     state = query.get("state")
     if state is not None and state not in STATES:

@@ -8,6 +8,7 @@ from carillon.clock import rfc3339
 from carillon.errors import NotFoundError
 from carillon.event_rules import is_object
 from carillon.events import ProblemError, refused
+from carillon.experiments import interval
 from carillon.problems import FieldError, problem, shown
 from carillon.templates import (
     CHANNELS,
@@ -18,12 +19,14 @@ from carillon.templates import (
     Template,
     TemplateDocumentError,
     check_id,
+    content_for,
+    contents,
     parse_locale,
     parse_reference,
 )
 from serve.audit import audited
 from serve.http import Request, Response, json_response, whole_number
-from serve.routes.bodies import valid_id
+from serve.routes.bodies import known_query, valid_id
 from serve.routing import SERVICE, Query, Route
 from serve.schemas import INSTANT, USER_ID, nullable, obj, text
 from serve.services import Services
@@ -49,6 +52,7 @@ def rendered_json(template: Template, rendered: Rendered) -> dict[str, Any]:
         "templateId": template.id,
         "version": template.version or None,
         "locale": rendered.locale,
+        "variant": rendered.variant,
         **{name: rendered.members.get(name) for name in MEMBERS},
         "channels": rendered.channels,
     }
@@ -90,7 +94,7 @@ def _unknown(name: str) -> NotFoundError:
 
 async def get_template(services: Services, request: Request) -> Response:
     """GET /v1/templates/{templateId}."""
-    version = whole_number(request.query(), "version", 0, 1, _LAST_VERSION) or None
+    version = whole_number(known_query(request, "version"), "version", 0, 1, _LAST_VERSION) or None
     return json_response(template_json(await _found(services, request, version)))
 
 
@@ -117,7 +121,7 @@ async def delete_template(services: Services, request: Request) -> Response:
 
 async def list_templates(services: Services, request: Request) -> Response:
     """GET /v1/templates."""
-    query = request.query()
+    query = known_query(request, "limit", "cursor")
     limit = whole_number(query, "limit", DEFAULT_LIMIT, 1, MAX_LIMIT)
     after = query.get("cursor") or None
     if after is not None and parse_reference(after) is None:
@@ -133,7 +137,7 @@ async def list_templates(services: Services, request: Request) -> Response:
                     "version": one.version,
                     "createdAt": rfc3339(one.created_ms),
                     "description": one.document.get("description", ""),
-                    "locales": list(one.document["content"]),
+                    "locales": sorted({locale for _, texts in contents(one.document) for locale in texts}),
                 }
                 for one in found
             ],
@@ -142,7 +146,24 @@ async def list_templates(services: Services, request: Request) -> Response:
     )
 
 
-_PREVIEW_MEMBERS: Final = ("params", "locale", "userId", "version", "document")
+async def get_results(services: Services, request: Request) -> Response:
+    """GET /v1/templates/{templateId}/results."""
+    version = whole_number(known_query(request, "version"), "version", 0, 1, _LAST_VERSION) or None
+    template = await _found(services, request, version)
+    rows = await services.templates.store.results(request.tenant, template.id, template.version)
+    told: list[dict[str, Any]] = []
+    for one in template.document.get("variants", ()):
+        sent, *hits = rows.get(one["name"], (0, 0, 0, 0))
+        entry: dict[str, Any] = {"variant": one["name"], "weight": one["weight"], "sent": sent}
+        for name, count in zip(("delivered", "seen", "clicked"), hits, strict=True):
+            low, high = interval(count, sent)
+            rate = count / sent if sent else None
+            entry[name] = {"count": count, "rate": rate, "low": low, "high": high}
+        told.append(entry)
+    return json_response({"templateId": template.id, "version": template.version, "variants": told})
+
+
+_PREVIEW_MEMBERS: Final = ("params", "locale", "userId", "version", "document", "variant")
 
 
 async def preview_template(services: Services, request: Request) -> Response:
@@ -172,7 +193,12 @@ async def preview_template(services: Services, request: Request) -> Response:
             template = Template(check_id(request.params["templateId"]), 0, document)
         else:
             template = await _found(services, request, version)
-        rendered = await templates.render(template, locale, given.get("params", {}), request.deadline)
+        variant = given.get("variant")
+        if "userId" in given and variant is None:
+            variant = content_for(template, request.tenant, given["userId"])[0]
+        rendered = await templates.render(
+            template, locale, given.get("params", {}), request.deadline, variant
+        )
     except TemplateDocumentError as exc:
         raise ProblemError(problem("invalid", str(exc), exc.errors)) from None
     return json_response(rendered_json(template, rendered))
@@ -180,6 +206,23 @@ async def preview_template(services: Services, request: Request) -> Response:
 
 _TEXTS: Final = {name: text(1, 16_384, control=True) for name in MEMBERS}
 _LOCALE: Final = r"^(default|[a-z]{2,3}(-[A-Z][a-z]{3})?(-([A-Z]{2}|[0-9]{3}))?)$"
+_CONTENT: Final = {
+    "type": "object",
+    "required": [DEFAULT],
+    "maxProperties": 100,
+    "propertyNames": {"pattern": _LOCALE},
+    "additionalProperties": obj(
+        {
+            **_TEXTS,
+            "channels": {
+                "type": "object",
+                "propertyNames": {"enum": list(CHANNELS)},
+                "additionalProperties": obj(_TEXTS),
+            },
+        },
+        ["title"],
+    ),
+}
 _DOCUMENT: Final = {
     "locale": {"type": "string", "description": "Language of `default`; en if absent.", "examples": ["en"]},
     "escape": {"enum": ["html", "none"], "description": "HTML in feeds and sockets; html if absent."},
@@ -193,28 +236,33 @@ _DOCUMENT: Final = {
         ),
         "description": "Absent: those that the texts use, all of them required.",
     },
-    "content": {
-        "type": "object",
-        "required": [DEFAULT],
-        "maxProperties": 100,
-        "propertyNames": {"pattern": _LOCALE},
-        "additionalProperties": obj(
+    "content": _CONTENT,
+    "variants": {
+        "type": "array",
+        "minItems": 2,
+        "maxItems": 10,
+        "items": obj(
             {
-                **_TEXTS,
-                "channels": {
-                    "type": "object",
-                    "propertyNames": {"enum": list(CHANNELS)},
-                    "additionalProperties": obj(_TEXTS),
-                },
+                "name": text(1, 64),
+                "weight": {"type": "integer", "minimum": 1, "maximum": 1000},
+                "content": _CONTENT,
             },
-            ["title"],
+            ["name", "weight", "content"],
         ),
+        "description": "Instead of content: each user gets one of them, always the same.",
     },
 }
+_RATE: Final = obj(
+    {
+        "count": {"type": "integer"}, "rate": {"type": ["number", "null"]}, "low": {"type": "number"},
+        "high": {"type": "number"},
+    },
+    ["count", "rate", "low", "high"],
+)  # fmt: skip
 _VERSION: Final = {"type": "integer", "minimum": 1, "maximum": _LAST_VERSION}
 _STORED: Final = obj(
     {"templateId": {"type": "string"}, "version": _VERSION, "createdAt": INSTANT, **_DOCUMENT},
-    ["templateId", "version", "createdAt", "content", "params"],
+    ["templateId", "version", "createdAt", "params"],
 )
 _EXAMPLE: Final = {
     "params": {"who": {"type": "text"}, "count": {"type": "number", "default": 1}},
@@ -262,7 +310,8 @@ ROUTES: Final = (
         "PUT", "/v1/templates/{templateId}", put_template, SERVICE, "Store a template", scope=_SCOPE,
         doc="Makes a new version, which holds everywhere within `template.cache_s`; the same document again "
         "makes none. Texts are compiled first: what is wrong with one is told.",
-        body=obj(_DOCUMENT, ["content"]), body_example=_EXAMPLE, answer=_STORED,
+        body={**obj(_DOCUMENT), "oneOf": [{"required": ["content"]}, {"required": ["variants"]}]},
+        body_example=_EXAMPLE, answer=_STORED,
         answer_example={
             "templateId": "message", "version": 1, "createdAt": "2026-01-02T03:04:05.000Z", **_EXAMPLE
         },
@@ -296,6 +345,30 @@ ROUTES: Final = (
         problems=(404,), tag=_TAG,
     ),
     Route(
+        "GET", "/v1/templates/{templateId}/results", get_results, SERVICE, "Results of an experiment",
+        scope=_SCOPE, doc="By variant of one version: how many were sent, and of those delivered, seen and "
+        "clicked, with the interval that holds the true rate with 95 % confidence (Wilson).",
+        query=(Query("version", _VERSION, "Absent: the present one."),),
+        answer=obj(
+            {
+                "templateId": {"type": "string"}, "version": _VERSION,
+                "variants": {
+                    "type": "array",
+                    "items": obj(
+                        {
+                            "variant": {"type": "string"}, "weight": {"type": "integer"},
+                            "sent": {"type": "integer"},
+                            **dict.fromkeys(("delivered", "seen", "clicked"), _RATE),
+                        },
+                        ["variant", "weight", "sent", "delivered", "seen", "clicked"],
+                    ),
+                },
+            },
+            ["templateId", "version", "variants"],
+        ),
+        problems=(400, 404, 422), tag=_TAG,
+    ),
+    Route(
         "POST", "/v1/templates/{templateId}/preview", preview_template, SERVICE, "Render without sending",
         scope=_SCOPE,
         doc="The stored template, or `document` before it is stored. `userId` chooses the user's language.",
@@ -303,8 +376,8 @@ ROUTES: Final = (
             nullable(
                 {
                     "params": {"type": "object"}, "locale": text(2, 35), "userId": USER_ID,
-                    "version": _VERSION,
-                    "document": obj(_DOCUMENT, ["content"]),
+                    "version": _VERSION, "variant": text(1, 64),
+                    "document": obj(_DOCUMENT),
                 }
             )
         ),
@@ -312,7 +385,8 @@ ROUTES: Final = (
         answer=obj(
             {
                 "templateId": {"type": "string"}, "version": {"type": ["integer", "null"]},
-                "locale": {"type": "string"}, **dict.fromkeys(MEMBERS, _NULLABLE_TEXT),
+                "locale": {"type": "string"}, "variant": _NULLABLE_TEXT,
+                **dict.fromkeys(MEMBERS, _NULLABLE_TEXT),
                 "channels": {"type": "object"},
             },
             ["templateId", "version", "locale", *MEMBERS, "channels"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Final
+from uuid import UUID
 
 import asyncpg
 import msgspec
@@ -76,6 +77,20 @@ class TemplateStore:
         async with acquired(self._pool, self._timeout_s) as connection:
             rows = await connection.fetch(self._sql["versions"], tenant, template)
         return [(row["version"], row["created_ms"], row["created_by"]) for row in rows]
+
+    async def expose(self, tenant: str, shown: Sequence[tuple[bytes, str, int, str]]) -> None:
+        """Note who gets which variant: (notification, template, version, variant). Idempotent."""
+        ids, templates, versions, variants = zip(*shown, strict=True)
+        async with acquired(self._pool, self._timeout_s) as connection:
+            await connection.execute(
+                self._sql["expose"], tenant, [UUID(bytes=i) for i in ids], templates, versions, variants
+            )
+
+    async def results(self, tenant: str, template: str, version: int) -> dict[str, tuple[int, int, int, int]]:
+        """By variant: how many were sent, delivered, seen, clicked."""
+        async with acquired(self._pool, self._timeout_s) as connection:
+            rows = await connection.fetch(self._sql["results"], tenant, template, version)
+        return {row["variant"]: (row["sent"], row["delivered"], row["seen"], row["clicked"]) for row in rows}
 
     async def locales(self, tenant: str, users: Sequence[str]) -> dict[str, str]:
         """The locales of those users that have one."""

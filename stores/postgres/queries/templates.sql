@@ -38,3 +38,18 @@ from templates where tenant = $1 and template_id = $2 order by version desc limi
 select distinct on (user_id) user_id, locale from devices
 where tenant = $1 and user_id = any ($2::text[]) and locale is not null
 order by user_id, registered_at desc;
+
+-- name: expose
+-- Who gets which variant. $1 tenant, $2 notifications, $3 templates, $4 versions, $5 variants.
+insert into template_exposures (notification_id, tenant, template_id, version, variant)
+select t.id, $1, t.template, t.version, t.variant
+from unnest($2::uuid[], $3::text[], $4::int[], $5::text[]) as t (id, template, version, variant)
+on conflict do nothing;
+
+-- name: results
+-- $1 tenant, $2 template, $3 version.
+select e.variant, count(n.id) as sent, count(n.delivered_at) as delivered, count(n.seen_at) as seen,
+       count(n.clicked_at) as clicked
+from template_exposures e join notifications n on n.id = e.notification_id
+where e.tenant = $1 and e.template_id = $2 and e.version = $3
+group by e.variant order by e.variant;
