@@ -66,7 +66,8 @@ async def who_asks(
 def asked_device(query: Mapping[str, str]) -> tuple[str | None, ClientVisibility | None]:
     """`deviceId`, and `state` with `viewing`. Raises InvalidInputError."""
     device = check_id(query["deviceId"], "deviceId") if "deviceId" in query else None
-    return device, visibility(query) if "state" in query else None
+    # `viewing` alone is refused, as in a frame: passed over it would silence nothing, and nobody would know.
+    return device, visibility(query) if "state" in query or "viewing" in query else None
 
 
 def asked_position(query: Mapping[str, str], last_event_id: bytes | None) -> Position | None:

@@ -161,6 +161,7 @@ async def get_sync(services: Services, request: Request) -> Response:
     rev = whole_number(query, "rev", 0, 0, MAX_INT) if "rev" in query else None
     limit = whole_number(query, "limit", SYNC_LIMIT, 1, SYNC_LIMIT_MAX)
     wait_s = min(whole_number(query, "waitS", 0, 0, 3600), services.settings.ingress.max_wait_s)
+    device, told = asked_device(query)
 
     async def read() -> SyncPage:
         return await services.feed.sync(
@@ -176,7 +177,6 @@ async def get_sync(services: Services, request: Request) -> Response:
     if not wait_s:
         return _sync_answer(request, await read())
     connections = _connections(services, request)
-    device, told = asked_device(query)
     assert request.identity is not None
     started = services.clock.monotonic()
     poll = Poll(connections, epoch, since, rev)

@@ -93,7 +93,7 @@ async def list_dead_letters(services: Services, request: Request) -> Response:
     """GET /v1/dead-letters."""
     query = request.query()
     limit = whole_number(query, "limit", DEFAULT_LIMIT, 1, MAX_LIMIT)
-    chosen = _filter({name: query[name] for name in (*_TEXTS, *_TIMES) if query.get(name)})
+    chosen = _filter({name: query[name] for name in (*_TEXTS, *_TIMES) if name in query})
     rows, after = await services.dead_letters.page(request.tenant, chosen, query.get("cursor") or None, limit)
     return json_response({"deadLetters": [_letter(one) for one in rows], "nextCursor": after})
 

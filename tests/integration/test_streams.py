@@ -193,7 +193,7 @@ async def test_credentials(postgres_dsn: str) -> None:
         assert (expired.status, (await expired.problem())["code"]) == (401, "token_expired")
         for query in (
             {"deviceId": ""}, {"lastSeq": "1"}, {"epoch": "e", "lastSeq": "x"}, {"state": "asleep"},
-            {"lastEventId": "what"}, {"state": "visible", "viewing": "nothing"},
+            {"lastEventId": "what"}, {"state": "visible", "viewing": "nothing"}, {"viewing": "order:1"},
         ):  # fmt: skip
             refused = await world.stream(**query)
             assert (refused.status, (await refused.problem())["code"]) == (422, "invalid"), query
