@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from carillon.ids import uuid_text
-from carillon.messages import ClientAck, Event
+from carillon.ids import slot_of, uuid_text
+from carillon.messages import ClientAck, Event, PreferencesPut
 from tests.actors.push_world import APNS_TOKEN, FCM_TOKEN, world
 from tests.actors.shard_kit import make_event
 from tests.push_kit import script
@@ -28,6 +28,18 @@ async def test_a_dead_apns_target_falls_back_to_fcm(postgres_dsn: str) -> None:
             (FCM_TOKEN, str(await w.db.fetchval("select id from notifications")))
         ]
         assert await w.db.fetchval("select array_agg(device_id) from devices") == ["phone"]
+
+
+async def test_what_is_not_wanted_in_the_app_falls_back_as_well(postgres_dsn: str) -> None:
+    """In-app switched off: the notification is filed away from the first; its chain goes on all the same."""
+    async with world(postgres_dsn) as w:
+        await w.devices("fcm", "apns")
+        await w.router.link.request(
+            PreferencesPut("t", "u", slot_of("t", "u"), '{"channels": {"in_app": false}}')
+        )
+        script(w.apns, APNS_TOKEN, error="Unregistered")
+        await w.publish(chained("fcm", channels=["in_app", "apns"]))
+        assert [row[:2] for row in await w.settled(2)] == [("apns", "cancelled"), ("fcm", "sent")]
 
 
 async def test_a_provider_that_gives_up_falls_back(postgres_dsn: str) -> None:
