@@ -82,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, kind, text in (
         ("users", int, "users that events go to"),
         ("devices", int, "sockets of each online user"),
-        ("duration-s", float, "seconds of S2, S3; S4 and S7 take twice, S9 1.5 times, S10 8 times as long"),
+        ("duration-s", float, "seconds of S2, S3; S4 and S7 take twice, S9 1.5 times, S10 18 times as long"),
         ("concurrency", int, "HTTP connections"),
         ("batch", int, "events of a batch"),
         ("rate-per-s", float, "events per second of S4, S7, S9 and S10"),

@@ -37,6 +37,8 @@ class Options:
     """WebSocket connections of each online user."""
     ack_s: float = 0.05
     """Each device acknowledges what it received at most so often; 0: never."""
+    tells_attention: bool = True
+    """Devices tell that their screen is looked at."""
     sequential_events: int = 2000
     duration_s: float = 10.0
     """S2, S3; S4 and S7 run twice as long."""
@@ -178,7 +180,9 @@ class Bench:
         for user in self.users[: users if online is None else online]:
             token = self.target.token(user)
             for number in range(self.options.devices):
-                receiver = Receiver(gateway, user, token, f"d{number}", ack=self.options.ack_s > 0)
+                receiver = Receiver(
+                    gateway, user, token, f"d{number}", self.options.ack_s > 0, self.options.tells_attention
+                )
                 receiver.on_lost = self._reconnect
                 self.receivers.append(receiver)
         for at in range(0, len(self.receivers), 200):

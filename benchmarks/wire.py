@@ -221,12 +221,16 @@ class Receiver(asyncio.Protocol):
         token: the user's JWT.
         device_id: `?deviceId=`.
         ack: False never acknowledges (as if the user's screen was gone).
+        tells: it tells that its screen is looked at; False: nothing about that, ever.
     """
 
-    def __init__(self, door: Door, user: str, token: str, device_id: str, ack: bool = True) -> None:
+    def __init__(
+        self, door: Door, user: str, token: str, device_id: str, ack: bool = True, tells: bool = True
+    ) -> None:
         self.door = door
         self.device = Device(user)
         self.ack = ack
+        self._first = b'{"type":"VISIBILITY","state":"focused"}' if tells else b'{"type":"PING"}'
         self.on_receipt: Callable[[float, bytes, int], None] | None = None
         """Called for each notification, after it was recorded."""
         self.on_lost: Callable[[Receiver], None] | None = None
@@ -407,7 +411,7 @@ class Receiver(asyncio.Protocol):
                 self.welcome_at = at
                 if not resuming and self._transport is not None:
                     # Any first frame that is not RESUME ends the shard's wait for one.
-                    self._transport.write(masked_frame(1, b'{"type":"VISIBILITY","state":"focused"}'))
+                    self._transport.write(masked_frame(1, self._first))
                 if self._welcome is not None and not self._welcome.done():
                     self._welcome.set_result(None)
             if frame.get("recovered") is False and resuming:

@@ -245,7 +245,7 @@ async def test_a_dead_fcm_does_not_touch_apns(kind: str) -> None:
             began = time.monotonic()
             await a.router.push(*(job_of(n, "apns") for n in range(501, 1001)))
             await a.told(1000)
-            assert time.monotonic() - began < 2 * alone_s + 0.5
+            assert time.monotonic() - began < 2 * alone_s + 1.5  # one wait for FCM takes 2 s
             assert server.count == 1000
             if kind == "error":
                 await eventually(lambda: f.pool._lanes.state == "open")
