@@ -19,9 +19,9 @@ from typing import Any, Final
 
 import msgspec
 
-from carillon.errors import InvalidInputError, UnauthenticatedError
+from carillon.errors import UnauthenticatedError
 from carillon.event_rules import Text, is_array, is_object, text_error, tree_errors
-from carillon.problems import FieldError, shown
+from carillon.problems import DocumentError, FieldError, shown
 
 SCHEMES: Final = ("standard", "stripe", "github")
 MAX_DOCUMENT_BYTES: Final = 32 * 1024
@@ -36,19 +36,8 @@ _HEADERS: Final[dict[str, tuple[bytes, ...]]] = {
 }
 
 
-class SourceError(InvalidInputError):
+class SourceError(DocumentError):
     """A source that breaks rules. Args (positional): the errors, in the order found."""
-
-    def __init__(self, errors: list[FieldError]) -> None:
-        first = errors[0]
-        where = f"{first.path} to be " if first.path else ""
-        self.message = f"expected {where}{first.expected}, got {first.got}"
-        super().__init__(self.message, *first)
-        self.args = (errors,)
-        self.errors = errors
-
-    def __str__(self) -> str:
-        return self.message
 
 
 def check_name(name: str) -> str:

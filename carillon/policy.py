@@ -17,7 +17,7 @@ import msgspec
 from carillon.decision import TenantRules
 from carillon.errors import InvalidInputError
 from carillon.event_rules import Text, is_object, text_error, tree_errors
-from carillon.problems import FieldError, shown
+from carillon.problems import DocumentError, FieldError, shown
 from carillon.settings import WATCH, WHEN_AWAY, ShardSettings
 from carillon.tenant_rules import RULES, rules_of, rules_problems
 from carillon.token_keys import check_jwks_url
@@ -81,19 +81,8 @@ class TenantPolicy:
         return self.types.get(kind, self.default)
 
 
-class PolicyError(InvalidInputError):
+class PolicyError(DocumentError):
     """A policy document that breaks rules. Args (positional): the errors, in the order found."""
-
-    def __init__(self, errors: list[FieldError]) -> None:
-        first = errors[0]
-        where = f"{first.path} to be " if first.path else ""
-        self.message = f"expected {where}{first.expected}, got {first.got}"
-        super().__init__(self.message, *first)
-        self.args = (errors,)
-        self.errors = errors
-
-    def __str__(self) -> str:
-        return self.message
 
 
 def cluster_default(settings: ShardSettings) -> Policy:

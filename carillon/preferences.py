@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import msgspec
 
-from carillon.errors import InvalidInputError
 from carillon.event_rules import (
     PRIORITY_NAMES,
     Instant,
@@ -23,7 +22,7 @@ from carillon.event_rules import (
     text_error,
     tree_errors,
 )
-from carillon.problems import FieldError, shown
+from carillon.problems import DocumentError, FieldError, shown
 
 CHANNELS: Final = ("in_app", "push", "email", "sms", "webhook", "chat")
 DAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
@@ -81,19 +80,8 @@ def validate(document: Any) -> str:
     return text
 
 
-class PreferencesError(InvalidInputError):
+class PreferencesError(DocumentError):
     """A preferences document that breaks rules. Args (positional): the errors, in the order found."""
-
-    def __init__(self, errors: list[FieldError]) -> None:
-        first = errors[0]
-        where = f"{first.path} to be " if first.path else ""
-        super().__init__(f"expected {where}{first.expected}, got {first.got}", *first)
-        self.args = (errors,)
-        self.errors = errors
-        self.message = f"expected {where}{first.expected}, got {first.got}"
-
-    def __str__(self) -> str:
-        return self.message
 
 
 def document_errors(prefix: str, document: dict[str, Any]) -> list[FieldError]:

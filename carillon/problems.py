@@ -30,6 +30,21 @@ class FieldError(NamedTuple):
     got: str
 
 
+class DocumentError(InvalidInputError):
+    """A document that breaks rules. Args (positional): the errors, in the order found."""
+
+    def __init__(self, errors: list[FieldError]) -> None:
+        first = errors[0]
+        where = f"{first.path} to be " if first.path else ""
+        self.message = f"expected {where}{first.expected}, got {first.got}"
+        super().__init__(self.message, *first)
+        self.args = (errors,)
+        self.errors = errors
+
+    def __str__(self) -> str:
+        return self.message
+
+
 @dataclass(frozen=True)
 class Problem:
     """One error, ready to be answered."""

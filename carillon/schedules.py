@@ -22,9 +22,8 @@ from typing import Any, Final
 import msgspec
 from dateutil import rrule as rules
 
-from carillon.errors import InvalidInputError
 from carillon.event_rules import Instant, expiry_ms, is_object
-from carillon.problems import FieldError, shown
+from carillon.problems import DocumentError, FieldError, shown
 
 USER_ZONE: Final = "user"
 """The zone of the user, wherever that is at the time."""
@@ -71,19 +70,8 @@ _CRON: Final[tuple[tuple[str, int, int, dict[str, int]], ...]] = (
 )
 
 
-class ScheduleError(InvalidInputError):
+class ScheduleError(DocumentError):
     """A schedule that breaks rules. Args (positional): the errors, in the order found."""
-
-    def __init__(self, errors: list[FieldError]) -> None:
-        first = errors[0]
-        where = f"{first.path} to be " if first.path else ""
-        self.message = f"expected {where}{first.expected}, got {first.got}"
-        super().__init__(self.message, *first)
-        self.args = (errors,)
-        self.errors = errors
-
-    def __str__(self) -> str:
-        return self.message
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from carillon.event_rules import (
 )
 from carillon.experiments import choose
 from carillon.external import EXTERNAL, IN_APP, PUSH
-from carillon.problems import FieldError, Problem, problem, shown
+from carillon.problems import DocumentError, FieldError, Problem, problem, shown
 
 DEFAULT: Final = "default"
 """The content that is used when no locale fits."""
@@ -51,19 +51,8 @@ _UNSAFE_URL: Final = re.compile(r"[\s\x00-\x20]*(javascript|data|vbscript)\s*:",
 _NOTHING: Final[dict[str, Any]] = {}
 
 
-class TemplateDocumentError(InvalidInputError):
+class TemplateDocumentError(DocumentError):
     """A template document that breaks rules. Args (positional): the errors, in the order found."""
-
-    def __init__(self, errors: list[FieldError]) -> None:
-        first = errors[0]
-        where = f"{first.path} to be " if first.path else ""
-        self.message = f"expected {where}{first.expected}, got {first.got}"
-        super().__init__(self.message, *first)
-        self.args = (errors,)
-        self.errors = errors
-
-    def __str__(self) -> str:
-        return self.message
 
 
 class Template(Struct, frozen=True):
