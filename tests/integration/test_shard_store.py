@@ -119,7 +119,9 @@ WRITES: dict[str, Callable[[Kit, Event, int], Awaitable[Any]]] = {
     ),
     "read": lambda kit, e, d: kit.store.change(kit.term, "read", [(kit.user.stream_id, [e.id])], NOW),
     "seen": lambda kit, e, d: kit.store.change(kit.term, "seen", [(kit.user.stream_id, [e.id])], NOW),
-    "archive": lambda kit, e, d: kit.store.change(kit.term, "archive", [(kit.user.stream_id, [e.id])], NOW),
+    "archive": lambda kit, e, d: kit.store.change(
+        kit.term, "archive", [(kit.user.stream_id, [e.id])], NOW + 1
+    ),
     "dismiss": lambda kit, e, d: kit.store.change(kit.term, "dismiss", [(kit.user.stream_id, [e.id])], NOW),
     "click": lambda kit, e, d: kit.store.change(kit.term, "click", [(kit.user.stream_id, [e.id])], NOW),
     "read_all": lambda kit, e, d: kit.store.read_all(kit.term, [(kit.user.stream_id, 99)], NOW),

@@ -751,7 +751,7 @@ class ModelShardStore:
         for d in failed:
             row = d.note.row
             wanted = row.delivered_ms is None or d.gate in (SEEN, ALWAYS)
-            away = row.archived_ms is not None and row.archived_ms > d.note.event.created_ms
+            away = row.archived_ms is not None and row.archived_ms != d.note.event.created_ms
             touched = (row.seen_ms, away or None, row.dismissed_ms, row.retracted_ms)
             others = self._db.of_note[row.id]
             ended = all(o.step <= d.step and o.state in ("dead", "cancelled") for o in others)

@@ -500,7 +500,7 @@ with ready as materialized (
     join notifications n on n.id = d.notification_id
     where d.id = any ($1::bigint[])
       and (n.delivered_at is null or d.gate in ('seen', 'always')) and n.seen_at is null
-      and (n.archived_at is null or n.archived_at <= n.created_at)  -- filed away from the first: only not in the app
+      and (n.archived_at is null or n.archived_at = n.created_at)  -- filed away from the first: only not in the app
       and n.dismissed_at is null and n.retracted_at is null
       and not exists (select from deliveries o
                       where o.notification_id = d.notification_id
