@@ -70,7 +70,7 @@ chaos: $(STAMP) ## break a whole system for ten minutes, judge what it promised 
 
 .PHONY: lock
 lock: $(STAMP) ## resolve pyproject.toml anew into requirements.lock
-	$(BIN)/uv pip compile -q --universal --generate-hashes --group dev pyproject.toml -o requirements.lock --no-header
+	PATH="$$PATH:$(VENV)/.uv/bin" uv pip compile -q --universal --generate-hashes --group dev pyproject.toml -o requirements.lock --no-header
 
 .PHONY: clean
 clean: ## remove caches and the environment; data in .carillon stays
