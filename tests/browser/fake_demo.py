@@ -7,6 +7,7 @@ import json
 import socket
 import time
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ class FakeDemo:
     async def cut(self, code: int) -> None:
         """Close every socket."""
         for socket_ in [socket_ for group in self.sockets.values() for socket_ in group]:
-            await socket_.close(code)
+            with suppress(WebSocketDisconnect):  # it may have gone this moment
+                await socket_.close(code)
 
     def unread(self, user: str) -> int:
         """Unread notifications."""
