@@ -1,6 +1,8 @@
 -- What a shard asks of PostgreSQL. Every write begins with the fence: the shard's own row, locked FOR SHARE
 -- and compared with its term. Whoever takes slots away bumps the term, which waits for transactions in flight
 -- and makes every later one find no row here. Times are parameters in seconds since the epoch.
+-- `state || ''` stands where a statement knows its outbox rows by id or notification: a plain `state` would let
+-- generic plans read all that is pending through the partial index of due rows.
 
 -- name: load_users
 -- The streams of users, made where missing. $1 shard, $2 term, $3 tenants, $4 users, $5 slots, $6 epochs.
@@ -151,8 +153,8 @@ withdrawn as (
         updated_at = to_timestamp($5)
     from target t
     where d.notification_id = t.id and d.channel <> 'withdraw'
-      and (d.state in ('planned', 'failed', 'unknown')
-           or ($7 and %(retire)s and d.state in ('sending', 'sent') and d.gate is distinct from 'withdrawn'))
+      and (d.state || '' in ('planned', 'failed', 'unknown')
+           or ($7 and %(retire)s and d.state || '' in ('sending', 'sent') and d.gate is distinct from 'withdrawn'))
     returning d.notification_id, d.stream_id, d.slot, d.state, d.attempts
 ),
 -- What phones show already is taken back: not from the device that made the change.
@@ -205,8 +207,8 @@ withdrawn as (
         updated_at = to_timestamp($5)
     from target t
     where d.notification_id = t.id and d.channel <> 'withdraw'
-      and (d.state in ('planned', 'failed', 'unknown')
-           or ($7 and d.state in ('sending', 'sent') and d.gate is distinct from 'withdrawn'))
+      and (d.state || '' in ('planned', 'failed', 'unknown')
+           or ($7 and d.state || '' in ('sending', 'sent') and d.gate is distinct from 'withdrawn'))
     returning d.notification_id, d.stream_id, d.slot, d.state, d.attempts
 ),
 -- What phones show already is taken back: not from the device that made the change.
@@ -269,9 +271,9 @@ followed as (
         shown_on = case when t.shown <@ d.shown_on then d.shown_on else coalesce(d.shown_on || t.shown, t.shown) end,
         updated_at = to_timestamp($5)
     from told t
-    -- The array says by which index: the join alone may be planned as a scan of all that is pending.
+    -- The array says by which index. Rows that have ended follow no signal (delivery_signal).
     where d.notification_id = any ($3::uuid[]) and d.notification_id = t.id and d.stream_id = t.stream_id
-      and d.state in ('planned', 'failed', 'unknown', 'sending') and d.channel <> 'withdraw'
+      and d.channel <> 'withdraw'
       and delivery_signal(t.signal, d.state, d.gate, coalesce(d.hold_until > to_timestamp($5), false))
           = any (case when t.shown is null or t.shown <@ d.shown_on then array['cancel', 'hold', 'due']
                       else array['cancel', 'hold', 'due', 'show'] end)
@@ -285,7 +287,7 @@ from unnest($1::bigint[], $2::bigint[], $3::bigint[]) as t (stream_id, after, up
 join notifications n on n.stream_id = t.stream_id and n.seq > t.after and n.seq <= t.upto
 where n.delivered_at is null
    or exists (select from deliveries d
-              where d.notification_id = n.id and d.state in ('planned', 'failed', 'unknown'));
+              where d.notification_id = n.id and d.state || '' in ('planned', 'failed', 'unknown'));
 
 -- name: policies
 -- The policy documents of tenants, null for one that stored none. $1 tenants.
@@ -353,7 +355,7 @@ back as (
         updated_at = to_timestamp($7)
     from fence, unnest($3::bigint[], $4::smallint[], $5::float8[], $6::text[], $8::boolean[])
          as t (id, attempt, due_s, reason, held)
-    where d.id = any ($3::bigint[]) and d.id = t.id and d.attempts = t.attempt and d.state = 'sending'
+    where d.id = any ($3::bigint[]) and d.id = t.id and d.attempts = t.attempt and d.state || '' = 'sending'
     returning d.id
 )
 select (select count(*) from back) as released, (select count(*) from fence) as fenced;
@@ -387,7 +389,7 @@ again as (
         gate = 'always',
         updated_at = case when a.expired then d.updated_at else to_timestamp($7) end
     from asked a
-    where d.id = a.id and d.id = any ($3::bigint[]) and a.state = 'dead' and d.state = 'dead'
+    where d.id = a.id and d.id = any ($3::bigint[]) and a.state = 'dead' and d.state || '' = 'dead'
     returning d.id, not a.expired as replayed
 )
 select id, replayed from again
@@ -406,13 +408,13 @@ carrier as materialized (
     from fence, unnest($6::bigint[], $7::smallint[], $8::bigint[], $9::smallint[], $10::text[])
          as t (id, attempt, stream_id, slot, channel)
     join deliveries d on d.id = t.id
-    where d.id = any ($6::bigint[]) and d.state = 'sending' and d.attempts = t.attempt
+    where d.id = any ($6::bigint[]) and d.state || '' = 'sending' and d.attempts = t.attempt
 ),
 claimed as (
     update deliveries d set state = 'cancelled', reason = c.reason, updated_at = to_timestamp($11)
     from unnest($3::bigint[], $4::smallint[], $5::bigint[]) as t (id, attempt, carrier)
     join carrier c on c.id = t.carrier
-    where d.id = any ($3::bigint[]) and d.id = t.id and d.attempts = t.attempt and d.state = 'sending'
+    where d.id = any ($3::bigint[]) and d.id = t.id and d.attempts = t.attempt and d.state || '' = 'sending'
     returning c.id
 ),
 due as (
@@ -469,7 +471,7 @@ with done as (
                  else d.tenant end
     from unnest($1::bigint[], $2::smallint[], $3::text[], $4::float8[], $5::text[], $7::boolean[])
          as t (id, attempt, state, due_s, reason, onward)
-    where d.id = t.id and d.attempts = t.attempt and d.state = 'sending'
+    where d.id = t.id and d.attempts = t.attempt and d.state || '' = 'sending'
     returning d.id, t.state in ('dead', 'cancelled') and t.onward and d.chain <> '' as falls, d.gate,
               d.notification_id, d.stream_id, d.slot
 ),
