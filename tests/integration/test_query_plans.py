@@ -7,6 +7,7 @@ months. What the planner would do with a handful of rows says nothing.
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
@@ -18,12 +19,14 @@ import pytest_asyncio
 
 from carillon.clock import SystemClock
 from carillon.ids import Uuid7Source
+from carillon.settings import PostgresSettings
 from cluster.embedded import EmbeddedPostgres
 from stores.postgres.dead_letters import TOP as DEAD_TOP
 from stores.postgres.dead_letters import DeadLetterReader
 from stores.postgres.feed import ROW_COLUMNS, TOP
 from stores.postgres.named import load_queries
 from stores.postgres.search import search_queries
+from stores.postgres.shard_store import PLANS, ShardStore
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -250,3 +253,31 @@ async def test_small_reads(filled: asyncpg.Connection[Any]) -> None:
     """A device and a preferences document are found by their keys."""
     assert_indexed(await plan_of(filled, FEED["device"], "acme", "user3", "d"))
     assert_indexed(await plan_of(filled, FEED["preferences"], "acme", "user3"))
+
+
+SHARD = ShardStore(PostgresSettings(dsn="postgresql://nowhere"), "shard-a")
+KNOWN_ROWS = {
+    name: SHARD._sql[name] for name in ("acknowledge", "ids_between", "release", "settle", "replay")
+}
+KNOWN_ROWS |= {"read_all": SHARD._sql["read_all"], **SHARD._change_sql}
+
+
+@pytest.mark.parametrize("name", KNOWN_ROWS)
+async def test_rows_that_are_known_are_not_looked_for_among_all_that_is_pending(
+    filled: asyncpg.Connection[Any], name: str
+) -> None:
+    """A shard's generic plans find outbox rows by id or notification, however few are pending just then."""
+    sql = KNOWN_ROWS[name].rstrip().rstrip(";")
+    count = max(int(number) for number in re.findall(r"\$(\d+)", sql))
+    async with filled.transaction():
+        for setting, value in PLANS.items():
+            await filled.execute(f"set local {setting} = {value}")
+        await filled.execute(f"prepare known_rows as {sql}")
+        try:
+            nulls = ", ".join(["null"] * count)
+            text = await filled.fetchval(f"explain (format json) execute known_rows({nulls})")
+        finally:
+            await filled.execute("deallocate known_rows")
+    used = {node["Index Name"] for node in nodes(json.loads(text)[0]["Plan"]) if "Index Name" in node}
+    assert used & {"deliveries_notification", "deliveries_pkey"}
+    assert "deliveries_due" not in used
