@@ -334,7 +334,15 @@ class ShardStore:
             for outbox in (False, True)
             for ruled in (False, True)
         }
-        self._change_sql = {op: self._sql["change"] % parts for op, parts in OPERATIONS.items()}
+        self._change_sql = {op: self._change_text("change", "$4", parts) for op, parts in OPERATIONS.items()}
+        self._read_all_sql = self._change_text("read_all", "$3", OPERATIONS["read"])
+
+    def _change_text(self, name: str, streams: str, parts: Mapping[str, str]) -> str:
+        """A durable change, and what it does to pushes."""
+        return self._sql[name] % {
+            **parts,
+            "take_back": self._sql["take_back"] % {**parts, "streams": streams},
+        }
 
     def _append_text(self, outbox: bool, ruled: bool) -> str:
         """The group commit of batches with or without outbox rows, and rules that fired."""
@@ -646,7 +654,7 @@ class ShardStore:
         """Mark everything visible up to a seq as read, per (stream id, seq)."""
         async with self._writing() as connection:
             rows = await connection.fetch(
-                self._sql["read_all"], self._shard, term,
+                self._read_all_sql, self._shard, term,
                 [stream for stream, _ in wanted], [upto for _, upto in wanted], now_ms / 1000,
                 [devices.get(stream, "") for stream, _ in wanted], self._withdraw,
             )  # fmt: skip

@@ -259,7 +259,7 @@ SHARD = ShardStore(PostgresSettings(dsn="postgresql://nowhere"), "shard-a")
 KNOWN_ROWS = {
     name: SHARD._sql[name] for name in ("acknowledge", "ids_between", "release", "settle", "replay")
 }
-KNOWN_ROWS |= {"read_all": SHARD._sql["read_all"], **SHARD._change_sql}
+KNOWN_ROWS |= {"read_all": SHARD._read_all_sql, **SHARD._change_sql}
 
 
 @pytest.mark.parametrize("name", KNOWN_ROWS)

@@ -145,30 +145,7 @@ done as (
     where n.id = t.id
     returning n.id, n.stream_id
 ),
-withdrawn as (
-    update deliveries d
-    set state = case when d.state in ('sending', 'sent') then d.state else 'cancelled' end,
-        reason = case when d.state in ('sending', 'sent') then d.reason else %(reason)s end,
-        gate = case when d.state in ('sending', 'sent') then 'withdrawn' else d.gate end,
-        updated_at = to_timestamp($5)
-    from target t
-    where d.notification_id = t.id and d.channel <> 'withdraw'
-      and (d.state || '' in ('planned', 'failed', 'unknown')
-           or ($7 and %(retire)s and d.state || '' in ('sending', 'sent') and d.gate is distinct from 'withdrawn'))
-    returning d.notification_id, d.stream_id, d.slot, d.state, d.attempts
-),
--- What phones show already is taken back: not from the device that made the change.
-retired as (
-    insert into deliveries
-        (notification_id, stream_id, slot, channel, state, due_at, created_at, updated_at, shown_on)
-    select distinct on (w.notification_id) w.notification_id, w.stream_id, w.slot, 'withdraw', 'planned',
-           to_timestamp($5), to_timestamp($5), to_timestamp($5), array[nullif(b.device, '')]
-    from withdrawn w
-    join (select distinct on (stream_id) b.stream_id, b.device
-          from unnest($4::bigint[], $6::text[]) as b (stream_id, device)) b using (stream_id)
-    where $7 and %(retire)s and (w.state = 'sent' or (w.state = 'cancelled' and w.attempts > 0))
-    returning stream_id
-)
+%(take_back)s
 select m.stream_id, m.rev, m.unread, array(select d.id from done d where d.stream_id = m.stream_id) as ids,
        (select count(*) from retired r where r.stream_id = m.stream_id) as retired
 from moved m
@@ -192,23 +169,31 @@ moved as (
     returning s.stream_id, s.rev, s.unread
 ),
 done as (
-    update notifications n
-    set read_at = to_timestamp($5), seen_at = coalesce(n.seen_at, to_timestamp($5)),
-        delivered_at = coalesce(n.delivered_at, to_timestamp($5)), rev = m.rev, changed = true
+    update notifications n set %(set)s, rev = m.rev, changed = true
     from target t join moved m using (stream_id)
     where n.id = t.id
     returning n.id, n.stream_id
 ),
+%(take_back)s
+select m.stream_id, m.rev, m.unread, (select count(*) from done d where d.stream_id = m.stream_id) as changed,
+       (select count(*) from retired r where r.stream_id = m.stream_id) as retired
+from moved m
+union all
+select 0, term, 0, 0, 0 from fence;
+
+-- name: take_back
+-- The part of `change` and `read_all` that ends what waits outside of the app: `target` and $5 to $7 are theirs,
+-- %(streams)s is the parameter beside the devices of $6.
 withdrawn as (
     update deliveries d
     set state = case when d.state in ('sending', 'sent') then d.state else 'cancelled' end,
-        reason = case when d.state in ('sending', 'sent') then d.reason else 'read' end,
+        reason = case when d.state in ('sending', 'sent') then d.reason else %(reason)s end,
         gate = case when d.state in ('sending', 'sent') then 'withdrawn' else d.gate end,
         updated_at = to_timestamp($5)
     from target t
     where d.notification_id = t.id and d.channel <> 'withdraw'
       and (d.state || '' in ('planned', 'failed', 'unknown')
-           or ($7 and d.state || '' in ('sending', 'sent') and d.gate is distinct from 'withdrawn'))
+           or ($7 and %(retire)s and d.state || '' in ('sending', 'sent') and d.gate is distinct from 'withdrawn'))
     returning d.notification_id, d.stream_id, d.slot, d.state, d.attempts
 ),
 -- What phones show already is taken back: not from the device that made the change.
@@ -219,15 +204,10 @@ retired as (
            to_timestamp($5), to_timestamp($5), to_timestamp($5), array[nullif(b.device, '')]
     from withdrawn w
     join (select distinct on (stream_id) b.stream_id, b.device
-          from unnest($3::bigint[], $6::text[]) as b (stream_id, device)) b using (stream_id)
-    where $7 and (w.state = 'sent' or (w.state = 'cancelled' and w.attempts > 0))
+          from unnest(%(streams)s::bigint[], $6::text[]) as b (stream_id, device)) b using (stream_id)
+    where $7 and %(retire)s and (w.state = 'sent' or (w.state = 'cancelled' and w.attempts > 0))
     returning stream_id
 )
-select m.stream_id, m.rev, m.unread, (select count(*) from done d where d.stream_id = m.stream_id) as changed,
-       (select count(*) from retired r where r.stream_id = m.stream_id) as retired
-from moved m
-union all
-select 0, term, 0, 0, 0 from fence;
 
 -- name: last_seen
 -- When users were last seen, and since when they are invisible. $1 tenant, $2 users.
