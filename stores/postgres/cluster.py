@@ -22,7 +22,7 @@ from carillon.ids import SLOTS
 from carillon.messages import Member
 from carillon.settings import PostgresSettings
 from stores.postgres.named import load_queries
-from stores.postgres.pool import acquired
+from stores.postgres.pool import UNAVAILABLE, acquired
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class ClusterStore:
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._pool.close()
-        except (TimeoutError, asyncpg.PostgresError, OSError):
+        except (asyncpg.PostgresError, *UNAVAILABLE):
             self._pool.terminate()
 
     async def take_epoch(self) -> int:

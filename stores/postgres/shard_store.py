@@ -22,7 +22,7 @@ from carillon.messages import Event, PushTarget
 from carillon.notification import NotificationRow
 from carillon.settings import PostgresSettings
 from stores.postgres.named import load_queries
-from stores.postgres.pool import open_pool, translated
+from stores.postgres.pool import UNAVAILABLE, open_pool, translated
 
 
 def _ms(column: str) -> str:
@@ -388,7 +388,7 @@ class ShardStore:
                 if writer is not None:
                     await pool.release(writer)
                 await pool.close()
-        except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        except (asyncpg.PostgresError, *UNAVAILABLE):
             pool.terminate()
 
     def _open_pool(self) -> asyncpg.Pool:
