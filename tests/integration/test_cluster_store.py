@@ -130,7 +130,7 @@ async def test_a_move_ends_a_transaction_that_stays_open(store: ClusterStore, po
     await store.move_slots(epoch, {0: "a"})
     connection, transaction = await holding(postgres_dsn, "a")
     assert await asyncio.wait_for(store.move_slots(epoch, {0: "b"}), 10) == {"a": 2}
-    with pytest.raises((asyncpg.PostgresError, *UNAVAILABLE)):  # what the driver says depends on when it learns it
+    with pytest.raises((asyncpg.PostgresError, *UNAVAILABLE)):  # what the driver says depends on the moment
         await transaction.commit()
     connection.terminate()
 
