@@ -1,0 +1,59 @@
+"""Audiences in Postgres: page by page, slot by slot, in the order of the user ids.
+
+Whoever walks an audience keeps (slot, last user) and goes on there after a crash: what joins behind that
+point is met, what left is not, and nobody is met twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import asyncpg
+
+from carillon.audience import ALL, SEGMENT, TOPIC, Audience
+from carillon.errors import NotFoundError
+from stores.postgres.named import load_queries
+from stores.postgres.pool import acquired
+
+
+def audience_queries() -> dict[str, str]:
+    """The queries as they are sent, by kind of audience."""
+    queries = load_queries("audience")
+    return {name: queries[name].replace("%(reachable)s", queries["reachable"]) for name in (ALL, TOPIC)}
+
+
+class AudienceReader:
+    """Pages through audiences.
+
+    Args:
+        pool: not owned.
+        acquire_timeout_s: longest wait for a free connection.
+
+    All methods raise StoreUnavailableError while Postgres does not answer.
+    """
+
+    def __init__(self, pool: asyncpg.Pool, acquire_timeout_s: float = 5.0) -> None:
+        self._pool = pool
+        self._timeout_s = acquire_timeout_s
+        self._sql = audience_queries()
+
+    async def page(
+        self, tenant: str, audience: Audience, slot: int, after_user: str, limit: int
+    ) -> list[str]:
+        """Users of an audience in one slot, in order.
+
+        Args:
+            after_user: the last user of the page before; empty: from the start.
+            limit: of users; fewer than that means that the slot has no more.
+
+        Raises:
+            NotFoundError: there is no such segment. (A topic that nobody subscribed to is an empty one.)
+        """
+        if audience.kind == SEGMENT:
+            raise NotFoundError("there is no such segment", "segment", "the id of a segment", audience.name)
+        platforms = list(audience.platforms) or None
+        more: tuple[Any, ...] = (audience.name,) if audience.kind == TOPIC else ()
+        name = TOPIC if audience.kind == TOPIC else ALL
+        async with acquired(self._pool, self._timeout_s) as connection:
+            rows = await connection.fetch(self._sql[name], tenant, slot, after_user, limit, platforms, *more)
+        return [row[0] for row in rows]
