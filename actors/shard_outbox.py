@@ -193,8 +193,7 @@ class Outbox:
 
     def due_now(self) -> None:
         """Something is due: a push whose user looked away, or what was due in slots that came to us."""
-        self._timers.append(0)
-        heapq.heapify(self._timers)
+        heapq.heappush(self._timers, 0)
         self._wake.set()
 
     # -- the sweep --------------------------------------------------------------------------------------

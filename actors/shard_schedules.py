@@ -22,7 +22,8 @@ from carillon.events import EventParser, NotPlainError, ProblemError
 from carillon.ids import Uuid7Source, uuid_text
 from carillon.messages import Event, Outcome, Outcomes, Publish
 from carillon.metrics import Stats
-from carillon.schedules import USER_ZONE, When, advance, known_zone, look_ms, moved_ms, parse
+from carillon.quiet_hours import known_zone
+from carillon.schedules import USER_ZONE, When, advance, look_ms, moved_ms, parse
 from carillon.settings import Settings
 from stores.postgres.schedules import ClaimedSchedule, ScheduleStore
 from stores.postgres.shard_store import ShardStore

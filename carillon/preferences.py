@@ -7,7 +7,6 @@ tenant's defaults are such a document, too (carillon/policy.py).
 from __future__ import annotations
 
 import re
-import zoneinfo
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -23,6 +22,7 @@ from carillon.event_rules import (
     tree_errors,
 )
 from carillon.problems import DocumentError, FieldError, shown
+from carillon.quiet_hours import known_zone
 
 CHANNELS: Final = ("in_app", "push", "email", "sms", "webhook", "chat")
 DAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
@@ -184,25 +184,13 @@ def _quiet_hours(path: str, value: Any) -> list[FieldError]:
 
 
 def _zone(path: str, value: Any) -> list[FieldError]:
-    if isinstance(value, str) and _known_zone(value):
+    if known_zone(value):
         return []
     return [FieldError(path, "a time zone name such as Europe/Vienna", shown(value))]
 
 
 def _maybe_zone(path: str, value: Any) -> list[FieldError]:
     return [] if value is None else _zone(path, value)
-
-
-def _known_zone(name: str) -> bool:
-    # Not `in available_timezones()`: that walks the whole database. A name that is no zone raises one of
-    # these, paths ("../x") and empty ones included.
-    if not name or len(name) > 64:
-        return False
-    try:
-        zoneinfo.ZoneInfo(name)
-    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-        return False
-    return True
 
 
 def _instant(path: str, value: Any) -> list[FieldError]:

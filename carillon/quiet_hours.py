@@ -11,14 +11,27 @@ from __future__ import annotations
 
 import calendar
 from datetime import datetime, timedelta
-from typing import Final
-from zoneinfo import ZoneInfo
+from typing import Any, Final
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 DAY: Final = timedelta(days=1)
 HOUR_MS: Final = 3_600_000
 _EVER: Final = 1 << 62
 _HORIZON: Final = 9
 """Days looked ahead: a week and both ends."""
+
+
+def known_zone(name: Any) -> bool:
+    """Whether the name is one of the time zone database."""
+    if not isinstance(name, str) or not name or len(name) > 64:
+        return False
+    # Not `in available_timezones()`: that walks the whole database. A name that is no zone raises one of
+    # these, paths ("../x") included.
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        return False
+    return True
 
 
 def instants(wall: datetime, zone: ZoneInfo) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from dateutil import rrule as rules
 
 from carillon.event_rules import Instant, expiry_ms, is_object
 from carillon.problems import DocumentError, FieldError, shown
+from carillon.quiet_hours import known_zone
 
 USER_ZONE: Final = "user"
 """The zone of the user, wherever that is at the time."""
@@ -112,17 +113,6 @@ class When:
 
 
 # -- reading ------------------------------------------------------------------------------------------
-
-
-def known_zone(name: Any) -> bool:
-    """Whether the name is one of the time zone database."""
-    if not isinstance(name, str) or not name or len(name) > 64:
-        return False
-    try:
-        zoneinfo.ZoneInfo(name)
-    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-        return False
-    return True
 
 
 def parse(document: Any) -> When:

@@ -59,6 +59,19 @@ _LOCAL_TIME: Final[Schema] = {"type": "string", "pattern": r"^([01]\d|2[0-3]):[0
 _SOUND: Final[Schema] = {"anyOf": [_FLAG, text(1, 64)]}
 USER_ID: Final = text(1, 128)
 UUID: Final[Schema] = {"type": "string", "format": "uuid"}
+LAST_SEEN: Final[Schema] = {"anyOf": [{"type": "null"}, INSTANT]}
+PRESENT_DEVICES: Final[Schema] = {
+    "type": "array",
+    "items": obj(
+        {
+            "deviceId": {"type": "string"},
+            "attention": {"enum": ["focused", "visible", "idle", "hidden"]},
+            "since": INSTANT,
+            "connections": {"type": "integer", "minimum": 1},
+        },
+        ["deviceId", "attention", "since", "connections"],
+    ),
+}
 SUCCESS: Final = obj({"success": {"const": True}}, ["success"])
 IDS_BODY: Final = obj(
     {"notificationIds": {"type": "array", "items": {"type": "string"}, "maxItems": 1000}},
@@ -439,19 +452,8 @@ COMPONENTS: Final[dict[str, Schema]] = {
             "userId": {"type": "string"},
             "status": {"enum": ["active", "idle", "offline"]},
             "invisible": {"type": "boolean"},
-            "devices": {
-                "type": "array",
-                "items": obj(
-                    {
-                        "deviceId": {"type": "string"},
-                        "attention": {"enum": ["focused", "visible", "idle", "hidden"]},
-                        "since": INSTANT,
-                        "connections": {"type": "integer", "minimum": 1},
-                    },
-                    ["deviceId", "attention", "since", "connections"],
-                ),
-            },
-            "lastSeenAt": {"anyOf": [{"type": "null"}, INSTANT]},
+            "devices": PRESENT_DEVICES,
+            "lastSeenAt": LAST_SEEN,
         },
         ["userId", "status", "invisible", "devices", "lastSeenAt"],
     ),

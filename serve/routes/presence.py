@@ -13,7 +13,7 @@ from carillon.problems import FieldError, shown
 from serve.http import Request, Response, json_response
 from serve.routes.bodies import id_list, path_id, valid_id
 from serve.routing import CLIENT, SERVICE, Route
-from serve.schemas import INSTANT, USER_ID, obj, ref
+from serve.schemas import LAST_SEEN, PRESENT_DEVICES, USER_ID, obj, ref
 from serve.services import Services
 
 
@@ -93,20 +93,7 @@ async def put_my_presence(services: Services, request: Request) -> Response:
     return json_response({"mode": mode})
 
 
-_DEVICES: Final = {
-    "type": "array",
-    "items": obj(
-        {
-            "deviceId": {"type": "string"},
-            "attention": {"enum": ["focused", "visible", "idle", "hidden"]},
-            "since": INSTANT,
-            "connections": {"type": "integer", "minimum": 1},
-        },
-        ["deviceId", "attention", "since", "connections"],
-    ),
-}
 _STATUS: Final = {"enum": ["active", "idle", "offline"]}
-_SEEN: Final = {"anyOf": [{"type": "null"}, INSTANT]}
 _MODE: Final = obj({"mode": {"enum": list(MODES)}}, ["mode"])
 _TAG: Final = "Presence"
 
@@ -135,7 +122,12 @@ ROUTES: Final = (
     Route(
         "GET", "/api/presence", get_my_presence, CLIENT, "How others see me",
         answer=obj(
-            {"mode": {"enum": list(MODES)}, "status": _STATUS, "devices": _DEVICES, "lastSeenAt": _SEEN},
+            {
+                "mode": {"enum": list(MODES)},
+                "status": _STATUS,
+                "devices": PRESENT_DEVICES,
+                "lastSeenAt": LAST_SEEN,
+            },
             ["mode", "status", "devices", "lastSeenAt"],
         ),
         tag=_TAG,

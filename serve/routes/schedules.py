@@ -14,7 +14,8 @@ from carillon.event_rules import MAX_KEY, Text, explain_event, is_object, text_e
 from carillon.events import ProblemError, refused
 from carillon.ids import Uuid7Source, parse_uuid, slot_of, uuid_text
 from carillon.problems import FieldError, Problem, problem, shown
-from carillon.schedules import MEMBERS, USER_ZONE, ScheduleError, known_zone, look_ms, next_ms, parse
+from carillon.quiet_hours import known_zone
+from carillon.schedules import MEMBERS, USER_ZONE, ScheduleError, look_ms, next_ms, parse
 from serve.audit import audited
 from serve.http import Header, Request, Response, json_response, whole_number
 from serve.routes.bodies import known_query, valid_id

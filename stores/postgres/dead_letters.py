@@ -101,6 +101,8 @@ class DeadLetterReader:
         self._sql = {
             name: text.replace("%(row)s", _ROW) for name, text in load_queries("dead_letters").items()
         }
+        page = self._sql.pop("page")
+        self._page_sql = {of: page.replace("%(of)s", self._sql.pop(of)) for of in ("of_tenant", "of_user")}
 
     async def page(
         self, tenant: str, chosen: DeadFilter, cursor: str | None, limit: int
@@ -152,10 +154,10 @@ class DeadLetterReader:
         words = (tenant, chosen.user, chosen.type, chosen.channel, chosen.reason)
         if any("\0" in word for word in words if word):
             return "", ()
-        name = "page" if chosen.user is None else "page_of_user"
+        of = "of_tenant" if chosen.user is None else "of_user"
         since_s = 0.0 if chosen.since_ms is None else chosen.since_ms / 1000
         reason = chosen.reason.lower() if chosen.reason else None
-        return self._sql[name], (
+        return self._page_sql[of], (
             tenant, chosen.user, since_s, *before, limit, chosen.type, chosen.channel, reason,
         )  # fmt: skip
 

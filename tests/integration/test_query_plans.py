@@ -33,7 +33,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 USERS = 5
 ROWS = 50_000
 NOW = SystemClock().now_ms()
-DEAD = DeadLetterReader(cast("Any", None))._sql
+DEAD_LETTERS = DeadLetterReader(cast("Any", None))
+DEAD, DEAD_PAGES = DEAD_LETTERS._sql, DEAD_LETTERS._page_sql
 SEARCH = search_queries()
 FEED = {name: text.replace("%(row)s", ROW_COLUMNS) for name, text in load_queries("feed").items()}
 
@@ -195,14 +196,14 @@ async def test_by_id(filled: asyncpg.Connection[Any], generic: bool) -> None:
 async def test_dead_letters(filled: asyncpg.Connection[Any], generic: bool, user: str | None) -> None:
     """A page walks the index of dead rows in order; one of them and its tries are found by their keys."""
     await filled.execute(f"set plan_cache_mode = force_{'generic' if generic else 'custom'}_plan")
-    name, index = ("page", "deliveries_dead") if user is None else ("page_of_user", "deliveries_dead_stream")
+    of, index = ("of_tenant", "deliveries_dead") if user is None else ("of_user", "deliveries_dead_stream")
     arguments = ("acme", user, 0.0, *DEAD_TOP, 21, None, None, None)
-    found = await plan_of(filled, DEAD[name], *arguments)
+    found = await plan_of(filled, DEAD_PAGES[of], *arguments)
     assert_indexed(found)
     (scan,) = [node for node in found if node.get("Relation Name") == "deliveries"]
     assert scan["Index Name"] == index
     assert scan["Actual Rows"] <= 21
-    some = [row["id"] for row in await filled.fetch(DEAD[name], *arguments)]
+    some = [row["id"] for row in await filled.fetch(DEAD_PAGES[of], *arguments)]
     assert len(some) == 21
     assert_indexed(await plan_of(filled, DEAD["some"], "acme", some))
     assert_indexed(await plan_of(filled, DEAD["attempts"], some[0]))
