@@ -62,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="SCENARIO",
         type=str.upper,
-        help="S1 ... S10, C1, F1 ... F3; none: all but F, and those that kill processes only with --start",
+        help="S1 ... S10, C1, R1, F1 ... F3; none: all but F, and those that kill only with --start",
     )
     where = parser.add_argument_group("the system")
     where.add_argument(

@@ -1,4 +1,4 @@
-"""The scenarios S1 to S10. Each sets up users of its own, sends, and ends in a `Measurement`."""
+"""The scenarios. Each sets up users of its own, sends, and ends in a `Measurement`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from benchmarks.feeds import feed_and_count, read_elsewhere, searches
 from benchmarks.outbox_cost import outbox_cost
 from benchmarks.presence import presence_query
 from benchmarks.procs import cpu_between, snapshot
+from benchmarks.rules_cost import rules_cost
 from benchmarks.stats import summary_ms
 from benchmarks.storm import connection_storm
 from benchmarks.target import Target, TargetError
@@ -28,31 +29,35 @@ PUSHES_KEPT: Final = 10_000
 """The local FCM server remembers so many (carillon/testing/provider_server.py)."""
 
 
+async def one_by_one(bench: Bench, events: int) -> int:
+    """Post one event at a time; the next when the last was received. Returns how many were not in time."""
+    loop = asyncio.get_running_loop()
+    by_user = {receiver.device.user: receiver for receiver in bench.receivers}
+    missed = 0
+    for number in range(events):
+        user = number % len(bench.users)
+        receiver = by_user[bench.users[user]]
+        arrived: asyncio.Future[None] = loop.create_future()
+
+        def note(at: float, notification: bytes, seq: int, arrived: asyncio.Future[None] = arrived) -> None:
+            if not arrived.done():
+                arrived.set_result(None)
+
+        receiver.on_receipt = note
+        if await bench.post(bench.connections[0], user, now()):
+            done, _ = await asyncio.wait([arrived], timeout=bench.options.receipt_timeout_s)
+            missed += not done
+        receiver.on_receipt = None
+    return missed
+
+
 async def sequential(target: Target, options: Options, progress: Progress) -> Measurement:
     """S1: one event at a time; the next is sent when the last was answered and received."""
     async with (
         opened(target, options, "S1", users=min(50, options.users), connections=1) as bench,
         progress.watch(bench),
     ):
-        loop = asyncio.get_running_loop()
-        by_user = {receiver.device.user: receiver for receiver in bench.receivers}
-        missed = 0
-        for number in range(options.sequential_events):
-            user = number % len(bench.users)
-            receiver = by_user[bench.users[user]]
-            arrived: asyncio.Future[None] = loop.create_future()
-
-            def note(
-                at: float, notification: bytes, seq: int, arrived: asyncio.Future[None] = arrived
-            ) -> None:
-                if not arrived.done():
-                    arrived.set_result(None)
-
-            receiver.on_receipt = note
-            if await bench.post(bench.connections[0], user, now()):
-                done, _ = await asyncio.wait([arrived], timeout=options.receipt_timeout_s)
-                missed += not done
-            receiver.on_receipt = None
+        missed = await one_by_one(bench, options.sequential_events)
         measurement = await bench.finish("sequential: one event at a time", {})
         if missed:
             measurement.notes.append(f"{missed} events not received within {options.receipt_timeout_s} s")
@@ -79,30 +84,36 @@ async def concurrent(target: Target, options: Options, progress: Progress) -> Me
         return await bench.finish(f"{options.concurrency} concurrent single POSTs", bench.rate())
 
 
+async def batch_loop(bench: Bench, duration_s: float) -> None:
+    """Post batches on all connections, each as soon as the last is answered."""
+    options = bench.options
+    # Built before the clock starts; each batch goes to users drawn with the seed, repeats included.
+    prepared = []
+    for _ in range(32):
+        users = [bench.rng.randrange(len(bench.users)) for _ in range(options.batch)]
+        prepared.append((users, bench.batch_request(users)))
+    stop_at = now() + duration_s
+
+    async def worker(index: int) -> None:
+        number = index * 7
+        while now() < stop_at:
+            users, request = prepared[number % len(prepared)]
+            answered = bench.last_answered_s
+            await bench.post_batch(bench.connections[index], users, request)
+            if bench.last_answered_s == answered:
+                await asyncio.sleep(0.05)
+            number += 1
+
+    await asyncio.gather(*(worker(index) for index in range(options.batch_connections)))
+
+
 async def batches(target: Target, options: Options, progress: Progress) -> Measurement:
     """S3: closed loop, batches of 200 on 4 connections; durable events a second."""
     async with (
         opened(target, options, "S3", users=options.users, connections=options.batch_connections) as bench,
         progress.watch(bench),
     ):
-        # Built before the clock starts; each batch goes to users drawn with the seed, repeats included.
-        prepared = []
-        for _ in range(32):
-            users = [bench.rng.randrange(len(bench.users)) for _ in range(options.batch)]
-            prepared.append((users, bench.batch_request(users)))
-        stop_at = now() + options.duration_s
-
-        async def worker(index: int) -> None:
-            number = index * 7
-            while now() < stop_at:
-                users, request = prepared[number % len(prepared)]
-                answered = bench.last_answered_s
-                await bench.post_batch(bench.connections[index], users, request)
-                if bench.last_answered_s == answered:
-                    await asyncio.sleep(0.05)
-                number += 1
-
-        await asyncio.gather(*(worker(index) for index in range(options.batch_connections)))
+        await batch_loop(bench, options.duration_s)
         return await bench.finish(
             f"batches of {options.batch} on {options.batch_connections} connections", bench.rate()
         )
@@ -304,6 +315,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "S9": shard_killed,
     "S10": outbox_cost,
     "C1": presence_query,
+    "R1": rules_cost,
     "F1": feed_and_count,
     "F2": searches,
     "F3": read_elsewhere,
