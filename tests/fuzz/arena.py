@@ -230,14 +230,19 @@ class Arena:
             raise Finding(f"{who}: the victim's rows changed from {self._expected} to {state}")
         if self._failed or self._records.said:
             raise Finding(f"{who}: {self._failed} {self._records.said}")
-        after = self._things()
-        grown = {
+        # What is still ending (a task that writes when a user was last seen, say) is not left behind.
+        try:
+            await eventually(lambda: not self._grown())
+        except AssertionError:
+            raise Finding(f"{who}: left behind: {self._grown()}") from None
+
+    def _grown(self) -> dict[str, tuple[int, int]]:
+        """Of what there is more than before the first attack: how many then, how many now."""
+        return {
             name: (self._before[name], n)
-            for name, n in after.items()
+            for name, n in self._things().items()
             if n > self._before[name] + (POOLED_FILES if name == "files" else 0)
         }
-        if grown:
-            raise Finding(f"{who}: left behind: {grown}")
 
     async def _quiet(self) -> None:
         gateway = self.world.gateways[0]

@@ -168,6 +168,15 @@ async def pending(client: Any) -> int:
     return (await client.xpending("events", "carillon"))["pending"]
 
 
+async def all_acknowledged(client: Any) -> None:
+    """Wait until no entry is pending: an entry is acknowledged after what it leads to is there."""
+
+    async def done() -> bool:
+        return await pending(client) == 0
+
+    await eventually(done, what="every entry to be acknowledged")
+
+
 async def test_entries_are_sent_and_acknowledged(streaming: tuple[World, Any]) -> None:
     """Each becomes an event of its tenant, batches too; acknowledged after the answer, and not before."""
     world, client = streaming
@@ -191,10 +200,7 @@ async def test_entries_are_sent_and_acknowledged(streaming: tuple[World, Any]) -
     ]
     assert entry.decode() in world.router.events[0].idempotency_key
 
-    async def all_acknowledged() -> bool:
-        return await pending(client) == 0
-
-    await eventually(all_acknowledged)
+    await all_acknowledged(client)
 
 
 async def test_poison_is_set_aside(streaming: tuple[World, Any]) -> None:
@@ -217,7 +223,7 @@ async def test_poison_is_set_aside(streaming: tuple[World, Any]) -> None:
     reasons = sorted(fields[b"reason"].decode()[:9] for _, fields in found)
     assert reasons == ["expected ", "expected ", "invalid: ", "malformed", "there is ", '{"results']
     assert all(b"entry" in fields for _, fields in found)
-    assert await pending(client) == 0
+    await all_acknowledged(client)
 
 
 async def test_what_fails_for_a_while_is_tried_again(streaming: tuple[World, Any]) -> None:
@@ -229,10 +235,7 @@ async def test_what_fails_for_a_while_is_tried_again(streaming: tuple[World, Any
     assert await pending(client) == 1
     world.router.outcome = None
 
-    async def done() -> bool:
-        return await pending(client) == 0
-
-    await eventually(done)
+    await all_acknowledged(client)
     assert len({e.idempotency_key for e in world.router.events}) == 1
     assert await client.xlen("events.dead") == 0
 
