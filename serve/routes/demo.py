@@ -11,7 +11,7 @@ import msgspec
 from carillon import policy, tokens
 from carillon.errors import NotFoundError, UnavailableError
 from serve.http import Request, Response, json_response
-from serve.routes.events import publish
+from serve.routes.events import dry_run, publish
 from serve.routing import OPEN, Route
 from serve.schemas import USER_ID, nullable, obj, ref, text
 from serve.services import Services
@@ -48,6 +48,11 @@ async def fallback(services: Services, request: Request) -> Response:
     return await _file("fallback.js", b"text/javascript; charset=utf-8")
 
 
+async def preferences(services: Services, request: Request) -> Response:
+    """GET /demo/preferences.js: the page's preferences panel."""
+    return await _file("preferences.js", b"text/javascript; charset=utf-8")
+
+
 async def config(services: Services, request: Request) -> Response:
     """GET /demo/config.json: where to connect, and fresh tokens of the demo users."""
     _require_demo(services)
@@ -81,17 +86,29 @@ async def config(services: Services, request: Request) -> Response:
 
 async def send(services: Services, request: Request) -> Response:
     """POST /demo/send: an event to one of the demo tenant's users."""
-    _require_demo(services)
-    document = await request.json_object(("userId", "title", "body", "priority"))
-    event = {"type": "demo", **document}
     return await publish(
         services,
-        msgspec.json.encode(event),
+        await _event(services, request),
         None,
         services.settings.ingress.demo_tenant,
         request.deadline,
         request.request_id,
     )
+
+
+async def explain(services: Services, request: Request) -> Response:
+    """POST /demo/explain: what would become of such an event; nothing is sent."""
+    body = await _event(services, request)
+    return await dry_run(
+        services, body, None, services.settings.ingress.demo_tenant, request.deadline, request.request_id
+    )
+
+
+async def _event(services: Services, request: Request) -> bytes:
+    """The event that the page's form means."""
+    _require_demo(services)
+    document = await request.json_object(("userId", "title", "body", "priority"))
+    return msgspec.json.encode({"type": "demo", **document})
 
 
 async def received(services: Services, request: Request) -> Response:
@@ -119,6 +136,20 @@ async def _fetch(url: str) -> Any:
 
 
 _TAG = "Demo"
+_FORM: Final = obj(
+    {
+        "userId": USER_ID,
+        "title": text(1, 255, control=True),
+        **nullable(
+            {
+                "body": {"type": "string", "maxLength": 1024},
+                "priority": {"enum": ["low", "normal", "high", "urgent", "critical"]},
+            }
+        ),
+    },
+    ["userId", "title"],
+)
+_FORM_EXAMPLE: Final = {"userId": "ada", "title": "Hello", "body": "from the demo", "priority": "normal"}
 
 ROUTES: Final = (
     Route("GET", "/demo", page, OPEN, "The demo page", answer_type="text/html", problems=(404,), tag=_TAG),
@@ -131,23 +162,23 @@ ROUTES: Final = (
         answer_type="text/javascript", problems=(404,), tag=_TAG,
     ),
     Route(
+        "GET", "/demo/preferences.js", preferences, OPEN, "The page's preferences panel",
+        answer_type="text/javascript", problems=(404,), tag=_TAG,
+    ),
+    Route(
         "GET", "/demo/config.json", config, OPEN, "Demo mode: where to connect, and tokens",
         answer=obj({}, strict=False), problems=(404, 503), tag=_TAG,
     ),
     Route(
         "POST", "/demo/send", send, OPEN, "Demo mode: an event to a demo user",
-        body=obj(
-            {
-                "userId": USER_ID, "title": text(1, 255, control=True),
-                **nullable(
-                    {"body": {"type": "string", "maxLength": 1024},
-                     "priority": {"enum": ["low", "normal", "high", "urgent", "critical"]}}
-                ),
-            },
-            ["userId", "title"],
-        ),
-        body_example={"userId": "ada", "title": "Hello", "body": "from the demo", "priority": "normal"},
+        body=_FORM,
+        body_example=_FORM_EXAMPLE,
         status=202, answer=ref("EventResult"), problems=(400, 404, 413, 422, 429, 503), tag=_TAG,
+    ),
+    Route(
+        "POST", "/demo/explain", explain, OPEN, "Demo mode: what would become of an event",
+        body=_FORM, body_example=_FORM_EXAMPLE,
+        answer=obj({}, strict=False), problems=(400, 404, 413, 422, 429, 503), tag=_TAG,
     ),
     Route(
         "GET", "/demo/received", received, OPEN, "Demo mode: what the local push servers received",

@@ -37,15 +37,26 @@ async def post_events(services: Services, request: Request) -> Response:
         raise refused(f"expected dryRun to be true or false, got {shown(dry)}", [expected])
     body = await request.body()
     key = request.header(b"idempotency-key")
-    if dry == "true":
-        parsed = await _parse(services, body, key, request.tenant, request.deadline)
-        caller = request.caller
-        if caller is not None and caller.rate_per_s is not None and parsed.events:
-            await admit(services, caller, len(parsed.events))
-        return await preview(services, parsed, request.deadline, request.request_id)
-    return await publish(
+    answer = dry_run if dry == "true" else publish
+    return await answer(
         services, body, key, request.tenant, request.deadline, request.request_id, request.caller
     )
+
+
+async def dry_run(
+    services: Services,
+    body: bytes,
+    key: bytes | None,
+    tenant: str,
+    deadline: float,
+    request_id: bytes,
+    caller: ApiKeyRecord | None = None,
+) -> Response:
+    """What `publish` would do, and why; nothing is stored or sent."""
+    parsed = await _parse(services, body, key, tenant, deadline)
+    if caller is not None and caller.rate_per_s is not None and parsed.events:
+        await admit(services, caller, len(parsed.events))
+    return await preview(services, parsed, deadline, request_id)
 
 
 async def admit(services: Services, caller: ApiKeyRecord, requests: int) -> None:

@@ -19,6 +19,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from carillon.clock import rfc3339
+from carillon.preferences import DEFAULTS
 
 STATIC = Path(__file__).resolve().parents[2] / "serve/static"
 USERS = ("ana", "ben", "chloe")
@@ -40,6 +41,10 @@ class FakeDemo:
         self.refusing = False
         self.tells_presence = True
         self.deaf = False
+        self.preferences: dict[str, dict[str, Any]] = {}
+        """What was stored, by user."""
+        self.preference_problem = ""
+        """If set, PUT of preferences answers it."""
         self.files: dict[str, Path] = {}
         """Served as /demo/NAME, beside those of serve/static."""
 
@@ -49,10 +54,12 @@ class FakeDemo:
                 Route("/demo", lambda request: FileResponse(STATIC / "demo.html")),
                 Route("/demo/config.json", self._config),
                 Route("/demo/send", self._send, methods=["POST"]),
+                Route("/demo/explain", self._explain, methods=["POST"]),
                 Route("/demo/received", self._received),
                 Route("/demo/{name}", self._static),
                 Route("/api/notifications", self._feed),
                 Route("/api/notifications/unread-count", self._count),
+                Route("/api/notifications/preferences", self._preferences, methods=["GET", "PUT"]),
                 WebSocketRoute("/ws", self._socket),
             ]
         )
@@ -155,6 +162,19 @@ class FakeDemo:
     async def _feed(self, request: Request) -> JSONResponse:
         notes = [note for note in reversed(self.notes[self._user(request)]) if not note["archived"]]
         return JSONResponse({"notifications": notes, "nextCursor": None})
+
+    async def _preferences(self, request: Request) -> JSONResponse:
+        user = self._user(request)
+        if request.method == "PUT":
+            if self.preference_problem:
+                return JSONResponse({"detail": self.preference_problem}, 422)
+            self.preferences[user] = await request.json()
+        return JSONResponse({**DEFAULTS, **self.preferences.get(user, {})})
+
+    async def _explain(self, request: Request) -> JSONResponse:
+        event = await request.json()
+        words = f"{event['userId']} is connected"
+        return JSONResponse({"status": "delivered", "rules": [{"rule": "live", "words": words}]})
 
     async def _count(self, request: Request) -> JSONResponse:
         user = self._user(request)

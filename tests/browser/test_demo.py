@@ -129,3 +129,27 @@ async def test_offline_and_back_resumes(system: Target, browser: Chromium) -> No
     await tab.wait(row("during the pause"))
     wire = await tab.run("document.getElementById('wire').textContent")
     assert '"recovered":true' in wire
+
+
+async def test_preferences_hold_for_the_next_event(system: Target, browser: Chromium) -> None:
+    """A type that is switched off in the panel is explained as suppressed, and comes again when it is on."""
+    user = (await users_of(system))[1]
+    tab = await open_as(browser, system, user)
+    await tab.run(f"document.getElementById('send-user').value = '{user}'")
+    saved = "document.getElementById('preferences-hint').textContent.startsWith('saved')"
+    explained = "document.getElementById('explained').textContent"
+    switch = "document.getElementsByName('type.demo')[0]"
+    await tab.wait(f"{switch} && {switch}.checked && !{switch}.disabled")
+    try:
+        await tab.click("[name='type.demo']")
+        await tab.wait(saved)
+        await tab.click("#explain-button")
+        await tab.wait(
+            f"document.getElementById('send-hint').textContent === 'would be suppressed' && {explained}"
+        )
+    finally:
+        await tab.run("document.getElementById('preferences-hint').textContent = ''")
+        await tab.click("[name='type.demo']")
+        await tab.wait(saved)
+    await send(tab, user, "wanted again")
+    await tab.wait(row("wanted again"))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from carillon.preferences import validate
 from tests.browser.chromium import Chromium, find_chromium
 from tests.browser.fake_demo import FakeDemo
 from tests.support import eventually
@@ -236,6 +237,68 @@ async def test_a_closed_tab_means_push(fake: FakeDemo, browser: Chromium) -> Non
     await ben.run("document.getElementById('send-user').value = 'ana'")
     await ben.click("#send-button")
     await ben.wait("document.querySelector('#pushes [data-notification=ana-1]') !== null")
+
+
+SAVED = "document.getElementById('preferences-hint').textContent.startsWith('saved')"
+
+
+def control(name: str) -> str:
+    """An expression: a control of the preferences panel."""
+    return f"document.getElementById('preferences-form').elements.namedItem('{name}')"
+
+
+async def test_preferences_are_shown_and_saved(fake: FakeDemo, browser: Chromium) -> None:
+    """The panel shows the user's document, saves each change, and keeps what it has no control for."""
+    fake.preferences["ana"] = {
+        "channels": {"push": {"enabled": True, "sound": "bell"}, "sms": False},
+        "quietHours": {"start": "21:30", "end": "06:15", "timezone": "Europe/Vienna", "days": ["mon"]},
+    }
+    tab = await browser.open(f"{fake.url}?user=ana")
+    await tab.wait(f"{control('push')}?.checked && !{control('push')}.disabled")
+    assert await tab.run(f"[{control('start')}.value, {control('end')}.value].join()") == "21:30,06:15"
+    assert await tab.run(f"{control('at')}.disabled")
+    await tab.click("[name=push]")
+    await tab.wait(SAVED)
+    assert fake.preferences["ana"]["channels"]["push"] == {"enabled": False, "sound": "bell"}
+    assert fake.preferences["ana"]["channels"]["sms"] is False
+    assert fake.preferences["ana"]["quietHours"]["days"] == ["mon"]
+    await tab.click("[data-hours='1']")
+    await eventually(lambda: fake.preferences["ana"]["doNotDisturbUntil"], what="do not disturb")
+    await tab.wait("document.querySelector('[data-dnd]').textContent.startsWith('on until')")
+    changed = "new Event('change', {bubbles: true})"
+    await tab.run(f"(e => {{ e.value = 'daily'; e.dispatchEvent({changed}) }})({control('digest')})")
+    await eventually(
+        lambda: fake.preferences["ana"]["digest"] == {"frequency": "daily", "at": "08:00"}, what="a digest"
+    )
+    await tab.click("[name=global]")
+    await tab.wait(f"{control('push')}.disabled && {SAVED}")
+    assert fake.preferences["ana"]["global"] is False
+    for document in fake.preferences.values():
+        validate(document)
+    # Another user has another document.
+    await tab.click("[data-user=ben]")
+    await tab.wait(f"{control('global')}.checked && {control('push')}.checked")
+
+
+async def test_refused_preferences_are_shown_as_they_hold(fake: FakeDemo, browser: Chromium) -> None:
+    """What the server refuses is undone in the form, and its words are shown."""
+    fake.preference_problem = "expected something else"
+    tab = await browser.open(f"{fake.url}?user=ana")
+    await tab.wait(f"{control('push')}?.checked && !{control('push')}.disabled")
+    await tab.click("[name=push]")
+    await tab.wait("document.getElementById('preferences-hint').textContent === 'expected something else'")
+    assert await tab.run(f"{control('push')}.checked")
+    assert "ana" not in fake.preferences
+
+
+async def test_what_would_happen_is_told_in_words(fake: FakeDemo, browser: Chromium) -> None:
+    """The dry run of the form's event is shown, and nothing is sent."""
+    tab = await browser.open(f"{fake.url}?user=ana")
+    await tab.wait(f"{STATE} === 'open'")
+    await tab.click("#explain-button")
+    await tab.wait("document.getElementById('explained').textContent === 'ana is connected'")
+    assert await tab.run("document.getElementById('send-hint').textContent") == "would be delivered"
+    assert fake.notes["ana"] == []
 
 
 async def test_nothing_is_wider_than_a_phone(fake: FakeDemo, browser: Chromium, tmp_path: Path) -> None:

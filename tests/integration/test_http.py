@@ -794,7 +794,7 @@ async def test_demo_mode(postgres_dsn: str) -> None:
         assert config["wsUrl"] == "ws://127.0.0.1:1/ws"
         assert [user["userId"] for user in config["users"]] == ["ada", "grace"]
         assert (config["policy"]["whenAway"], config["policy"]["whenAwayDelayS"]) == ("push_after", 30)
-        for script in ("carillon-client.js", "fallback.js"):
+        for script in ("carillon-client.js", "fallback.js", "preferences.js"):
             answer = await world.http.get(f"/demo/{script}")
             assert answer.headers["content-type"] == "text/javascript; charset=utf-8"
         headers = {"Authorization": f"Bearer {config['users'][0]['token']}"}
@@ -803,6 +803,7 @@ async def test_demo_mode(postgres_dsn: str) -> None:
         assert (await world.http.post("/demo/send", json=body)).status_code == 202
         assert (world.router.events[0].tenant, world.router.events[0].type) == ("acme", "demo")
         problem(await world.http.post("/demo/send", json={"userId": "ada"}), 422, "invalid")
+        problem(await world.http.post("/demo/explain", json={"userId": "ada"}), 422, "invalid")
         assert (await world.http.get("/demo/received")).json() == {"fcm": None, "apns": None}
     finally:
         await world.stop()
