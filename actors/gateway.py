@@ -24,6 +24,7 @@ from actors.gateway_connection import PAUSED_VERIFY, Connection
 from actors.gateway_handshake import Handshake
 from actors.gateway_keys import PostgresKeys, ReadKeys, Redeem, TenantKeys
 from actors.gateway_owners import Owners
+from actors.gateway_rates import UserRates
 from actors.link import Link
 from actors.member import Membership, advertised_host
 from actors.tls import server_context
@@ -95,6 +96,7 @@ class Gateway:
         self._rules = TokenRules(
             settings.ingress.clock_skew_s, settings.ingress.token_audience, settings.ingress.token_issuer
         )
+        self._rates = UserRates(self.limits.user_frames_per_s)
         self._sockets: dict[Connection, None] = {}
         self._open = 0  # sockets that are WebSockets and not closing
         self._draining = False
@@ -233,6 +235,8 @@ class Gateway:
     def ended(self, conn: Connection) -> None:
         """See `Host.ended`."""
         self._open -= 1
+        if conn.user_rate is not None:
+            self._rates.leave(conn.tenant, conn.user)
         self.owners.detach(conn)
 
     def count_close(self, code: int) -> None:
@@ -386,6 +390,7 @@ class Gateway:
         conn.phase = Phase.OPEN
         if auth.ref is not None:
             conn.send(server_frames.ok(auth.ref))
+        conn.user_rate = self._rates.join(conn.tenant, conn.user)
         conn.start_pings(self.limits.heartbeat_s * random.uniform(0.5, 1.0))  # noqa: S311
         self.owners.attach(conn)
 

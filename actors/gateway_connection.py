@@ -27,6 +27,7 @@ from actors.gateway_handshake import (
     text_frame,
 )
 from actors.gateway_host import Host
+from actors.gateway_rates import FrameRate
 from carillon import server_frames
 from carillon.client_frames import Auth, BadFrameError, ClientFrame, ClientPing, parse_binary, parse_text
 from carillon.messages import ClientAck
@@ -47,7 +48,7 @@ class Connection(AttachedSocket, asyncio.Protocol):
 
     __slots__ = (
         "_ack_credit", "_buffer", "_errors", "_host", "_partial", "_partial_text", "_paused", "_pinged",
-        "_tokens", "_tokens_at", "_ws", "path_user",
+        "_rate", "_ws", "path_user", "user_rate",
     )  # fmt: skip
 
     def __init__(self, host: Host) -> None:
@@ -58,8 +59,8 @@ class Connection(AttachedSocket, asyncio.Protocol):
         self._partial: bytearray | None = None
         self._partial_text = self._pinged = False
         self._paused = self._ack_credit = 0
-        self._tokens = host.limits.frames_per_s
-        self._tokens_at = 0.0
+        self._rate = FrameRate(host.limits.frames_per_s)
+        self.user_rate: FrameRate | None = None  # shared with the user's other connections
         self._errors: list[float] | None = None
         self.phase = Phase.HANDSHAKE
         self.path_user: str | None = None
@@ -250,21 +251,22 @@ class Connection(AttachedSocket, asyncio.Protocol):
     # -- pausing --------------------------------------------------------------------------------------
 
     def _spend(self) -> None:
-        """Take one frame out of the token bucket; an empty one stops reading until it is paid back."""
-        rate = self._host.limits.frames_per_s
+        """Take one frame out of the token buckets; an empty one stops reading until it is paid back."""
         now = self._host.loop.time()
-        self._tokens = min(rate, self._tokens + (now - self._tokens_at) * rate) - 1.0
-        self._tokens_at = now
-        if self._tokens < 0 and not self._paused & PAUSED_RATE:
+        owed_s = self._rate.spend(now)
+        if self.user_rate is not None:
+            owed_s = max(owed_s, self.user_rate.spend(now))
+        if owed_s and not self._paused & PAUSED_RATE:
             self.pause(PAUSED_RATE)
-            self._host.loop.call_later(-self._tokens / rate, self._repaid)
+            self._host.loop.call_later(owed_s, self._repaid)
 
     def _repaid(self) -> None:
-        rate = self._host.limits.frames_per_s
         now = self._host.loop.time()
-        owed = -(self._tokens + (now - self._tokens_at) * rate)
-        if owed > 0.5 and self.phase < Phase.CLOSING:
-            self._host.loop.call_later(owed / rate, self._repaid)
+        owed_s = self._rate.owed_s(now)
+        if self.user_rate is not None:
+            owed_s = max(owed_s, self.user_rate.owed_s(now))
+        if owed_s and self.phase < Phase.CLOSING:
+            self._host.loop.call_later(owed_s, self._repaid)
         else:
             self.unpause(PAUSED_RATE)
 

@@ -215,6 +215,9 @@ class GatewaySettings:
     frames_per_s: float = setting(
         100.0, "Client frames per second before reading is paused.", low=1.0, unit="1/s"
     )
+    user_frames_per_s: float = setting(
+        300.0, "The same for all of a user's connections at one gateway together.", low=1.0, unit="1/s"
+    )
     max_errors_per_minute: int = setting(10, "Bad frames in a minute before 4003.", low=1)
     max_connections: int = setting(15_000, "Connections of one gateway; more are refused with 4213.", low=1)
     reattach_timeout_s: float = setting(

@@ -238,8 +238,32 @@ async def test_a_flood_is_parsed_only_in_slices(start: Start) -> None:
     raw.writer.write(frame * 5000)
     await eventually(lambda: only(kit)._paused)
     await asyncio.sleep(0.1)
-    assert -only(kit)._tokens < 4096 / len(frame) + 1
+    assert -only(kit)._rate.tokens < 4096 / len(frame) + 1
     raw.writer.transport.abort()
+
+
+async def test_a_users_connections_share_a_rate(start: Start) -> None:
+    """Two sockets of one user get no more together than its share; another user's socket is not slowed."""
+    kit = await start(frames_per_s=1000, user_frames_per_s=50)
+    mine = [await RawClient.upgraded(kit) for _ in range(2)]
+    other = await RawClient.upgraded(kit, user="other")
+    for raw in (*mine, other):
+        await raw.frame()
+    started = time.monotonic()
+    for raw in mine:
+        raw.writer.write(b"".join(client_frame(b'{"type":"PING"}') for _ in range(50)))
+    for raw in mine:
+        for _ in range(50):
+            await raw.frame()
+    other.writer.write(client_frame(b'{"type":"PING"}'))
+    await other.frame()
+    for raw in mine:
+        raw.writer.write(client_frame(b'{"type":"PING","id":"last"}'))
+        await raw.frame()
+    assert time.monotonic() - started > 0.9, "102 frames at 50/s with a burst of 50 take a second"
+    for raw in (*mine, other):
+        await raw.end()
+    await eventually(lambda: not len(kit.gateway._rates), what="the shares to be forgotten")
 
 
 async def test_acknowledging_what_was_sent_is_free(start: Start) -> None:
