@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -13,6 +14,8 @@ from actors.config import ActorConfig
 from actors.link import Link
 from actors.member import Membership
 from actors.shard_acks import Acknowledgements
+from actors.shard_amendments import AMENDMENTS, AmendEntry
+from actors.shard_changes import ChangeEntry
 from actors.shard_mirror import Mirror
 from actors.shard_outbox import Outbox
 from actors.shard_policies import Policies
@@ -22,7 +25,7 @@ from actors.shard_schedules import Schedules
 from actors.shard_sessions import Sessions
 from actors.shard_users import User, UserCache, read_preferences
 from actors.shard_watch import WatchPermission
-from actors.shard_writer import ChangeEntry, Writer
+from actors.shard_writer import Writer
 from carillon import server_frames
 from carillon.attention import DEFERRED
 from carillon.clock import Clock, SystemClock
@@ -36,6 +39,7 @@ from carillon.errors import (
 )
 from carillon.ids import SLOTS, UserKey
 from carillon.messages import (
+    Amend,
     Attach,
     Change,
     ChangeResult,
@@ -182,7 +186,7 @@ class Shard:
             self._store, self._users, self._clock, self._stats, shard,
             term=self._term, owns=self._owns, run=self._sessions.run, reach=self._reach,
             policy=self._policies.of, planned=self._planned, withdrawn=self._outbox.due_now,
-            fenced=self._was_fenced,
+            stopped=self._outbox.stop, fenced=self._was_fenced,
         )  # fmt: skip
         self._schedules = Schedules(
             self._store, self._clock, self._stats, self._settings, name=self._config.name,
@@ -382,6 +386,8 @@ class Shard:
             self._outbox.left(message)
         elif kind is Change:
             self._change(link, message, request)
+        elif kind is Amend:
+            self._amend(link, message, request)
         elif kind is ClientMode:
             early = self._sessions.early(link, message.conn)
             if early is None:
@@ -456,15 +462,21 @@ class Shard:
             )
             return
 
-        def done(answer: tuple[int, int, int] | CarillonError) -> None:
-            if isinstance(answer, FencedError):
-                link.fail_nowait(request, NotOwnerError(str(answer)))
-            elif isinstance(answer, CarillonError):
-                link.fail_nowait(request, answer)
-            else:
-                link.reply_nowait(request, ChangeResult(*answer))
-
+        done = _answering(link, request, lambda answer: ChangeResult(*answer))
         self._with_user(message, lambda user: self._submit_change(user, message, message.strict, done), done)
+
+    def _amend(self, link: Link, message: Amend, request: int) -> None:
+        if message.op not in AMENDMENTS:
+            link.fail_nowait(
+                request, InvalidInputError(f"expected a known operation, got {message.op!r}", "op")
+            )
+            return
+        done = _answering(link, request, lambda answer: answer)
+
+        def known(user: User) -> None:
+            self._writer.submit_change(AmendEntry(user, message, done))
+
+        self._with_user(message, known, done)
 
     def _device_said(self, link: Link, message: DeviceAck | DeviceVisibility, request: int) -> None:
         def known(user: User) -> None:
@@ -623,6 +635,20 @@ class Shard:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _answering(link: Link, request: int, reply: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """What answers a request with a change's result, or its error."""
+
+    def done(answer: Any) -> None:
+        if isinstance(answer, FencedError):
+            link.fail_nowait(request, NotOwnerError(str(answer)))
+        elif isinstance(answer, CarillonError):
+            link.fail_nowait(request, answer)
+        else:
+            link.reply_nowait(request, reply(answer))
+
+    return done
 
 
 _SESSION_MESSAGES = frozenset(

@@ -40,6 +40,9 @@ MAX_WAITING = 200_000
 WITHDRAW = "withdraw"
 """Channel of rows that take back what was pushed."""
 
+REPLACE = "replace"
+"""Channel of rows that put an edited text in the place of what phones show: without a sound."""
+
 AFTER_DELAY_MS = 50
 """A row that waits for its user to see it is looked at so long after its time: the session, which knows more,
 comes first."""
@@ -104,6 +107,7 @@ class Outbox:
         self._fresh: list[tuple[User, Event, int, OutboxRow]] = []
         self._flights: dict[int, _Flight] = {}
         self._outcomes: list[tuple[Link, int, PushOutcome]] = []
+        self._stopped: dict[bytes, tuple[str, int]] = {}  # why, and until when jobs may be on their way here
         self._half_tried: list[tuple[int, _Flight]] = []  # sent at one provider, left by another
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -143,6 +147,16 @@ class Outbox:
         """Acknowledged, read, dismissed, ...: nothing is to be watched any more."""
         for raw in ids:
             self._waiting.pop(raw, None)
+
+    def stop(self, notification: bytes, reason: str) -> None:
+        """It was retracted or cancelled: no push of it leaves any more, of whatever was claimed before."""
+        self.settled_in_app((notification,))
+        now_ms = self._clock.now_ms()
+        while self._stopped and next(iter(self._stopped.values()))[1] <= now_ms:
+            del self._stopped[next(iter(self._stopped))]
+        self._stopped.pop(notification, None)
+        lease_ms = round(self._settings.shard.delivery_lease_s * 1000)
+        self._stopped[notification] = reason, now_ms + lease_ms
 
     def planned(self, user: User, event: Event, seq: int, row: OutboxRow, *, live: bool) -> None:
         """A row was committed with its notification."""
@@ -288,9 +302,12 @@ class Outbox:
         settled: list[SettleRow] = []
         for row, targets in claimed:
             withdraw = row.channel == WITHDRAW
-            if row.gate == WITHDRAWN:  # dealt with while it was claimed, and nobody tried it
+            stopped = self._stopped.get(row.notification) if self._stopped and not withdraw else None
+            if row.gate == WITHDRAWN or stopped is not None:
+                # Dealt with while it was claimed, and nobody tried it.
+                reason = row.ended if stopped is None else stopped[0]
                 settled.append(
-                    SettleRow(row.delivery, row.attempt, "cancelled", now_ms, "seen", onward=False)
+                    SettleRow(row.delivery, row.attempt, "cancelled", now_ms, reason, onward=False)
                 )
                 continue
             if row.expires_ms is not None and row.expires_ms <= now_ms and not withdraw:
@@ -306,7 +323,7 @@ class Outbox:
                 if verdict == "hold":
                     self._returns.add([ReleaseRow(row.delivery, row.attempt, row.hold_until_ms, "active")])
                     continue
-            if withdraw:
+            if withdraw or row.channel == REPLACE:
                 mine = [t for t in targets if t.device in row.reached]
             else:
                 reaches = EXTERNAL[row.channel].providers
@@ -317,7 +334,7 @@ class Outbox:
                     state, reason = "sent", None
                 elif mine:
                     state, reason = "cancelled", "shown on every device"
-                elif withdraw:
+                elif row.channel in (WITHDRAW, REPLACE):
                     state, reason = "cancelled", "no device got it"
                 else:
                     state, reason = without_target(row.channel, row.step, row.chain)
@@ -346,6 +363,8 @@ class Outbox:
                 job.sound, badge = self._again.presented(row)
                 if not badge:
                     job.badge = -1
+                if row.channel == REPLACE:
+                    job.sound = ""
                 jobs.append(job)
         if settled:
             await self._settle([], settled, [], [], now_ms)

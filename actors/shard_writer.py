@@ -14,9 +14,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from actors.shard_amendments import AMENDMENTS, Amendments
+from actors.shard_changes import ChangeEntry, Changes, finish
 from actors.shard_policies import NO_RULES
 from actors.shard_users import LOAD_BATCH, User, UserCache
-from carillon import server_frames
 from carillon.attention import DEFERRED, Attention
 from carillon.budget import Spent
 from carillon.clock import Clock, rfc3339
@@ -34,7 +35,6 @@ from carillon.session import Effect
 from carillon.settings import ShardSettings
 from stores.postgres.shard_store import (
     AppendRow,
-    ChangeDone,
     KeysTakenError,
     OutboxRow,
     PoisonError,
@@ -64,35 +64,6 @@ class Entry:
         self.waiters: list[Callable[[Outcome], None]] | None = None
 
 
-class ChangeEntry:
-    """One state change on its way.
-
-    Attributes:
-        done: called with (changed, rev, unread) after the commit, or with the error.
-        device: that made it; "" if that is not known.
-    """
-
-    __slots__ = ("device", "done", "ids", "op", "strict", "up_to_seq", "user")
-
-    def __init__(
-        self,
-        user: User,
-        op: str,
-        ids: list[bytes],
-        up_to_seq: int | None,
-        strict: bool,
-        done: Callable[[tuple[int, int, int] | CarillonError], None],
-        device: str = "",
-    ) -> None:
-        self.device = device
-        self.user = user
-        self.op = op
-        self.ids = ids
-        self.up_to_seq = up_to_seq
-        self.strict = strict
-        self.done = done
-
-
 class Writer:
     """Appends events and applies changes.
 
@@ -102,7 +73,8 @@ class Writer:
         reach: tells how a user is found now, and the wall time at which grace ends.
         policy: gives a tenant's policy.
         planned: called with what was committed with a push: (user, entry, outbox row).
-        withdrawn: called when pushes are to be taken back.
+        withdrawn: called when pushes are to be taken back, or to replace others.
+        stopped: called with what is not to be pushed any more, and why.
         fenced: called when the term turns out to be over.
     """
 
@@ -121,9 +93,14 @@ class Writer:
         policy: Callable[[str], TenantPolicy],
         planned: Callable[[User, Event, int, OutboxRow], None],
         withdrawn: Callable[[], None],
+        stopped: Callable[[bytes, str], None],
         fenced: Callable[[], None],
     ) -> None:
-        self._withdrawn = withdrawn
+        self._changes_of_users = Changes(store, clock, term=term, run=run, withdrawn=withdrawn)
+        self._amendments = Amendments(
+            store, clock, settings, self._changes_of_users,
+            term=term, run=run, due_now=withdrawn, stopped=stopped,
+        )  # fmt: skip
         self._store = store
         self._users = users
         self._clock = clock
@@ -533,8 +510,9 @@ class Writer:
                     effects = session.pass_over(seq, rev, user.shown_unread())
                 else:
                     effects = session.deliver(
-                        event.id, seq, rev, user.shown_unread(), event.content, silent=decided.silent
-                    )
+                        event.id, seq, rev, user.shown_unread(), event.content,
+                        silent=decided.silent, expires_ms=event.expires_ms,
+                    )  # fmt: skip
             except ValueError:
                 # Somebody else wrote to this stream (a term that was ours before): read on from the store.
                 log.warning("gap in the stream of a user at seq %d: replaying from the store", seq)
@@ -622,91 +600,26 @@ class Writer:
         self._changes.extendleft(reversed(later))
         for op, changes in by_op.items():
             try:
-                await self._apply(op, [c for c in changes if self._still_owned(c)])
+                owned = [c for c in changes if self._still_owned(c)]
+                await (self._amendments if op in AMENDMENTS else self._changes_of_users).apply(op, owned)
             except CarillonError as exc:
                 if isinstance(exc, FencedError):
                     self._fenced()
                 else:
                     self._suspect(change.user for change in changes)
-                self._finish(changes, exc)
+                finish(changes, exc)
             except asyncio.CancelledError:
-                self._finish(changes, UnavailableError("the shard stops"))
+                finish(changes, UnavailableError("the shard stops"))
                 raise
             except Exception as exc:
                 log.exception("%d changes (%s) failed", len(changes), op)
-                self._finish(changes, UnavailableError(f"change failed: {type(exc).__name__}"))
+                finish(changes, UnavailableError(f"change failed: {type(exc).__name__}"))
 
     def _still_owned(self, change: ChangeEntry) -> bool:
         if self._owns(change.user.slot):
             return True
-        self._finish([change], FencedError("the slot has moved"))
+        finish([change], FencedError("the slot has moved"))
         return False
-
-    def _finish(self, changes: Sequence[ChangeEntry], answer: tuple[int, int, int] | CarillonError) -> None:
-        for change in changes:
-            done, change.done = change.done, _answered
-            if done is not _answered:
-                change.user.pins -= 1
-                done(answer)
-
-    async def _apply(self, op: str, changes: list[ChangeEntry]) -> None:
-        now_ms = self._clock.now_ms()
-        results: dict[int, ChangeDone] = {}
-        devices = {c.user.stream_id: c.device for c in changes if c.device}
-        if op == "read_all":
-            upto = {
-                c.user.stream_id: c.user.seq if c.up_to_seq is None else min(c.up_to_seq, c.user.seq)
-                for c in changes
-            }
-            if upto:
-                results = await self._store.read_all(self._term(), list(upto.items()), now_ms, devices)
-        else:
-            upto = {}
-            wanted = [(c.user.stream_id, list(dict.fromkeys(c.ids))) for c in changes if c.ids]
-            if wanted:
-                results = await self._store.change(self._term(), op, wanted, now_ms, devices)
-        await self._recount([c.user for c in changes if c.user.expired and c.user.stream_id in results])
-        unknown = await self._unknown([c for c in changes if c.strict and c.user.stream_id not in results])
-        for change in changes:
-            user = change.user
-            result = results.get(user.stream_id)
-            if result is None:
-                if change in unknown:
-                    self._finish([change], NotFoundError("expected the id of a notification of this user"))
-                else:
-                    self._finish([change], (0, user.rev, user.shown_unread()))
-                continue
-            user.rev, user.unread = result.rev, result.unread
-            if result.withdrawn:
-                self._withdrawn()
-            session = user.session
-            if session is not None:
-                session.dealt_with(result.ids, upto.get(user.stream_id, 0))
-                frames = change_frames(op, result, now_ms, upto.get(user.stream_id, 0))
-                self._run_effects(user, session.state_changed(result.rev, user.shown_unread(), frames))
-            self._finish([change], (result.changed, user.rev, user.shown_unread()))
-
-    async def _recount(self, users: list[User]) -> None:
-        """Count expired rows anew: those that were read are part of `unread` no more, nor to be left out."""
-        if not users:
-            return
-        known = {user.key: user for user in users}
-        try:
-            records = await self._store.load_users(
-                self._term(), [(user.key, user.slot, user.epoch) for user in users]
-            )
-        except CarillonError as exc:
-            log.info("%d users show an old count of unread: %s", len(users), exc)
-            return
-        for record in records:
-            known[record.key].expired = record.expired
-
-    async def _unknown(self, changes: list[ChangeEntry]) -> list[ChangeEntry]:
-        """Which of the changes that did nothing name no notification of their user."""
-        if not changes:
-            return []
-        existing = await self._store.existing([(c.user.stream_id, raw) for c in changes for raw in c.ids])
-        return [c for c in changes if not any(raw in existing for raw in c.ids)]
 
 
 def _unread_after(rows: Sequence[AppendRow]) -> list[int]:
@@ -728,21 +641,3 @@ def disturbs(found: Plan, reach: Reach) -> bool:
 
 def _answered(_: Any) -> None:
     """Stands where a callback was that has been called."""
-
-
-def change_frames(op: str, result: ChangeDone, now_ms: int, up_to_seq: int) -> list[bytes]:
-    """The frames that tell a user's devices of one committed change."""
-    at = rfc3339(now_ms)
-    if op == "read_all":
-        return [server_frames.all_notifications_read(at, up_to_seq, result.rev)]
-    if op == "read":
-        return [server_frames.notifications_read(result.ids, at, result.rev)]
-    if op == "seen":
-        return [server_frames.notifications_seen(result.ids, result.rev)]
-    kind = {"archive": "ARCHIVED", "dismiss": "DISMISSED", "click": "CLICKED"}[op]
-    # Only the last frame carries the rev: a client cut off between two asks for the rest (see Session).
-    last = len(result.ids) - 1
-    return [
-        server_frames.notification_state(kind, raw, result.rev - (index < last))
-        for index, raw in enumerate(result.ids)
-    ]

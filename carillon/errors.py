@@ -6,7 +6,10 @@ CarillonError
 │   ├── NotFoundError
 │   ├── UnauthenticatedError
 │   │   └── TokenExpiredError
-│   └── NotPermittedError
+│   ├── NotPermittedError
+│   ├── RetractedError       the notification was retracted
+│   ├── ExpiredError         the notification has expired
+│   └── VersionError         another version is the present one
 ├── IdempotencyConflictError same key, another body
 ├── InProgressError          same key, the first request still runs
 ├── UnavailableError         temporary: try again later, nothing was acknowledged
@@ -89,6 +92,24 @@ class NotPermittedError(InvalidInputError):
     """Valid credentials that do not allow this."""
 
     code = "not_permitted"
+
+
+class RetractedError(InvalidInputError):
+    """The notification was retracted: there is nothing to change any more."""
+
+    code = "retracted"
+
+
+class ExpiredError(InvalidInputError):
+    """The notification has expired."""
+
+    code = "expired"
+
+
+class VersionError(InvalidInputError):
+    """Another version than the caller's is the present one."""
+
+    code = "version_conflict"
 
 
 class IdempotencyConflictError(CarillonError):

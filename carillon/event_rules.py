@@ -295,6 +295,17 @@ def explain_event(item: Any, *, recipients: bool) -> Refusal | None:
     return Refusal("not_supported", later) if later else None
 
 
+def member_errors(name: str, value: Any) -> list[FieldError]:
+    """What is wrong with one member of an event, other than its recipients and channels."""
+    wrong: list[FieldError] = []
+    if name == "actions":
+        _explain_actions(value, wrong)
+    else:
+        error = text_error(name, value, TEXTS[name]) if name in TEXTS else _OTHERS[name](value)
+        wrong += [] if error is None else [error]
+    return wrong
+
+
 def _explain_required(item: dict[str, Any], wrong: list[FieldError], later: list[FieldError]) -> None:
     if item.get("type") is None:
         wrong.append(FieldError("type", "1-64 characters", "nothing"))

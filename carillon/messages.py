@@ -144,6 +144,39 @@ class ChangeResult(Struct, array_like=True, tag=4):
     unread: int
 
 
+class Amend(Struct, array_like=True, tag=46):
+    """Request: a service edits, retracts or cancels what it sent. Reply: `Amended`, after the commit.
+
+    Fails with `not_found`; an edit also with `retracted`, `expired`, `version_conflict` or `invalid`.
+    """
+
+    tenant: str
+    user: str
+    slot: int
+    op: str
+    """edit | retract | cancel."""
+    notification: bytes
+    act: bytes
+    """16 bytes, minted before the first try: a second one has no second effect."""
+    actor: str
+    """Who asked: "key:<key id>"."""
+    patch: str = ""
+    """Of an edit: the members that change, as JSON (`carillon.edits.Patch`)."""
+    version: int | None = None
+    """Of an edit: only if this is the present version."""
+
+
+class Amended(Struct, array_like=True, tag=47):
+    """Where the notification stands after `Amend`."""
+
+    version: int
+    """Of its content: 1 as it was sent."""
+    retracted_ms: int | None = None
+    cancelled_ms: int | None = None
+    stopped: int = 0
+    """Pushes that a cancellation stopped."""
+
+
 class DevicePut(Struct, array_like=True, tag=5):
     """Request: register or replace a push target. Reply: `Done`. Re-registration by another user moves it."""
 
@@ -746,7 +779,7 @@ type_union = (
     | PushLeft | Join | Renew | ClusterMap | Leave | StatsQuery | StatsReply | Failure | Ping
     | DeviceAck | DeviceVisibility | DeviceTold | PresenceWatch | PresenceTold | WatchAnswer
     | PresenceMode | ClientMode
-    | PlanQuery | PlanReply | Unsubscribe
+    | PlanQuery | PlanReply | Unsubscribe | Amend | Amended
 )  # fmt: skip
 Message = type_union
 

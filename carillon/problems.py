@@ -70,6 +70,9 @@ _TABLE: Final[dict[str, tuple[int, str]]] = {
     "method_not_allowed": (405, "Method not allowed"),
     "in_progress": (409, "The first request with this idempotency key is still running"),
     "exists": (409, "It exists already"),
+    "retracted": (409, "It was retracted"),
+    "expired": (409, "It has expired"),
+    "version_conflict": (412, "Another version is the present one"),
     "too_large": (413, "The request is too large"),
     "invalid": (422, "The request is not valid"),
     "not_supported": (422, "Not supported"),
@@ -92,8 +95,8 @@ CODES: Final = tuple(_TABLE)
 """All codes of problem documents."""
 
 _TEMPORARY: Final = frozenset(code for code, (status, _) in _TABLE.items() if status in (409, 429, 503)) - {
-    "exists"
-}
+    "exists", "retracted", "expired",
+}  # fmt: skip
 
 
 def problem(

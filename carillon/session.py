@@ -25,8 +25,7 @@ than the head is shown as it is, for states only grow and the frame that follows
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -60,6 +59,7 @@ from carillon.effects import (
 )
 from carillon.notification import NotificationRow, filed_away, fresh_json, notification_json, user_json_of
 from carillon.push_watch import PushWatch, Waiting
+from carillon.recent import LogEntry, Recent
 
 MAX_UNACKED: Final = 1000
 """Unacknowledged deliveries a session remembers; older ones are acknowledged by id through the store."""
@@ -88,15 +88,6 @@ class Head(NamedTuple):
     unread: int
 
 
-class LogEntry(NamedTuple):
-    """One durable change in the recent window."""
-
-    rev: int
-    seq: int  # > 0 for a new notification
-    frame: bytes
-    update: bool
-
-
 class Session:
     """One connected user.
 
@@ -107,8 +98,8 @@ class Session:
     """
 
     __slots__ = (
-        "_away_deadline", "_began_seq", "_devices", "_limits", "_log", "_log_from", "_pushes", "_status",
-        "_unacked", "attachments", "epoch", "grace_deadline", "last_seen_ms", "rev", "seq", "unread",
+        "_away_deadline", "_began_seq", "_devices", "_limits", "_pushes", "_status", "_unacked",
+        "attachments", "epoch", "grace_deadline", "last_seen_ms", "recent", "rev", "seq", "unread",
         "user_json",
     )  # fmt: skip
 
@@ -119,8 +110,7 @@ class Session:
         self.grace_deadline = 0.0
         self.last_seen_ms: int | None = None
         self._limits = limits
-        self._log: deque[LogEntry] = deque()
-        self._log_from = head.rev  # the log holds every change with rev > _log_from
+        self.recent = Recent(limits.recent_window, head.rev)
         self._unacked: dict[int, bytes] = {}  # seq -> id, in seq order per insertion
         self._status = "offline"
         self._pushes: PushWatch | None = None
@@ -297,7 +287,15 @@ class Session:
     # -- what happens to the user -----------------------------------------------------------------------
 
     def deliver(
-        self, notification_id: bytes, seq: int, rev: int, unread: int, content: str, *, silent: bool = False
+        self,
+        notification_id: bytes,
+        seq: int,
+        rev: int,
+        unread: int,
+        content: str,
+        *,
+        silent: bool = False,
+        expires_ms: int | None = None,
     ) -> list[Effect]:
         """A notification was committed: write it to every live attachment, keep it for the others.
 
@@ -317,7 +315,7 @@ class Session:
         )
         self.seq, self.unread = seq, unread
         self._remember(seq, notification_id)
-        return self._emit(LogEntry(rev, seq, frame, False))
+        return self._emit(LogEntry(rev, seq, frame, False, notification_id, expires_ms))
 
     def pass_over(self, seq: int, rev: int, unread: int) -> list[Effect]:
         """A notification was committed that the user wants nowhere in the app: nothing is written.
@@ -360,12 +358,28 @@ class Session:
             effects += self._emit(LogEntry(rev, 0, frame, update), told)
         return effects
 
+    def updated(self, row: NotificationRow, unread: int) -> list[Effect]:
+        """A notification was changed in place (edited, merged) and committed: NOTIFICATION_UPDATED.
+
+        Args:
+            row: as it is now; its `rev` is that of the change.
+        """
+        if row.rev != self.rev + 1:
+            return self.heal(Head(self.epoch, self.seq, row.rev, unread))
+        self.unread = unread
+        frame = server_frames.notification_updated(notification_json(row, self.user_json))
+        return self._emit(LogEntry(row.rev, 0, frame, True, row.id, row.expires_ms))
+
+    def withdrawn(self, ids: Collection[bytes]) -> None:
+        """These were retracted: nobody is shown them again, nor are their pushes awaited."""
+        self.recent.withdraw(ids)
+        self.dealt_with(ids)
+
     def heal(self, head: Head) -> list[Effect]:
         """The stream moved without this session (another writer): everybody replays from the store."""
         effects: list[Effect] = []
         self.epoch, self.seq, self.rev, self.unread = head
-        self._log.clear()
-        self._log_from = head.rev
+        self.recent.clear(head.rev)
         self._began_seq = head.seq
         for attachment in self.attachments:
             if attachment.phase is Phase.LIVE:
@@ -714,9 +728,7 @@ class Session:
     def _emit(self, entry: LogEntry, told: int | None = None) -> list[Effect]:
         """Log and write one frame; `told` is the rev a connection has with it, if not the entry's."""
         self.rev = entry.rev
-        self._log.append(entry)
-        if len(self._log) > self._limits.recent_window:
-            self._log_from = self._log.popleft().rev
+        self.recent.add(entry)
         to: list[Attachment] = []
         for attachment in self.attachments:
             if attachment.phase is Phase.LIVE:
@@ -739,17 +751,14 @@ class Session:
         """Bring an attachment from its cursor towards the head, and to LIVE once it is there."""
         attachment.wait_deadline = 0.0
         attachment.loading = None
-        reaches = attachment.cursor_rev >= self._log_from and attachment.cursor_seq >= self._oldest_log_seq()
-        if not reaches:
+        if attachment.cursor_rev < self.recent.since or attachment.cursor_seq < self.recent.oldest_seq(
+            self.seq
+        ):
             attachment.phase = Phase.REPLAYING
             attachment.replay = ReplayStart(attachment.cursor_seq, self.rev, False)
             self._load(attachment, effects)
             return
-        missed = [e for e in self._log if e.seq > attachment.cursor_seq]
-        # The frames of missed notifications are as they were when new, so that every later change of them
-        # follows, also those the client's rev (of another stream position, or none) would leave out.
-        told = min(attachment.cursor_rev, missed[0].rev) if missed else attachment.cursor_rev
-        missed += [e for e in self._log if not e.seq and e.rev > told]
+        missed = self.recent.missed(attachment.cursor_seq, attachment.cursor_rev)
         for index, entry in enumerate(missed):
             # As in a replay from the store: the position's rev moves only with the last frame.
             rev = self.rev if index == len(missed) - 1 else 0
@@ -768,10 +777,3 @@ class Session:
         else:
             attachment.loading = LoadNotifications(attachment, attachment.cursor_seq, limit, self.seq)
         effects.append(attachment.loading)
-
-    def _oldest_log_seq(self) -> int:
-        """Least cursor_seq from which the log holds every later notification."""
-        for entry in self._log:
-            if entry.seq:
-                return entry.seq - 1
-        return self.seq

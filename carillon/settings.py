@@ -143,6 +143,9 @@ class ShardSettings:
     recent_window: int = setting(
         50, "Recent notifications kept per live session for resume.", low=0, high=1000
     )
+    edit_history: int = setting(
+        50, "Former contents kept of a notification that is edited again and again.", low=0, high=10_000
+    )
     grace_s: float = setting(
         5.0, "A session lives on for so long after its last connection was lost.", low=0.0, unit="s"
     )

@@ -18,6 +18,7 @@ _TITLES: Final = {
     403: "The API key lacks the scope",
     404: "Unknown or foreign id",
     409: "The first request with this idempotency key is still running; see Retry-After",
+    412: "Another version than the one named is the present one",
     413: "The body is too long",
     422: "A rule is broken (`errors` names each), or it is not supported yet",
     429: "Too many requests at once; see Retry-After",

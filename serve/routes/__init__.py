@@ -8,6 +8,7 @@ from serve.routing import Route
 def all_routes() -> tuple[Route, ...]:
     """Every route, in the order of the documentation."""
     from serve.routes import (
+        amend,
         client,
         dead_letters,
         demo,
@@ -25,6 +26,7 @@ def all_routes() -> tuple[Route, ...]:
 
     modules = (
         events,
+        amend,
         explain,
         schedules,
         inbound,

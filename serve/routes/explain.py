@@ -18,11 +18,12 @@ from carillon.messages import Event, PlanQuery, PlanReply
 from carillon.notification import decode_content, filed_away
 from carillon.problems import problem_document
 from serve.http import Request, Response, json_response
+from serve.routes.amend import HISTORY, history
 from serve.routes.bodies import path_notification
 from serve.routing import SERVICE, Route
 from serve.schemas import UUID, obj, ref
 from serve.services import Services
-from stores.postgres.feed import Found
+from stores.postgres.feed import Act, Found
 
 MAX_AT_ONCE: Final = 64
 """Plans of one request that are asked for at the same time."""
@@ -72,6 +73,7 @@ async def get_explanation(services: Services, request: Request) -> Response:
         )
     rules = _rules(found)
     deliveries = [_delivery(one) for one in found.deliveries]
+    acts = [act_words(act) for act in found.acts]
     return json_response(
         {
             "notificationId": request.params["id"],
@@ -80,7 +82,8 @@ async def get_explanation(services: Services, request: Request) -> Response:
             "archived": filed_away(found.row),
             "rules": explain.told(rules),
             "deliveries": deliveries,
-            "words": " ".join([*map(explain.words, rules), *(one["words"] for one in deliveries)]),
+            **history(found),
+            "words": " ".join([*map(explain.words, rules), *(one["words"] for one in deliveries), *acts]),
         }
     )
 
@@ -132,6 +135,19 @@ def _delivery(one: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+_DONE: Final = {
+    "edit": "{by} edited it at {at}: version {version}",
+    "retract": "{by} retracted it at {at}",
+    "cancel": "{by} cancelled what was pending at {at}",
+}
+
+
+def act_words(act: Act) -> str:
+    """One act of the service as a sentence."""
+    by = "The API " + act.actor.replace(":", " ", 1)
+    return _DONE[act.act].format(by=by, at=rfc3339(act.at_ms), version=act.version) + "."
+
+
 _NAMES: Final = {"type": "array", "items": {"type": "string"}}
 
 ROUTES: Final = (
@@ -147,9 +163,10 @@ ROUTES: Final = (
                 "archived": {"type": "boolean"},
                 "rules": {"type": "array", "items": ref("FiredRule")},
                 "deliveries": {"type": "array", "items": {"type": "object"}},
+                **HISTORY,
                 "words": {"type": "string"},
             },
-            ["notificationId", "userId", "channels", "archived", "rules", "deliveries", "words"],
+            ["notificationId", "userId", "channels", "archived", "rules", "deliveries", *HISTORY, "words"],
         ),
         problems=(404, 422), tag="Users",
     ),

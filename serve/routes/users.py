@@ -23,6 +23,7 @@ from carillon.preferences import PreferencesError
 from carillon.problems import FieldError, problem, shown
 from serve.audit import audited
 from serve.http import Request, Response, json_response, whole_number
+from serve.routes.amend import HISTORY, etag, history
 from serve.routes.bodies import attempt_json, device_put, path_id, path_notification, valid_id
 from serve.routing import SERVICE, Query, Route
 from serve.schemas import INSTANT, SUCCESS, USER_ID, nullable, obj, ref
@@ -106,7 +107,9 @@ async def get_notification(services: Services, request: Request) -> Response:
             "notification": msgspec.Raw(notification_json(row, user_json_of(found.user)).encode()),
             "deliveryState": state,
             "deliveries": [_delivery(one) for one in found.deliveries],
-        }
+            **history(found),
+        },
+        headers=(etag(found.version),),
     )
 
 
@@ -360,8 +363,9 @@ ROUTES: Final = (
                 "notification": ref("Notification"),
                 "deliveryState": {"enum": ["SENT", "DELIVERED", "READ", "RETRACTED"]},
                 "deliveries": {"type": "array", "items": {"type": "object"}},
+                **HISTORY,
             },
-            ["notification", "deliveryState", "deliveries"],
+            ["notification", "deliveryState", "deliveries", *HISTORY],
         ),
         problems=(404,), tag=_TAG,
     ),

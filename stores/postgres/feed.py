@@ -123,6 +123,19 @@ class SyncPage:
     head: Head
 
 
+class Act(NamedTuple):
+    """What a service did to a notification it had sent."""
+
+    act: str
+    """edit | retract | cancel."""
+    at_ms: int
+    actor: str
+    version: int | None
+    """That an edit made."""
+    former: str | None
+    """The content that an edit replaced."""
+
+
 @dataclass(frozen=True)
 class Found:
     """One notification with the tries of its external deliveries."""
@@ -136,6 +149,11 @@ class Found:
     """How the user was reached (carillon.explain.receipt_of)."""
     priority: int = 1
     """With the user's override."""
+    version: int = 1
+    """Of its content."""
+    cancelled_ms: int | None = None
+    acts: Sequence[Act] = ()
+    """What the service did to it, in order."""
 
 
 class FeedReader:
@@ -330,6 +348,7 @@ class FeedReader:
             if record is None:
                 return None
             tries = await connection.fetch(self._sql["deliveries"], uuid.UUID(bytes=notification_id))
+            acts = await connection.fetch(self._sql["acts"], uuid.UUID(bytes=notification_id))
         by_id: dict[int, dict[str, Any]] = {}
         for t in tries:
             delivery = by_id.setdefault(
@@ -345,8 +364,15 @@ class FeedReader:
                 delivery["tries"].append({name: t[name] for name in names})
         return Found(
             row_of(record), record["user_id"], list(by_id.values()), record["decision"], record["receipt"],
-            record["priority"],
+            record["priority"], record["version"], record["cancelled_ms"], [Act(*act) for act in acts],
         )  # fmt: skip
+
+    async def owner(self, tenant: str, notification_id: bytes) -> str | None:
+        """Whose a notification of the tenant is; None: there is none."""
+        if "\0" in tenant:
+            return None
+        async with acquired(self._pool, self._timeout_s) as connection:
+            return await connection.fetchval(self._sql["owner"], uuid.UUID(bytes=notification_id), tenant)
 
     async def device(self, tenant: str, user: str, device: str) -> dict[str, Any] | None:
         """A push target by its columns (`registered_ms`, `disabled_ms` in ms), or None."""

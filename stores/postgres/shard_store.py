@@ -21,6 +21,7 @@ from carillon.ids import UserKey
 from carillon.messages import Event, PushTarget
 from carillon.notification import NotificationRow
 from carillon.settings import PostgresSettings
+from stores.postgres.amendments import RETRACT, Amendments
 from stores.postgres.named import load_queries
 from stores.postgres.pool import UNAVAILABLE, open_pool, translated
 
@@ -214,6 +215,8 @@ class Claimed:
     preferences: str | None = None
     """The user's document."""
     stream_id: int = 0
+    ended: str = "seen"
+    """With gate WITHDRAWN why nobody wants it any more: seen, retracted or cancelled."""
 
 
 @dataclass(slots=True)
@@ -304,7 +307,7 @@ def row_of(record: Any) -> NotificationRow:
     return NotificationRow(raw.bytes, *rest)
 
 
-class ShardStore:
+class ShardStore(Amendments):
     """PostgreSQL as one shard sees it.
 
     Args:
@@ -336,12 +339,17 @@ class ShardStore:
         }
         self._change_sql = {op: self._change_text("change", "$4", parts) for op, parts in OPERATIONS.items()}
         self._read_all_sql = self._change_text("read_all", "$3", OPERATIONS["read"])
+        self.amend_sql = {
+            name: text % {"row": ROW} if "%(row)s" in text else text
+            for name, text in load_queries("amendments").items()
+        }
+        self.amend_sql["retract"] = self._change_text("change", "$4", RETRACT, self.amend_sql["noted"])
 
-    def _change_text(self, name: str, streams: str, parts: Mapping[str, str]) -> str:
+    def _change_text(self, name: str, streams: str, parts: Mapping[str, str], before: str = "") -> str:
         """A durable change, and what it does to pushes."""
         return self._sql[name] % {
             **parts,
-            "take_back": self._sql["take_back"] % {**parts, "streams": streams},
+            "take_back": before + self._sql["take_back"] % {**parts, "streams": streams},
         }
 
     def _append_text(self, outbox: bool, ruled: bool) -> str:
@@ -746,7 +754,7 @@ class ShardStore:
                 r["expires_ms"], r["sent_to"], r["gate"], r["acknowledged"],
                 r["hold_until_ms"] or 0, r["shown_on"], r["channel"], r["chain"], r["step"], r["since_ms"],
                 r["base_attempt"],
-                r["reached"], r["category"], r["merged"], r["preferences"], r["stream_id"],
+                r["reached"], r["category"], r["merged"], r["preferences"], r["stream_id"], r["ended"],
             )
             for r in rows
         ]  # fmt: skip

@@ -19,12 +19,14 @@ from carillon.errors import FencedError
 from carillon.ids import UserKey, Uuid7Source, slot_of
 from carillon.messages import Event, PushTarget
 from carillon.settings import PostgresSettings
+from stores.postgres.amendments import Amended, EditRow
 from stores.postgres.cluster import ClusterStore, ShardRow
 from stores.postgres.shard_store import (
     OPERATIONS,
     AppendRow,
     AttemptRow,
     CarrierRow,
+    Claimed,
     KeysTakenError,
     OutboxRow,
     PoisonError,
@@ -38,6 +40,7 @@ from stores.postgres.shard_store import (
 from tests.simulation.store import Database, ModelClusterStore, ModelShardStore
 
 USERS = [UserKey("t", name) for name in ("ann", "bob", "cat")]
+ACTS = [bytes([n]) * 16 for n in range(40)]
 SIGNALS = (ACTIVE, AWAY, DONE, KEEP, RECEIVED, SILENT)
 EXPECTED = (FencedError, KeysTakenError, PoisonError)
 
@@ -101,7 +104,8 @@ class Pair:
         self.now_ms += self.rng.randrange(1, 2000)
         steps = (
             self.append, self.append, self.append, self.change, self.change, self.acknowledge, self.claim,
-            self.settle, self.replay, self.look, self.targets, self.load, self.log_out, self.dead_letters,
+            self.amend, self.amend, self.settle, self.replay, self.look, self.targets, self.load,
+            self.log_out, self.dead_letters,
         )  # fmt: skip
         await self.rng.choice(steps)()
 
@@ -191,6 +195,37 @@ class Pair:
                 order=lambda done: {k: (d.rev, d.unread, sorted(d.ids), d.changed) for k, d in done.items()},
             )  # fmt: skip
 
+    async def amend(self) -> None:
+        """Edits, retractions and cancellations, one of each stream, some of them told twice."""
+        rng, some = self.rng, dict(self.some())
+        acts = [Amended(stream, raw, rng.choice(ACTS), "key:k") for stream, raw in some.items()]
+        before = await self.both("standing", acts)
+        kind = rng.choice(("retract", "cancel", "edit", "edit", "edit"))
+        if not acts:
+            return
+        if kind != "edit":
+            await self.both(kind, self.term(), acts, self.now_ms)
+            await self.both("standing", acts)
+            return
+        rows: list[EditRow] = []
+        for a in acts:
+            found = (before or {}).get(a.notification)
+            if found is None or found.done:
+                continue
+            self.made += 1
+            expires_ms = rng.choice((found.expires_ms, self.now_ms + 2500))
+            version = found.version if rng.random() < 0.9 else found.version + 1
+            rows.append(
+                EditRow(
+                    a.stream_id, a.notification, a.act, a.actor, f'"title":"{self.made}"', expires_ms,
+                    version, rng.random() < 0.7,
+                )
+            )  # fmt: skip
+        if rows:
+            await self.both("edit", self.term(), rows, self.now_ms, 3)
+            await self.both("edit", self.term(), rows, self.now_ms, 3)
+            await self.both("standing", acts)
+
     async def acknowledge(self) -> None:
         told = [
             SignalRow(stream, raw, self.rng.choice(SIGNALS), self.rng.choice(("", "phone", "phone\npad")))
@@ -204,7 +239,7 @@ class Pair:
         lease_ms = due_ms + 3000 + self.made
         claimed = await self.both(
             "claim_due", self.term(), slots, due_ms, 1000, lease_ms,
-            order=lambda rows: sorted(rows, key=lambda c: c.delivery),
+            order=lambda rows: sorted(map(_reached_sorted, rows), key=lambda c: c.delivery),
         )  # fmt: skip
         self.claimed += [(c.delivery, c.attempt) for c in claimed or ()]
 
@@ -304,6 +339,10 @@ class Pair:
             (d.id, d.state, d.attempts, d.reason, d.gate, d.shown_on, d.channel, d.chain, d.due_ms)
             for d in model
         ]
+
+
+def _reached_sorted(row: Claimed) -> Claimed:
+    return dataclasses.replace(row, reached=sorted(row.reached))
 
 
 def _tokens_sorted(records: list[UserRecord]) -> list[UserRecord]:

@@ -35,10 +35,16 @@ READS = frozenset(
 )  # fmt: skip
 """Statements that commit nothing: whether they ran makes no difference, so they have `before` alone."""
 
-ELSEWHERE = frozenset(("save_draining", "set_invisible", "merge", "change_preferences", "client_secret"))
+ELSEWHERE = frozenset(
+    (
+        "save_draining", "set_invisible", "merge", "change_preferences", "client_secret",
+        "retract", "cancel", "edit", "standing",
+    )
+)  # fmt: skip
 """Simulated clusters start no processes, so no nodes are left: tests/actors/test_coordinator.py has these.
 Nobody hides in them (tests/actors/test_invisible.py), prefers anything (test_preferences.py) or unsubscribes
-(tests/integration/test_shard_store.py); no tenant is asked who may watch whom (test_watch_callback.py)."""
+(tests/integration/test_shard_store.py); no tenant is asked who may watch whom (test_watch_callback.py), and
+no service takes back what it sent (tests/integration/test_amendments.py)."""
 
 MESSAGES = (
     ("ingress", "Publish"), ("router", "Publish"), ("shard", "Outcomes"), ("router", "Outcomes"),

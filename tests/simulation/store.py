@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from actors.slot_table import SlotTable
-from carillon.attention import ACKNOWLEDGED, ALWAYS, DEFERRED, DONE, HELD, SEEN, on_signal
+from carillon.attention import ACKNOWLEDGED, ALWAYS, DEFERRED, DONE, HELD, SEEN, WITHDRAWN, on_signal
 from carillon.clock import Clock
 from carillon.errors import FencedError, StoreUnavailableError
 from carillon.ids import SLOTS, UserKey, uuid_text
@@ -43,6 +43,7 @@ from stores.postgres.shard_store import (
     StoredKey,
     UserRecord,
 )
+from tests.simulation.amendments import ModelAmendments
 from tests.simulation.loop import NODE, Node, SimLoop
 
 PENDING = ("planned", "failed", "unknown")
@@ -58,6 +59,13 @@ class Note:
     row: NotificationRow
     changed: bool = False
     decision: str | None = None
+    version: int = 1
+    cancelled_ms: int | None = None
+
+    @property
+    def open(self) -> bool:
+        """The user is not through with it."""
+        return self.counted
 
     @property
     def counted(self) -> bool:
@@ -109,6 +117,7 @@ class Delivery:
     base_attempt: int = 0
     replayed_ms: int | None = None
     merged: int = 1
+    stale: bool = False
 
 
 class Database:
@@ -151,6 +160,7 @@ class Database:
         self.devices: dict[tuple[str, str, str], PushTarget] = {}
         self.disabled: set[tuple[str, str, str]] = set()
         self.keys: dict[tuple[str, str], tuple[bytes, bytes, int]] = {}
+        self.acts: dict[tuple[bytes, bytes], tuple[str, int]] = {}  # (notification, act): kind, version
         self.policies: dict[str, dict[str, Any] | None] = {}  # by tenant
         self.preferences: dict[UserKey, str] = {}
         self._next_delivery = 1
@@ -216,6 +226,15 @@ class Database:
         self._next_delivery += 1
         return self._next_delivery - 1
 
+    def reached(self, delivery: Delivery) -> list[str]:
+        """Devices that got a push of this row, or may have."""
+        found = {
+            device
+            for (id_, _, device), a in self.attempts.items()
+            if id_ == delivery.id and a.outcome in ("sent", "unknown")
+        }
+        return sorted(found)
+
     def stream_of(self, key: UserKey, slot: int, epoch: str) -> StreamRow:
         """The stream of a user, made where missing."""
         stream = self.streams.get(key)
@@ -249,8 +268,11 @@ def _naming(name: str, method: Any) -> Any:
     return call
 
 
+_named(ModelAmendments)
+
+
 @_named
-class ModelShardStore:
+class ModelShardStore(ModelAmendments):
     """`stores.postgres.shard_store.ShardStore` over a `Database`."""
 
     def __init__(self, db: Database, shard: str) -> None:
@@ -604,12 +626,20 @@ class ModelShardStore:
             self._db.check_owner(self._shard, d.slot, "a claim")
             d.state, d.due_ms = "sending", lease_end_ms
             d.attempts += 1
+            d.stale = False
             sent_to = [
                 a.device
                 for (id_, _, _), a in self._db.attempts.items()
                 if id_ == d.id and a.outcome == "sent"
             ]
             n, e = d.note, d.note.event
+            reached: list[str] = []
+            if d.channel in ("withdraw", "replace"):
+                pushes = [o for o in self._db.of_note[n.row.id] if o.channel != "withdraw"]
+                reached = sorted({device for o in pushes for device in self._db.reached(o)})
+            ended = "cancelled" if n.cancelled_ms is not None else "seen"
+            if n.row.retracted_ms is not None:
+                ended = "retracted"
             self._told("claims", f"push {d.id} of {n.stream.key.user} seq {n.row.seq}, try {d.attempts}")
             claimed.append(
                 Claimed(
@@ -617,8 +647,8 @@ class ModelShardStore:
                     e.priority, n.row.content, n.row.expires_ms, sent_to, d.gate,
                     n.row.delivered_ms is not None, d.hold_until_ms or 0, list(d.shown_on),
                     d.channel, d.chain, d.step, d.created_ms if d.replayed_ms is None else d.replayed_ms,
-                    d.base_attempt, [], e.category, d.merged, self._db.preferences.get(n.stream.key),
-                    n.stream.id,
+                    d.base_attempt, reached, e.category, d.merged,
+                    self._db.preferences.get(n.stream.key), n.stream.id, ended,
                 )
             )  # fmt: skip
         return claimed
@@ -633,7 +663,8 @@ class ModelShardStore:
                     d.state, d.due_ms, d.reason = "planned", r.due_ms, r.reason
                     d.attempts -= 1
                     if r.held:
-                        d.gate, d.hold_until_ms = DEFERRED, r.due_ms
+                        d.hold_until_ms = r.due_ms
+                        d.gate = WITHDRAWN if d.gate == WITHDRAWN else DEFERRED
                     released += 1
                     self._told("releases", f"push {r.delivery}: {r.reason}")
             return released
@@ -694,6 +725,7 @@ class ModelShardStore:
                     continue
                 end_ms = d.note.row.expires_ms
                 expired = (end_ms is not None and end_ms <= now_ms) or d.note.row.retracted_ms is not None
+                expired = expired or d.note.cancelled_ms is not None
                 done[d.id] = not expired
                 d.due_ms, d.gate = now_ms, ALWAYS
                 if expired:
@@ -722,17 +754,20 @@ class ModelShardStore:
             self._fence(term)
             db = self._db
             failed: list[Delivery] = []
+            retired: list[Delivery] = []
+            renewed: list[Delivery] = []
             for a in attempts:
                 db.attempts.setdefault((a.delivery, a.attempt, a.device), a)
             for s in settled:
                 d = db.deliveries.get(s.delivery)
                 if d is not None and d.attempts == s.attempt and d.state == "sending":
-                    d.state, d.due_ms, d.reason = s.state, s.due_ms, s.reason
-                    if s.state == "dead":
-                        d.tenant = d.note.stream.key.tenant
+                    self._settle(d, s)
                     if s.onward and d.chain and s.state in ("dead", "cancelled"):
-                        d.state = "cancelled"
                         failed.append(d)
+                    if d.gate == WITHDRAWN and db.reached(d):
+                        retired.append(d)
+                    elif d.stale and d.note.open and db.reached(d):
+                        renewed.append(d)
                     self._told("settles", f"push {s.delivery}: {d.state} {s.reason or ''}")
             for key, device, token in gone:
                 target = db.devices.get((*key, device))
@@ -742,9 +777,24 @@ class ModelShardStore:
                 target = db.devices.get((*key, device))
                 if target is not None and target.token == token:
                     db.disabled.add((*key, device))
-            return self._fall_back(failed, now_ms)
+            for d in retired:
+                self._add(d.note, "withdraw", now_ms)
+            for d in renewed:
+                new = self._add(d.note, "replace", now_ms)
+                new.gate, new.merged = ALWAYS, d.merged
+            return len(retired) + len(renewed) + self._fall_back(failed, now_ms)
 
         return await self._db.run(statement)
+
+    def _settle(self, d: Delivery, s: SettleRow) -> None:
+        d.state, d.due_ms, d.reason = s.state, s.due_ms, s.reason
+        if s.state == "dead":
+            d.tenant = d.note.stream.key.tenant
+        given_up = s.state == "dead" or (s.state in ("failed", "unknown") and s.attempt >= 3)
+        back = d.channel in ("withdraw", "replace") and given_up
+        ended = d.gate == WITHDRAWN and s.state != "sent"
+        if back or ended or (s.onward and d.chain and s.state == "dead"):
+            d.state = "cancelled"
 
     def _fall_back(self, failed: list[Delivery], now_ms: int) -> int:
         ready: dict[bytes, Delivery] = {}
@@ -752,7 +802,7 @@ class ModelShardStore:
             row = d.note.row
             wanted = row.delivered_ms is None or d.gate in (SEEN, ALWAYS)
             away = row.archived_ms is not None and row.archived_ms != d.note.event.created_ms
-            touched = (row.seen_ms, away or None, row.dismissed_ms, row.retracted_ms)
+            touched = (row.seen_ms, away or None, row.dismissed_ms, row.retracted_ms or d.note.cancelled_ms)
             others = self._db.of_note[row.id]
             ended = all(o.step <= d.step and o.state in ("dead", "cancelled") for o in others)
             if wanted and touched == (None,) * 4 and ended:

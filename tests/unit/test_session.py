@@ -359,7 +359,7 @@ def test_memory_is_bounded() -> None:
     kit = Kit()
     attachment = kit.attach_live()
     kit.publish(MAX_UNACKED + 50)
-    assert len(kit.session._log) == LIMITS.recent_window
+    assert len(kit.session.recent) == LIMITS.recent_window
     (acked,) = kit.ack(attachment, kit.store.seq)
     assert isinstance(acked, Acknowledged)
     assert acked.ids[0] == id_of(51)

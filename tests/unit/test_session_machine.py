@@ -484,7 +484,7 @@ class SessionMachine(RuleBasedStateMachine):
     @invariant()
     def memory_is_bounded(self) -> None:
         if hasattr(self, "session"):
-            assert len(self.session._log) <= self.limits.recent_window
+            assert len(self.session.recent) <= self.limits.recent_window
             assert len(self.session.attachments) <= self.limits.max_connections
             loading = [load.request.to for load in self.loads if load.request.to in self.by_attachment]
             assert len(loading) == len(set(loading)), "one query of an attachment at a time"

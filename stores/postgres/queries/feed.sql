@@ -110,10 +110,23 @@ limit $4;
 
 -- name: notification
 -- One notification of a tenant by id: the partition is pruned by the id. $1 id, $2 tenant.
-select %(row)s, s.user_id, n.decision, n.receipt, n.priority
+select %(row)s, s.user_id, n.decision, n.receipt, n.priority, coalesce(n.version, 1) as version,
+       (extract(epoch from n.cancelled_at) * 1000)::bigint as cancelled_ms
 from notifications n
 join streams s on s.stream_id = n.stream_id
 where n.id = $1 and s.tenant = $2;
+
+-- name: owner
+-- Whose a notification of a tenant is. $1 id, $2 tenant.
+select s.user_id from notifications n join streams s on s.stream_id = n.stream_id
+where n.id = $1 and s.tenant = $2;
+
+-- name: acts
+-- What its service did to a notification, in order. $1 notification.
+select a.act, (extract(epoch from a.at) * 1000)::bigint as at_ms, a.actor, a.version, a.former
+from amendments a
+where a.notification_id = $1
+order by a.at, a.version nulls last, a.act_id;
 
 -- name: deliveries
 -- The external deliveries of a notification with their tries, as rows. $1 notification.

@@ -298,7 +298,8 @@ due as materialized (
     for update skip locked
 )
 update deliveries d
-set state = 'sending', due_at = to_timestamp($6), attempts = d.attempts + 1, updated_at = to_timestamp($4)
+set state = 'sending', due_at = to_timestamp($6), attempts = d.attempts + 1, updated_at = to_timestamp($4),
+    stale = false  -- its text is read from now on
 from fence
 where d.id = any (array(select id from due))
 returning d.id;
@@ -312,12 +313,15 @@ select d.id, d.attempts, d.slot, s.tenant, s.user_id, s.unread, n.id as notifica
        n.delivered_at is not null as acknowledged, (extract(epoch from d.hold_until) * 1000)::bigint as hold_until_ms,
        coalesce(d.shown_on, '{}') as shown_on,
        array(select a.device_id from delivery_attempts a where a.delivery_id = d.id and a.outcome = 'sent') as sent_to,
-       -- A withdrawal is for the devices that got the push, or may have.
+       -- A withdrawal, and what replaces a text, is for the devices that got the push, or may have.
        array(select distinct a.device_id from deliveries p join delivery_attempts a on a.delivery_id = p.id
-             where d.channel = 'withdraw' and p.notification_id = d.notification_id and p.channel <> 'withdraw'
+             where d.channel in ('withdraw', 'replace') and p.notification_id = d.notification_id
+               and p.channel <> 'withdraw'
                and a.outcome in ('sent', 'unknown')) as reached,
        n.category, coalesce(d.merged, 1) as merged, d.stream_id, d.stream_id,
-       (select p.document::text from preferences p where p.tenant = s.tenant and p.user_id = s.user_id) as preferences
+       (select p.document::text from preferences p where p.tenant = s.tenant and p.user_id = s.user_id) as preferences,
+       case when n.retracted_at is not null then 'retracted' when n.cancelled_at is not null then 'cancelled'
+            else 'seen' end as ended
 from unnest($1::bigint[]) as t (id)
 join deliveries d using (id)
 join streams s using (stream_id)
@@ -353,7 +357,8 @@ where d.id = any ($1::bigint[]);
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
 asked as materialized (
     select t.id, to_timestamp(t.asked_s) as asked_at, d.state, d.replayed_at,
-           coalesce(n.expires_at <= to_timestamp($7), false) or n.retracted_at is not null as expired
+           coalesce(n.expires_at <= to_timestamp($7), false) or n.retracted_at is not null
+               or n.cancelled_at is not null as expired
     from fence, unnest($3::bigint[], $4::text[], $5::smallint[], $6::float8[]) as t (id, tenant, slot, asked_s)
     join deliveries d on d.id = t.id and d.tenant = t.tenant and d.slot = t.slot
     join notifications n on n.id = d.notification_id
@@ -436,13 +441,14 @@ on conflict do nothing;
 -- $1 ids, $2 attempts, $3 states, $4 due, $5 reasons, $6 now, $7 true: the next channel may follow.
 -- Answers the rows that ended without success and have a next channel: `fall_back` is for them. These are
 -- cancelled, never dead: only the end of a chain is a dead letter.
--- A withdrawal gives up after $8 tries and is never a dead letter. A push that was sent while its notification
--- was dealt with is withdrawn; one that was not is not tried again.
+-- A withdrawal, and what replaces a text, gives up after $8 tries and is never a dead letter. A push that was sent
+-- while its notification was dealt with is withdrawn; one that was not is not tried again. One that was sent while
+-- its text changed is replaced.
 with done as (
     update deliveries d
     set state = case
-            when d.channel = 'withdraw' and (t.state = 'dead' or (t.state in ('failed', 'unknown') and t.attempt >= $8))
-                then 'cancelled'
+            when d.channel in ('withdraw', 'replace')
+                 and (t.state = 'dead' or (t.state in ('failed', 'unknown') and t.attempt >= $8)) then 'cancelled'
             when d.gate = 'withdrawn' and t.state <> 'sent' then 'cancelled'
             when t.state = 'dead' and t.onward and d.chain <> '' then 'cancelled'
             else t.state end,
@@ -453,7 +459,7 @@ with done as (
          as t (id, attempt, state, due_s, reason, onward)
     where d.id = t.id and d.attempts = t.attempt and d.state || '' = 'sending'
     returning d.id, t.state in ('dead', 'cancelled') and t.onward and d.chain <> '' as falls, d.gate,
-              d.notification_id, d.stream_id, d.slot
+              d.notification_id, d.stream_id, d.slot, d.merged, d.stale
 ),
 retired as (
     insert into deliveries (notification_id, stream_id, slot, channel, state, due_at, created_at, updated_at)
@@ -463,10 +469,26 @@ retired as (
     where gate = 'withdrawn'
       and exists (select from delivery_attempts a where a.delivery_id = d.id and a.outcome in ('sent', 'unknown'))
     returning id
+),
+replaced as (
+    insert into deliveries
+        (notification_id, stream_id, slot, channel, state, due_at, created_at, updated_at, gate, merged)
+    select distinct on (d.notification_id) d.notification_id, d.stream_id, d.slot, 'replace', 'planned',
+           to_timestamp($6), to_timestamp($6), to_timestamp($6), 'always', d.merged
+    from done d
+    where d.stale and d.gate is distinct from 'withdrawn'
+      and exists (select from notifications n
+                  where n.id = d.notification_id and n.read_at is null and n.archived_at is null
+                    and n.dismissed_at is null and n.retracted_at is null)
+      and exists (select from delivery_attempts a where a.delivery_id = d.id and a.outcome in ('sent', 'unknown'))
+    order by d.notification_id
+    returning id
 )
 select id, falls, false as retired from done where falls
 union all
-select id, false, true from retired;
+select id, false, true from retired
+union all
+select id, false, true from replaced;
 
 -- name: fall_back
 -- The next channel of the chain, due now, once per notification: if no other channel of the same step may
@@ -483,7 +505,7 @@ with ready as materialized (
     where d.id = any ($1::bigint[])
       and (n.delivered_at is null or d.gate in ('seen', 'always')) and n.seen_at is null
       and (n.archived_at is null or n.archived_at = n.created_at)  -- filed away from the first: only not in the app
-      and n.dismissed_at is null and n.retracted_at is null
+      and n.dismissed_at is null and n.retracted_at is null and n.cancelled_at is null
       and not exists (select from deliveries o
                       where o.notification_id = d.notification_id
                         and (o.step > d.step or o.state not in ('dead', 'cancelled')))
