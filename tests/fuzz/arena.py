@@ -35,8 +35,8 @@ POOLED_FILES = 8
 """Connections that the pools to PostgreSQL may open later than in the warm-up."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "gateway": {
-        "handshake_timeout_s": 1.5, "auth_timeout_s": 1.5, "close_timeout_s": 0.5, "frames_per_s": 1e6, "user_frames_per_s": 1e6,
-        "max_errors_per_minute": 1_000_000,
+        "handshake_timeout_s": 1.5, "auth_timeout_s": 1.5, "close_timeout_s": 0.5, "frames_per_s": 1e6,
+        "user_frames_per_s": 1e6, "max_errors_per_minute": 1_000_000,
     },
 }  # fmt: skip
 
