@@ -15,6 +15,7 @@ from actors.link import Link
 from actors.member import Membership
 from actors.shard_acks import Acknowledgements
 from actors.shard_amendments import AMENDMENTS, AmendEntry
+from actors.shard_broadcasts import Broadcasts
 from actors.shard_changes import ChangeEntry
 from actors.shard_mirror import Mirror
 from actors.shard_outbox import Outbox
@@ -192,11 +193,17 @@ class Shard:
             self._store, self._clock, self._stats, self._settings, name=self._config.name,
             term=self._term, slots=lambda: self._slots, router=self._router, fenced=self._was_fenced,
         )  # fmt: skip
+        self._broadcasts = Broadcasts(
+            self._store, self._users, self._writer, self._policies, self._clock, self._stats, self._settings,
+            templates=lambda: self._schedules.templates, term=self._term, slots=lambda: self._slots,
+            owns=self._owns, due_now=self._outbox.due_now, fenced=self._was_fenced,
+        )  # fmt: skip
         self._policies.start()
         self._writer.start()
         self._acks.start()
         self._outbox.start()
         self._schedules.start()
+        self._broadcasts.start()
         self._membership = Membership(self._config, self, stats=self._stats, clock=self._clock)
         self._membership.on_map(self._take_map)
         await self._membership.start()
@@ -216,6 +223,7 @@ class Shard:
         self._stopped = True
         if self._gauges is not None:
             self._gauges.cancel()
+        await self._broadcasts.close()
         await self._schedules.close()
         await self._writer.close()
         await self._replays.close()

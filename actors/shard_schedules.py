@@ -92,7 +92,8 @@ class Schedules:
         return self._store_
 
     @property
-    def _templates(self) -> Templates:
+    def templates(self) -> Templates:
+        """Templates as the shard uses them, made with the first that is wanted."""
         if self._templates_ is None:
             store = TemplateStore(self._shard_store.pool, self._settings.postgres.connect_timeout_s)
             self._templates_ = Templates(store, self._settings.template, self._clock, self._stats)
@@ -228,7 +229,7 @@ class Schedules:
         try:
             parsed = self._parser.parse(body, row.tenant, now_ms)
         except NotPlainError as wanted:
-            prepared = await self._templates.prepare(wanted.document, row.tenant, deadline)
+            prepared = await self.templates.prepare(wanted.document, row.tenant, deadline)
             parsed = self._parser.parse_prepared(wanted.document, prepared, row.tenant, now_ms)
         refused = [slot.refused for slot in parsed.slots or () if slot.refused is not None]
         if refused and not parsed.events:
@@ -242,7 +243,7 @@ class Schedules:
                 event.id = row.id
                 event.retry = True  # it may be there from a claim before, longer ago than keys are kept
         if parsed.variants:
-            await self._templates.note_variants(row.tenant, parsed)
+            await self.templates.note_variants(row.tenant, parsed)
         return parsed.events
 
     async def _send(self, events: list[Event], deadline: float) -> list[Outcome]:

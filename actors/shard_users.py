@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 import msgspec
 
@@ -116,6 +116,7 @@ class UserCache:
         self._users: OrderedDict[UserKey, User] = OrderedDict()
         self._waiting: dict[UserKey, list[Loaded]] = {}
         self._wanted: dict[UserKey, int] = {}
+        self._held: dict[UserKey, int] = {}
         self._generation = 0
         self._task: asyncio.Task[None] | None = None
 
@@ -148,9 +149,42 @@ class UserCache:
             waiting.append(callback)
             return
         self._waiting[key] = [callback]
+        if key in self._held:
+            return
         self._wanted[key] = slot
+        self._start_loading()
+
+    def _start_loading(self) -> None:
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._load())
+
+    # -- writing past the cache --------------------------------------------------------------------------
+
+    def known(self, key: UserKey) -> bool:
+        """Whether somebody here counts on the user: it has a session, is on its way to one, is being written,
+        or has had part of a limit."""
+        if key in self._waiting:
+            return True
+        user = self._users.get(key)
+        return user is not None and (user.session is not None or user.pins > 0 or user.spent is not None)
+
+    def hold(self, users: Mapping[UserKey, int]) -> None:
+        """Keep users (key -> slot) who are not `known` out of memory: their streams are written past it.
+
+        Whoever asks for one waits until `release`.
+        """
+        for key in users:
+            self._users.pop(key, None)
+        self._held.update(users)
+
+    def release(self, users: Iterable[UserKey]) -> None:
+        """What was held may be loaded."""
+        for key in users:
+            slot = self._held.pop(key, None)
+            if slot is not None and key in self._waiting:
+                self._wanted[key] = slot
+        if self._wanted:
+            self._start_loading()
 
     def forget_slots(self, lost: set[int]) -> list[User]:
         """Drop every user of slots that were given away; returns those dropped."""

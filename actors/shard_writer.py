@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 from actors.shard_amendments import AMENDMENTS, Amendments
 from actors.shard_changes import ChangeEntry, Changes, finish
+from actors.shard_lane import Guard, Lane
 from actors.shard_policies import NO_RULES
 from actors.shard_users import LOAD_BATCH, User, UserCache
 from carillon.attention import DEFERRED, Attention
@@ -121,6 +123,9 @@ class Writer:
         self._delivery_ids: list[int] = []
         self._suspects: dict[UserKey, User] = {}
         self._wake = asyncio.Event()
+        self.lane: Lane[Entry] = Lane(users, clock, Entry, self._wake.set)
+        self._guard: Guard[Entry] | None = None
+        self.single_at = 0.0  # monotonic; when single events were appended last
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -137,6 +142,8 @@ class Writer:
             self._fail(self._queue.popleft(), stopped)
         while self._changes:
             self._changes.popleft().done(stopped)
+        for entry in self.lane.drained():
+            self._fail(entry, stopped)
 
     def queued(self) -> int:
         """Events waiting, those whose user is being loaded included."""
@@ -244,26 +251,24 @@ class Writer:
     # -- the loop ---------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
-        queue, changes = self._queue, self._changes
+        queue, changes, lane = self._queue, self._changes, self.lane
         while True:
             self._wake.clear()
-            while queue or changes:
+            while queue or changes or lane:
                 if self._suspects:
                     await self._heal_suspects()
                 if queue:
-                    batch = [queue.popleft() for _ in range(min(len(queue), self._settings.max_batch))]
-                    try:
-                        await self._append(batch)
-                    except asyncio.CancelledError:
-                        for entry in batch:
-                            self._fail(entry, UnavailableError("the shard stops"))
-                        raise
-                    except Exception as exc:
-                        log.exception("a batch of %d events failed", len(batch))
-                        for entry in batch:
-                            self._fail(entry, UnavailableError(f"append failed: {type(exc).__name__}"))
+                    await self._batch(
+                        [queue.popleft() for _ in range(min(len(queue), self._settings.max_batch))]
+                    )
                 if changes:
                     await self._change_round()
+                if lane and (behind := lane.take(len(queue))) is not None:
+                    self._guard = behind.guard
+                    try:
+                        await self._batch(behind.entries)
+                    finally:
+                        self._guard = None
                 self._stats.gauge("append_queue", self.queued())
             if not self._suspects:
                 await self._wake.wait()
@@ -271,6 +276,18 @@ class Writer:
             await self._heal_suspects()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), HEAL_PAUSE_S if self._suspects else None)
+
+    async def _batch(self, batch: list[Entry]) -> None:
+        try:
+            await self._append(batch)
+        except asyncio.CancelledError:
+            for entry in batch:
+                self._fail(entry, UnavailableError("the shard stops"))
+            raise
+        except Exception as exc:
+            log.exception("a batch of %d events failed", len(batch))
+            for entry in batch:
+                self._fail(entry, UnavailableError(f"append failed: {type(exc).__name__}"))
 
     def _suspect(self, users: Iterable[User | None]) -> None:
         """A write of these users failed without a word whether it was committed: look before going on."""
@@ -304,6 +321,8 @@ class Writer:
 
     async def _append(self, batch: list[Entry]) -> None:
         started = self._clock.monotonic()
+        if self._guard is None:
+            self.single_at = started
         # Read in the turn of the ownership check: if slots are given away while this batch waits for
         # Postgres, the old term is what makes it abort.
         term = self._term()
@@ -477,8 +496,9 @@ class Writer:
         for row in rows:
             row.back += counts[row.stream_id]
         heads = await self._store.append(
-            term, counts, rows, outbox, now_ms, keyed, self._keys_since_ms() if keyed else 0
-        )
+            term, counts, rows, outbox, now_ms, keyed, self._keys_since_ms() if keyed else 0,
+            None if self._guard is None else functools.partial(self._guard, batch),
+        )  # fmt: skip
         committed_ms = self._clock.now_ms()
         seqs: dict[bytes, int] = {}
         unread_after = _unread_after(rows) if archived else None

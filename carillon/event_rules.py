@@ -152,6 +152,8 @@ def later_field(name: str, value: Any) -> FieldError | None:
     """The complaint about a member that is known but not built, or None if its value asks for nothing."""
     if value is None:
         return None
+    if name == "topic":
+        return FieldError(name, "absent here: it stands in the one event of POST /v1/events", shown(value))
     if name in LATER_FIELDS:
         return FieldError(name, "absent: not supported yet", shown(value))
     if name == "aggregate" and value is True:

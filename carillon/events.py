@@ -510,12 +510,19 @@ class EventParser:
 
 
 def is_plain(document: Any) -> bool:
-    """Whether no event of a body names a template or a time."""
+    """Whether no event of a body names a template or a time, nor the only one a topic."""
+    if topic_of(document) is not None:
+        return False
     items = document if is_array(document) else [document]
     return not any(
         is_object(item) and (item.get("template") is not None or item.get("scheduleAt") is not None)
         for item in items
     )
+
+
+def topic_of(document: Any) -> dict[str, Any] | None:
+    """The event of a body, if it is one event that names a topic."""
+    return document if is_object(document) and document.get("topic") is not None else None
 
 
 def _with_texts(

@@ -35,6 +35,10 @@ HELP: Final[dict[str, str]] = {
     "feed_reads": "Pages of feeds, by where they came from.",
     "count_reads": "Unread counts, by where they came from.",
     "feed_stale": "Cached pages that were no longer true and were read anew.",
+    "broadcasts_running": "Broadcasts that run, as a shard sees them.",
+    "broadcast_users": "Users a broadcast was stored for.",
+    "broadcast_failures": "Users a broadcast could not be stored for.",
+    "broadcast_rest_s": "Time that broadcasts rested for single events.",
     "connections": "Open client connections.",
     "sessions": "Session actors in memory.",
     "outbox_due": "Outbox rows whose time has come.",
@@ -48,6 +52,7 @@ HELP: Final[dict[str, str]] = {
     "router_outstanding": "Events a router sent to shards and has no outcome of yet.",
     "ingress_request_ms": "Time from request to answer at the ingress.",
     "append_ms": "Time of a group commit.",
+    "broadcast_chunk_ms": "Time of one page of a broadcast.",
     "deliver_ms": "Time from an event's creation to its hand-over to gateways.",
     "push_ms": "Time of one request to a push provider.",
 }

@@ -73,6 +73,7 @@ _TABLE: Final[dict[str, tuple[int, str]]] = {
     "retracted": (409, "It was retracted"),
     "expired": (409, "It has expired"),
     "version_conflict": (412, "Another version is the present one"),
+    "ended": (409, "It has ended"),
     "too_large": (413, "The request is too large"),
     "invalid": (422, "The request is not valid"),
     "not_supported": (422, "Not supported"),
@@ -95,7 +96,7 @@ CODES: Final = tuple(_TABLE)
 """All codes of problem documents."""
 
 _TEMPORARY: Final = frozenset(code for code, (status, _) in _TABLE.items() if status in (409, 429, 503)) - {
-    "exists", "retracted", "expired",
+    "exists", "retracted", "expired", "ended",
 }  # fmt: skip
 
 

@@ -590,6 +590,50 @@ class ScheduleSettings:
 
 
 @dataclass(frozen=True)
+class BroadcastSettings:
+    """One event to many users, behind the single events."""
+
+    look_s: float = setting(
+        0.5,
+        "How often a shard looks for broadcasts that begin or go on; 0: never.",
+        low=0.0,
+        high=60.0,
+        unit="s",
+    )
+    chunk_min: int = setting(50, "Fewest users that one transaction notifies.", low=1, high=1000)
+    chunk_max: int = setting(1000, "Most users that one transaction notifies.", low=1, high=1000)
+    chunk_ms: float = setting(
+        25.0,
+        "Chunks grow and shrink so that one takes about so long: a commit of single events may wait for it.",
+        low=1.0,
+        unit="ms",
+    )
+    busy_share: float = setting(
+        0.4,
+        "Part of its time that a shard spends on broadcasts while it appends single events. With none "
+        "it does not rest.",
+        low=0.01,
+        high=1.0,
+    )
+    live_batch: int = setting(
+        50, "Connected users whose notifications are appended at a time.", low=1, high=1000
+    )
+    live_wait_ms: float = setting(
+        50.0, "Longest time that such a batch waits behind single events.", low=0.0, unit="ms"
+    )
+    retry_s: float = setting(
+        0.5, "Pause after a chunk that could not be written before it is tried again.", low=0.01, unit="s"
+    )
+    failures_kept: int = setting(1000, "Users of a broadcast whose failure is listed.", low=0)
+    keep_s: float = setting(
+        2_592_000.0,
+        "Broadcasts that ended are kept for so long (their idempotency keys, too).",
+        low=1.0,
+        unit="s",
+    )
+
+
+@dataclass(frozen=True)
 class InboundSettings:
     """Events that others bring: webhooks and a Redis stream."""
 
@@ -630,6 +674,7 @@ class Settings:
     template: TemplateSettings = field(default_factory=TemplateSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     inbound: InboundSettings = field(default_factory=InboundSettings)
+    broadcast: BroadcastSettings = field(default_factory=BroadcastSettings)
 
     def __post_init__(self) -> None:
         for section in dataclasses.fields(self):
@@ -651,6 +696,11 @@ class Settings:
             )
         if self.presence.watch not in ("nobody", "tenant"):
             raise SettingsError(f"expected presence.watch to be nobody|tenant, got {self.presence.watch!r}")
+        if self.broadcast.chunk_max < self.broadcast.chunk_min:
+            raise SettingsError(
+                "expected broadcast.chunk_max to be at least broadcast.chunk_min, got "
+                f"{self.broadcast.chunk_max} and {self.broadcast.chunk_min}"
+            )
         if self.link.reconnect_max_s < self.link.reconnect_min_s:
             raise SettingsError(
                 "expected link.reconnect_max_s to be at least link.reconnect_min_s, got "

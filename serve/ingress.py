@@ -36,6 +36,7 @@ from serve.door import DoorProtocol, protocol_of
 from serve.services import Services
 from serve.stream_in import StreamIn
 from stores.cached_feed import CachedFeed
+from stores.postgres.broadcasts import BroadcastStore
 from stores.postgres.dead_letters import DeadLetterReader
 from stores.postgres.feed import FeedReader
 from stores.postgres.inbound import InboundStore
@@ -132,6 +133,7 @@ class Ingress:
                     self.stats,
                 ),
                 ScheduleStore(self._pool, settings.postgres.connect_timeout_s),
+                BroadcastStore(self._pool, settings.postgres.connect_timeout_s),
                 InboundStore(self._pool, settings.postgres.connect_timeout_s),
                 DeadLetterReader(self._pool, settings.postgres.connect_timeout_s),
                 CachedFeed(feed, HotFeedStore(settings.redis, self._clock), self.stats, settings.redis),

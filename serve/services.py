@@ -14,6 +14,7 @@ from carillon.settings import Settings
 from serve.auth import Authenticator
 from serve.connections import Connections
 from stores.cached_feed import CachedFeed
+from stores.postgres.broadcasts import BroadcastStore
 from stores.postgres.dead_letters import DeadLetterReader
 from stores.postgres.feed import FeedReader
 from stores.postgres.inbound import InboundStore
@@ -64,6 +65,7 @@ class Services:
     limits: RateLimiter
     templates: Templates
     schedules: ScheduleStore
+    broadcasts: BroadcastStore
     inbound: InboundStore
     dead_letters: DeadLetterReader
     feeds: CachedFeed

@@ -9,6 +9,7 @@ def all_routes() -> tuple[Route, ...]:
     """Every route, in the order of the documentation."""
     from serve.routes import (
         amend,
+        broadcasts,
         client,
         dead_letters,
         demo,
@@ -29,6 +30,7 @@ def all_routes() -> tuple[Route, ...]:
         amend,
         explain,
         schedules,
+        broadcasts,
         inbound,
         users,
         presence,

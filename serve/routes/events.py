@@ -7,15 +7,16 @@ from typing import Final
 import msgspec
 
 from carillon.clock import rfc3339
-from carillon.events import NotPlainError, ProblemError, refused
+from carillon.events import NotPlainError, ProblemError, refused, topic_of
 from carillon.events import Request as ParsedEvents
 from carillon.ids import uuid_text
 from carillon.messages import Outcome
 from carillon.problems import FieldError, Problem, problem, problem_document, shown
 from serve.http import JSON, Header, Request, Response, problem_response
+from serve.routes.broadcasts import to_topic
 from serve.routes.explain import preview
 from serve.routing import SERVICE, Query, Route
-from serve.schemas import ref
+from serve.schemas import UUID, obj, ref
 from serve.services import Services
 from stores.postgres.schedules import NewSchedule
 from stores.postgres.tenants import ApiKeyRecord
@@ -53,7 +54,11 @@ async def dry_run(
     caller: ApiKeyRecord | None = None,
 ) -> Response:
     """What `publish` would do, and why; nothing is stored or sent."""
-    parsed = await _parse(services, body, key, tenant, deadline)
+    try:
+        parsed = await _parse(services, body, key, tenant, deadline)
+    except NotPlainError:
+        told = FieldError("topic", "absent with dryRun: a plan is for users", "a topic")
+        raise refused("a plan is made for users, not for a topic", [told], "not_supported") from None
     if caller is not None and caller.rate_per_s is not None and parsed.events:
         await admit(services, caller, len(parsed.events))
     return await preview(services, parsed, deadline, request_id)
@@ -79,6 +84,8 @@ async def _parse(
     try:
         return services.parser.parse(body, tenant, services.clock.now_ms(), text_key)
     except NotPlainError as wanted:
+        if topic_of(wanted.document) is not None:
+            raise
         prepared = await services.templates.prepare(wanted.document, tenant, deadline)
         return services.parser.parse_prepared(
             wanted.document, prepared, tenant, services.clock.now_ms(), text_key
@@ -102,7 +109,13 @@ async def publish(
     Raises:
         ProblemError: the request as a whole is refused.
     """
-    parsed = await _parse(services, body, key, tenant, deadline)
+    try:
+        parsed = await _parse(services, body, key, tenant, deadline)
+    except NotPlainError as wanted:
+        if caller is not None and caller.rate_per_s is not None:
+            await admit(services, caller, 1)
+        text_key = None if key is None else key.decode("utf-8", "replace")
+        return await to_topic(services, wanted.document, tenant, text_key, deadline)
     if caller is not None and caller.rate_per_s is not None and parsed.events:
         await admit(services, caller, len(parsed.events))
     if parsed.variants:
@@ -246,7 +259,9 @@ ROUTES: Final = (
         },
         body_example=_EVENT,
         status=202,
-        answer={"anyOf": [ref("EventResult"), ref("EventResults")]},
+        answer={
+            "anyOf": [ref("EventResult"), ref("EventResults"), obj({"broadcastId": UUID}, ["broadcastId"])]
+        },
         other_answers={200: ("With dryRun: the plan", {"anyOf": [ref("Plan"), ref("Plans")]})},
         answer_example={
             "id": "0198c0de-7000-7000-8000-000000000001",

@@ -14,6 +14,7 @@ from carillon.decision import unpack
 from carillon.errors import NotFoundError
 from carillon.events import Request as ParsedEvents
 from carillon.external import EXTERNAL, IN_APP
+from carillon.ids import uuid_text
 from carillon.messages import Event, PlanQuery, PlanReply
 from carillon.notification import decode_content, filed_away
 from carillon.problems import problem_document
@@ -71,6 +72,8 @@ async def get_explanation(services: Services, request: Request) -> Response:
         raise NotFoundError(
             "there is no such notification", "id", "the id of a notification", request.params["id"]
         )
+    made = await services.broadcasts.broadcast_of(request.tenant, found.user, found.row.id)
+    came = [] if made is None else [f"It came with the broadcast {uuid_text(made)}."]
     rules = _rules(found)
     deliveries = [_delivery(one) for one in found.deliveries]
     acts = [act_words(act) for act in found.acts]
@@ -78,12 +81,15 @@ async def get_explanation(services: Services, request: Request) -> Response:
         {
             "notificationId": request.params["id"],
             "userId": found.user,
+            "broadcastId": None if made is None else uuid_text(made),
             "channels": _channels(found),
             "archived": filed_away(found.row),
             "rules": explain.told(rules),
             "deliveries": deliveries,
             **history(found),
-            "words": " ".join([*map(explain.words, rules), *(one["words"] for one in deliveries), *acts]),
+            "words": " ".join(
+                [*came, *map(explain.words, rules), *(one["words"] for one in deliveries), *acts]
+            ),
         }
     )
 
@@ -159,6 +165,7 @@ ROUTES: Final = (
             {
                 "notificationId": UUID,
                 "userId": {"type": "string"},
+                "broadcastId": {"anyOf": [UUID, {"type": "null"}]},
                 "channels": _NAMES,
                 "archived": {"type": "boolean"},
                 "rules": {"type": "array", "items": ref("FiredRule")},
@@ -166,7 +173,10 @@ ROUTES: Final = (
                 **HISTORY,
                 "words": {"type": "string"},
             },
-            ["notificationId", "userId", "channels", "archived", "rules", "deliveries", *HISTORY, "words"],
+            [
+                "notificationId", "userId", "broadcastId", "channels", "archived", "rules", "deliveries",
+                *HISTORY, "words",
+            ],
         ),
         problems=(404, 422), tag="Users",
     ),

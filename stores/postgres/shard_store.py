@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import asyncpg
 import msgspec
@@ -381,6 +381,16 @@ class ShardStore(Amendments):
             )
 
     @property
+    def shard(self) -> str:
+        """The name of the shard."""
+        return self._shard
+
+    @property
+    def inside(self) -> Inside:
+        """What may run in a transaction of the caller's, who translates its errors."""
+        return Inside(self._append, self._delivery_ids)
+
+    @property
     def pool(self) -> asyncpg.Pool:
         """The connections that the writer does not use. Raises StoreUnavailableError: not open."""
         return self._open_pool()
@@ -489,6 +499,7 @@ class ShardStore(Amendments):
         now_ms: int,
         keys: Sequence[Event] = (),
         keys_since_ms: int = 0,
+        before: Callable[[asyncpg.Connection], Awaitable[None]] | None = None,
     ) -> dict[int, tuple[int, int, int]]:
         """Append notifications and outbox rows in one transaction.
 
@@ -497,6 +508,7 @@ class ShardStore(Amendments):
             keys: the events among `rows` that carry an idempotency key: their keys are rows inserted first,
                 in the same transaction.
             keys_since_ms: keys made before are past their life and may be taken over.
+            before: runs first, in the same transaction; what it raises ends that.
 
         Returns:
             stream id -> (seq, rev, unread) after the batch. A stream that is missing was erased meanwhile.
@@ -508,14 +520,16 @@ class ShardStore(Amendments):
         """
         try:
             async with self._writing() as connection:
-                if not keys:
+                if not keys and before is None:
                     return await self._append(connection, term, counts, rows, outbox, now_ms)
                 async with connection.transaction():
                     if await connection.fetchval(self._sql["fence"], self._shard, term) is None:
                         raise FencedError(f"term {term} of {self._shard} is over")
-                    taken = await self._take_keys(connection, keys, now_ms, keys_since_ms)
+                    taken = await self._take_keys(connection, keys, now_ms, keys_since_ms) if keys else ()
                     if len(taken) != len(keys):
                         raise KeysTakenError
+                    if before is not None:
+                        await before(connection)
                     return await self._append(connection, term, counts, rows, outbox, now_ms)
         except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError) as exc:
             raise PoisonError(f"PostgreSQL refuses the data: {exc}") from exc
@@ -621,7 +635,10 @@ class ShardStore(Amendments):
     async def draw_delivery_ids(self, count: int) -> list[int]:
         """Ids for outbox rows, ascending, never given out again."""
         async with self._writing() as connection:
-            return [r[0] for r in await connection.fetch(self._sql["draw_delivery_ids"], count)]
+            return await self._delivery_ids(connection, count)
+
+    async def _delivery_ids(self, connection: asyncpg.Connection, count: int) -> list[int]:
+        return [r[0] for r in await connection.fetch(self._sql["draw_delivery_ids"], count)]
 
     # -- changes ----------------------------------------------------------------------------------------
 
@@ -1006,6 +1023,16 @@ class ShardStore(Amendments):
         with translated():
             async with self._open_pool().acquire(timeout=self._settings.connect_timeout_s) as connection:
                 await connection.execute(self._sql[name], *args)
+
+
+class Inside(NamedTuple):
+    """Parts of a transaction, as `ShardStore.append` and `draw_delivery_ids` without the fence."""
+
+    append: Callable[
+        [asyncpg.Connection, int, dict[int, int], Sequence[AppendRow], Sequence[OutboxRow], int],
+        Awaitable[dict[int, tuple[int, int, int]]],
+    ]
+    draw_delivery_ids: Callable[[asyncpg.Connection, int], Awaitable[list[int]]]
 
 
 class KeysTakenError(Exception):

@@ -152,7 +152,7 @@ REFUSED = [
     (b'{"userId":"a","type":"t","title":"x","scheduleAt":"tomorrow"}', 422, "invalid"),
     (b'{"userId":"a","type":"t","title":"x","channels":["email"]}', 422, "not_supported"),
     (b'{"userId":"a","type":"t","template":"x"}', 422, "invalid"),
-    (b'{"topic":"a","type":"t","title":"x"}', 422, "not_supported"),
+    (b'{"topic":"","type":"t","title":"x"}', 422, "invalid"),
 ]
 
 

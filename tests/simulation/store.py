@@ -342,7 +342,9 @@ class ModelShardStore(ModelAmendments):
         now_ms: int,
         keys: Sequence[Event] = (),
         keys_since_ms: int = 0,
+        before: Any = None,
     ) -> dict[int, tuple[int, int, int]]:
+        assert before is None, "the model has no broadcasts"
         rows = [replace(r, event=copy.copy(r.event)) for r in rows]
         outbox = [copy.copy(row) for row in outbox]
         counts = dict(counts)

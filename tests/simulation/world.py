@@ -69,6 +69,7 @@ SETTINGS = Settings().with_values(
     push={"min_senders": 1, "max_senders": 1, "timeout_s": 2.0, "max_attempts": 8, "breaker_failures": 5,
           "breaker_open_s": 1.0, "report_timeout_s": 10.0, "scale_idle_s": 60.0},
     schedule={"sweep_s": 0},  # the model of the store has no schedules
+    broadcast={"look_s": 0},  # nor broadcasts
 )  # fmt: skip
 """Small windows and pages, so that few events reach every branch."""
 

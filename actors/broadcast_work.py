@@ -1,0 +1,424 @@
+"""One broadcast as one shard carries it out: its slots, page by page.
+
+First the users who are connected here, over the writer's lane; then every slot in the order of its users.
+A page is written by one transaction: notifications, outbox rows, counts, and where the page ended. Users of
+the page who are in use here go over the lane before it; whoever has the notification already, from the first
+pass or from a page that was cut off, is left out by its id.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import asyncpg
+import msgspec
+
+from actors.broadcast_rows import Decider, Made, Words
+from actors.shard_policies import Policies
+from actors.shard_users import UserCache
+from actors.shard_writer import Entry, Writer
+from actors.templates import Templates
+from carillon.broadcasts import Counts, Mark, NotificationIds, SlotUser, counted, next_size, walked
+from carillon.clock import Clock
+from carillon.errors import FencedError, StoreUnavailableError, UnavailableError
+from carillon.events import EventParser, NotPlainError, ProblemError
+from carillon.ids import UserKey, Uuid7Source
+from carillon.messages import Event
+from carillon.metrics import Stats
+from carillon.problems import Problem
+from carillon.settings import Settings
+from carillon.templates import Rendered, parse_reference
+from stores.postgres.broadcasts import (
+    ActiveBroadcast,
+    BroadcastStore,
+    Context,
+    Failure,
+    NotRunningError,
+)
+from stores.postgres.pool import translated
+from stores.postgres.shard_store import PoisonError, ShardStore
+
+log = logging.getLogger(__name__)
+
+RENDER_S = 30.0
+"""Longest rendering of the texts of one page."""
+
+
+class CannotGoOnError(Exception):
+    """The event can be sent to nobody. Args: why."""
+
+
+class Shared(NamedTuple):
+    """What all broadcasts of a shard work with."""
+
+    store: BroadcastStore
+    shard_store: ShardStore
+    users: UserCache
+    writer: Writer
+    policies: Policies
+    templates: Callable[[], Templates]
+    decider: Decider
+    clock: Clock
+    stats: Stats
+    settings: Settings
+    term: Callable[[], int]
+    owns: Callable[[int], bool]
+    due_now: Callable[[], None]
+
+
+class Work:
+    """One broadcast in this shard.
+
+    Args:
+        one: as read from the store, begun.
+        slots: owned now, none of which anybody else writes for.
+    """
+
+    def __init__(self, shared: Shared, one: ActiveBroadcast, term: int, slots: Sequence[int]) -> None:
+        assert one.started_ms is not None
+        self.one = one
+        self.term = term
+        self.slots = slots
+        self.size = shared.settings.broadcast.chunk_min
+        self._shared = shared
+        self._ids = NotificationIds(one.id, one.started_ms)
+        self._pending: list[tuple[int, str]] | None = None
+        self._live: list[SlotUser] | None = None
+        self._event: Event | None = None
+        self._parser = EventParser(Uuid7Source())
+
+    # -- steps ------------------------------------------------------------------------------------------
+
+    async def step(self) -> bool:
+        """Do one chunk. False: all slots that are ours are done.
+
+        Raises:
+            NotRunningError: it was paused, or has ended.
+            FencedError: the term is over.
+            UnavailableError: not now; the next step tries the same again.
+            CannotGoOnError: never.
+        """
+        shared = self._shared
+        await shared.policies.ensure({self.one.tenant})
+        if self._pending is None:
+            self._pending = await shared.store.slots(self.one.id, self.slots)
+        if self._live is None:
+            self._live = await self._connected()
+        if self._live:
+            batch = self._live[: shared.settings.broadcast.live_batch]
+            await self._over_lane(batch)
+            del self._live[: len(batch)]
+            return True
+        pending = [(slot, last) for slot, last in self._pending if shared.owns(slot)]
+        if not pending:
+            return False
+        started = shared.clock.monotonic()
+        page = await shared.store.users(self.one.tenant, self.one.recipients, pending, self.size)
+        marks, rest = walked(pending, page, self.size)
+        full = len(page) == self.size
+        await self._page(page, marks)
+        self._pending = rest
+        took_ms = (shared.clock.monotonic() - started) * 1000
+        shared.stats.observe_ms("broadcast_chunk_ms", took_ms)
+        if full:  # a page that ended early says nothing about full ones
+            limits = shared.settings.broadcast
+            self.size = next_size(self.size, took_ms, limits.chunk_ms, limits.chunk_min, limits.chunk_max)
+        return bool(rest)
+
+    async def _connected(self) -> list[SlotUser]:
+        """Users of slots that are not done who have a session here."""
+        assert self._pending is not None
+        tenant, open_slots = self.one.tenant, {slot for slot, _ in self._pending}
+        found = [
+            SlotUser(user.slot, user.key.user)
+            for user in self._shared.users.users()
+            if user.session is not None
+            and user.session.live
+            and user.key.tenant == tenant
+            and user.slot in open_slots
+        ]
+        if not found:
+            return found
+        return await self._shared.store.among(tenant, self.one.recipients, found)
+
+    # -- users in use here ------------------------------------------------------------------------------
+
+    async def _over_lane(self, users: Sequence[SlotUser]) -> list[Failure]:
+        """Append for users in memory, as every event is; those who cannot be notified."""
+        shared = self._shared
+        words, failures = await self._words(users)
+        failed = {one.user for one in failures}
+        proto = words.event
+        events = [
+            Event(
+                self._ids.of(one.user), proto.tenant, one.user, one.slot, proto.type, proto.category,
+                proto.priority, words.content(one.user), proto.created_ms, proto.expires_ms, proto.channels,
+                proto.collapse_key, retry=True, fallback=proto.fallback,
+            )
+            for one in users
+            if one.user not in failed
+        ]  # fmt: skip
+        if not events:
+            return failures
+        term = self.term
+
+        async def guard(batch: Sequence[Entry], connection: asyncpg.Connection) -> None:
+            await shared.store.enter(
+                connection, shared.shard_store.shard, term, self.one.id, [], self._ids.bounds()
+            )
+            by_slot: dict[int, list[str]] = {}
+            for entry in batch:
+                assert entry.plan is not None
+                by_slot.setdefault(entry.event.slot, []).append(entry.plan.status)
+            counts = {slot: counted(statuses) for slot, statuses in by_slot.items()}
+            await shared.store.mark(connection, self.one.id, [], counts)
+
+        outcomes = await shared.writer.lane.write(events, guard, shared.settings.broadcast.live_wait_ms)
+        for event, outcome in zip(events, outcomes, strict=True):
+            if outcome.status == "moved":
+                raise FencedError("the slot has moved")
+            if outcome.status != "failed":
+                continue
+            if outcome.code == NotRunningError.code:
+                raise NotRunningError(outcome.detail or "")
+            if outcome.code in _FINAL:
+                failures.append(Failure(event.user, outcome.code or "", outcome.detail or ""))
+            else:
+                raise UnavailableError(outcome.detail or "not now", outcome.retry_after_s or 0.5)
+        shared.stats.count("broadcast_users", len(events))
+        return failures
+
+    # -- pages ------------------------------------------------------------------------------------------
+
+    async def _page(self, page: Sequence[SlotUser], marks: Sequence[Mark]) -> None:
+        """Notify a page of users and note how far it goes. Atomicity: both or neither, but for what went over
+        the lane; the ids of that are known when the page is tried again."""
+        shared = self._shared
+        tenant = self.one.tenant
+        failures: list[Failure] = []
+        rules = shared.policies.of(tenant).rules
+        # What a user has had of a limit is kept with the user in memory.
+        everybody = rules is not None and rules.limits is not None
+        rest: Sequence[SlotUser] = page
+        while True:
+            known = [u for u in rest if everybody or shared.users.known(UserKey(tenant, u.user))]
+            if not known:
+                break
+            most = shared.settings.broadcast.live_batch
+            for at in range(0, len(known), most):
+                failures += await self._over_lane(known[at : at + most])
+            mine = set(known)
+            rest = [one for one in rest if one not in mine]
+        # From here to `hold` nothing waits: nobody of `rest` comes into memory between.
+        held = {UserKey(tenant, one.user): one.slot for one in rest}
+        shared.users.hold(held)
+        try:
+            await self._write(rest, marks, failures)
+        finally:
+            shared.users.release(held)
+
+    async def _write(self, users: Sequence[SlotUser], marks: Sequence[Mark], failures: list[Failure]) -> None:
+        words, refused = await self._words(users)
+        failures += refused
+        failed = {one.user for one in failures}
+        users = [one for one in users if one.user not in failed]
+        contexts, users = await self._contexts(users)
+        try:
+            await self._chunk(users, contexts, words, marks, failures)
+            return
+        except PoisonError as exc:
+            error = exc
+        # Somebody's data is refused: each half without its marks, the culprit is told.
+        await self._halves(users, contexts, words, error, failures)
+        await self._chunk([], contexts, words, marks, failures)
+
+    async def _halves(
+        self,
+        users: Sequence[SlotUser],
+        contexts: Mapping[str, Context],
+        words: Words,
+        error: PoisonError,
+        failures: list[Failure],
+    ) -> None:
+        if len(users) <= 1:
+            log.warning("a broadcast cannot be stored for a user: %s", error)
+            failures += [Failure(one.user, "invalid", str(error)) for one in users]
+            return
+        middle = len(users) // 2
+        for half in (users[:middle], users[middle:]):
+            try:
+                await self._chunk(half, contexts, words, (), ())
+            except PoisonError as exc:
+                await self._halves(half, contexts, words, exc, failures)
+
+    async def _contexts(self, users: Sequence[SlotUser]) -> tuple[Mapping[str, Context], Sequence[SlotUser]]:
+        """What decides about users, their streams made where missing."""
+        if not users:
+            return {}, users
+        shared = self._shared
+        names = [one.user for one in users]
+        found = await shared.store.contexts(self.one.tenant, names)
+        without = [one for one in users if found[one.user].stream_id is None]
+        if without:
+            made = await shared.store.make_streams(
+                shared.shard_store.shard, self.term, self.one.tenant, without,
+                [os.urandom(6).hex() for _ in without],
+            )  # fmt: skip
+            if len(made) < len(without):
+                raise FencedError("streams could not be made")
+            for user, stream_id in made.items():
+                found[user].stream_id = stream_id
+        return found, users
+
+    async def _chunk(
+        self,
+        users: Sequence[SlotUser],
+        contexts: Mapping[str, Context],
+        words: Words,
+        marks: Sequence[Mark],
+        failures: Sequence[Failure],
+    ) -> None:
+        """One transaction."""
+        shared = self._shared
+        now_ms = shared.clock.now_ms()
+        made = shared.decider.make(
+            users, contexts, words, self._ids, shared.policies.of(self.one.tenant), now_ms
+        )
+        outbox = False
+        try:
+            with translated():
+                async with (
+                    shared.shard_store.pool.acquire(
+                        timeout=shared.settings.postgres.connect_timeout_s
+                    ) as connection,
+                    connection.transaction(),
+                ):
+                    outbox = await self._transaction(connection, made, marks, failures, now_ms)  # type: ignore[arg-type]
+        except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError) as exc:
+            raise PoisonError(f"PostgreSQL refuses the data: {exc}") from exc
+        shared.stats.count("broadcast_users", len(users))
+        if failures:
+            shared.stats.count("broadcast_failures", len(failures))
+        if outbox:
+            shared.due_now()
+
+    async def _transaction(
+        self,
+        connection: asyncpg.Connection,
+        made: list[Made],
+        marks: Sequence[Mark],
+        failures: Sequence[Failure],
+        now_ms: int,
+    ) -> bool:
+        shared = self._shared
+        stored = await shared.store.enter(
+            connection, shared.shard_store.shard, self.term, self.one.id,
+            [one.row.event.id for one in made], self._ids.bounds(),
+        )  # fmt: skip
+        if stored:
+            made = [one for one in made if one.row.event.id not in stored]
+        outbox = [row for one in made for row in one.outbox]
+        if outbox:
+            numbers = await shared.shard_store.inside.draw_delivery_ids(connection, len(outbox))
+            for row, number in zip(outbox, numbers, strict=True):
+                row.id = number
+        counts: dict[int, Counts] = {}
+        if made:
+            rows = [one.row for one in made]
+            per_stream = {row.stream_id: 1 for row in rows}
+            if len(per_stream) < len(rows):
+                raise StoreUnavailableError("two users of a page have one stream")
+            heads = await shared.shard_store.inside.append(
+                connection, self.term, per_stream, rows, outbox, now_ms
+            )
+            by_slot: dict[int, list[str]] = {}
+            for one in made:
+                if one.row.stream_id in heads:  # else erased a moment ago
+                    by_slot.setdefault(one.user.slot, []).append(one.status)
+            counts = {slot: counted(statuses) for slot, statuses in by_slot.items()}
+        if failures:
+            last = marks[-1].slot if marks else next(iter(counts), 0)
+            counts[last] = counts.get(last, Counts()).plus(Counts(failed=len(failures)))
+        await shared.store.mark(
+            connection, self.one.id, marks, counts, failures, now_ms,
+            shared.settings.broadcast.failures_kept,
+        )  # fmt: skip
+        return bool(outbox)
+
+    # -- what it says -----------------------------------------------------------------------------------
+
+    async def _words(self, users: Sequence[SlotUser]) -> tuple[Words, list[Failure]]:
+        """The event for users, and those for whom its template fails."""
+        one = self.one
+        assert one.started_ms is not None
+        if one.event.get("template") is None:
+            if self._event is None:
+                self._event = self._plain()
+            return Words(self._timely(self._event), None), []
+        contents: dict[str, str] = {}
+        failures: list[Failure] = []
+        found = await self._rendered([u.user for u in users], contents, failures)
+        if found is None:
+            found = self._event or Event(bytes(16), one.tenant, "", 0, "", None, 1, "", one.started_ms)
+        self._event = found
+        return Words(self._timely(found), contents), failures
+
+    def _timely(self, event: Event) -> Event:
+        if event.expires_ms is not None and event.expires_ms <= self._shared.clock.now_ms():
+            raise CannotGoOnError("the event has expired")
+        return event
+
+    def _plain(self) -> Event:
+        assert self.one.started_ms is not None
+        body = msgspec.json.encode({**self.one.event, "userId": "x"})
+        try:
+            return self._parser.parse(body, self.one.tenant, self.one.started_ms).events[0]
+        except (ProblemError, NotPlainError) as exc:
+            raise CannotGoOnError(str(exc)) from exc
+
+    async def _rendered(
+        self, names: list[str], contents: dict[str, str], failures: list[Failure]
+    ) -> Event | None:
+        """Render for users; if it fails for some, find out for whom."""
+        if not names:
+            return None
+        shared, one = self._shared, self.one
+        assert one.started_ms is not None
+        document: dict[str, Any] = {**one.event, "userIds": names}
+        deadline = shared.clock.monotonic() + RENDER_S
+        templates = shared.templates()
+        prepared = await templates.prepare(document, one.tenant, deadline)
+        told = prepared.get(0)
+        if isinstance(told, Problem):
+            reference: Any = parse_reference(one.event["template"])
+            if await templates.find(one.tenant, *reference) is None:
+                raise CannotGoOnError(told.detail)
+            if len(names) == 1:
+                failures.append(Failure(names[0], told.code, told.detail))
+                return None
+            middle = len(names) // 2
+            first = await self._rendered(names[:middle], contents, failures)
+            second = await self._rendered(names[middle:], contents, failures)
+            return first or second
+        try:
+            parsed = self._parser.parse_prepared(document, prepared, one.tenant, one.started_ms)
+        except ProblemError as exc:
+            raise CannotGoOnError(str(exc)) from exc
+        shown: list[tuple[bytes, str, int, str]] = []
+        for index, event in enumerate(parsed.events):
+            contents[event.user] = event.content
+            variant: Rendered | None = parsed.variants.get(index)
+            if variant is not None:
+                shown.append(
+                    (self._ids.of(event.user), variant.template, variant.version, variant.variant or "")
+                )
+        if shown:
+            await templates.store.expose(one.tenant, shown)
+        return parsed.events[0] if parsed.events else None
+
+
+_FINAL = frozenset(("invalid", "not_found", "poison", "too_large"))
+"""Codes of outcomes that no further try changes."""

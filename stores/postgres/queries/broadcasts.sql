@@ -1,0 +1,158 @@
+-- Broadcasts. Times are parameters in seconds since the epoch.
+
+-- name: add
+-- A row comes back unless the key is known. $1 id, $2 tenant, $3 audience, $4 event, $5 state, $6 start, $7 key, $8 hash,
+-- $9 now. What is not scheduled has begun.
+insert into broadcasts
+    (broadcast_id, tenant, audience, event, state, start_at, started_at, resumed_at, idempotency_key, body_hash,
+     created_at, updated_at)
+values ($1, $2, $3, $4, $5, to_timestamp($6), case when $5 = 'running' then to_timestamp($6) end,
+        case when $5 = 'running' then to_timestamp($6) end, $7, $8, to_timestamp($9), to_timestamp($9))
+on conflict (tenant, idempotency_key) where idempotency_key is not null do nothing
+returning broadcast_id;
+
+-- name: known
+-- What a key stands for. $1 tenant, $2 key.
+select broadcast_id, body_hash from broadcasts where tenant = $1 and idempotency_key = $2;
+
+-- name: broadcast
+-- $1 tenant, $2 id.
+select %(row)s from broadcasts b left join lateral (%(sums)s) s on true
+where b.tenant = $1 and b.broadcast_id = $2;
+
+-- name: broadcasts
+-- By id, newest first. $1 tenant, $2 state (null: all), $3 before this id, $4 limit.
+select %(row)s from broadcasts b left join lateral (%(sums)s) s on true
+where b.tenant = $1 and ($2::text is null or b.state = $2) and ($3::uuid is null or b.broadcast_id < $3)
+order by b.broadcast_id desc limit $4;
+
+-- name: sums
+-- A part of the two above.
+select sum(t.stored)::bigint as stored, sum(t.delivered)::bigint as delivered, sum(t.queued)::bigint as queued,
+       sum(t.deferred)::bigint as deferred, sum(t.suppressed)::bigint as suppressed, sum(t.failed)::bigint as failed
+from broadcast_slots t where t.broadcast_id = b.broadcast_id;
+
+-- name: begun_at
+-- Broadcasts of a tenant that began at a moment. $1 tenant, $2 the moment.
+select broadcast_id from broadcasts where tenant = $1 and started_at = to_timestamp($2);
+
+-- name: failures
+-- $1 broadcast, $2 after this user, $3 limit.
+select user_id, code, detail, (extract(epoch from failed_at) * 1000)::bigint as failed_ms
+from broadcast_failures where broadcast_id = $1 and user_id > $2 order by user_id limit $3;
+
+-- name: act
+-- Pause, resume, cancel: waits for the chunks in flight, and none is written after it. A row comes back if it was in
+-- one of the states. $1 tenant, $2 id, $3 new state, $4 from states, $5 now.
+update broadcasts
+set state = case when $3 = 'running' and started_at is null then 'scheduled' else $3 end,
+    ran_ms = ran_ms + coalesce((extract(epoch from to_timestamp($5) - resumed_at) * 1000)::bigint, 0),
+    resumed_at = case when $3 = 'running' and started_at is not null then to_timestamp($5) end,
+    ended_at = case when $3 = 'cancelled' then to_timestamp($5) end,
+    updated_at = to_timestamp($5)
+where tenant = $1 and broadcast_id = $2 and state = any ($4::text[])
+returning state;
+
+-- name: active
+-- What runs or is to begin. $1 now.
+select broadcast_id, tenant, audience, event, state, total,
+       (extract(epoch from started_at) * 1000)::bigint as started_ms
+from broadcasts where state in ('scheduled', 'running') and start_at <= to_timestamp($1)
+order by start_at, broadcast_id;
+
+-- name: begin
+-- $1 id, $2 now.
+update broadcasts
+set state = 'running', started_at = to_timestamp($2), resumed_at = to_timestamp($2), updated_at = to_timestamp($2)
+where broadcast_id = $1 and state = 'scheduled';
+
+-- name: estimate
+-- $1 id, $2 total.
+update broadcasts set total = $2 where broadcast_id = $1 and total is null;
+
+-- name: fail
+-- It cannot go on. $1 id, $2 why, $3 now.
+update broadcasts
+set state = 'failed', reason = $2, ended_at = to_timestamp($3), resumed_at = null, updated_at = to_timestamp($3),
+    ran_ms = ran_ms + coalesce((extract(epoch from to_timestamp($3) - resumed_at) * 1000)::bigint, 0)
+where broadcast_id = $1 and state = 'running';
+
+-- name: progress
+-- How far slots are. $1 id, $2 slots.
+select slot, last_user, done from broadcast_slots where broadcast_id = $1 and slot = any ($2::smallint[]);
+
+-- name: contexts
+-- What decides about users. $1 tenant, $2 users.
+select t.user_id, s.stream_id,
+       array(select d.provider from devices d
+             where d.tenant = $1 and d.user_id = t.user_id and d.disabled_at is null) as providers,
+       (select p.document::text from preferences p where p.tenant = $1 and p.user_id = t.user_id) as preferences
+from unnest($2::text[]) as t (user_id)
+left join streams s on s.tenant = $1 and s.user_id = t.user_id;
+
+-- name: make_streams
+-- Streams of users who have none. $1 shard, $2 term, $3 tenant, $4 users, $5 slots, $6 epochs.
+with fence as materialized (select term from shards where shard = $1 and term = $2 for share)
+insert into streams (tenant, user_id, slot, epoch)
+select $3, t.user_id, t.slot, t.epoch
+from fence, unnest($4::text[], $5::smallint[], $6::text[]) as t (user_id, slot, epoch)
+on conflict (tenant, user_id) do nothing
+returning user_id, stream_id;
+
+-- name: enter
+-- The beginning of every transaction that writes for a broadcast: the fence, whether it runs (it stays so until the
+-- end of the transaction), and which of the notifications are stored. $1 shard, $2 term, $3 broadcast, $4 ids,
+-- $5 and $6 the least and the greatest id of the broadcast: they choose the month.
+with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
+going as materialized (select state from broadcasts where broadcast_id = $3 for share)
+select (select term from fence) as term, (select state from going) as state,
+       array(select n.id from notifications n where n.id >= $5 and n.id <= $6 and n.id = any ($4::uuid[])) as stored;
+
+-- name: mark
+-- How far slots are, and what is counted. $1 broadcast, $2 slots, $3 last users (null: unchanged), $4 done, $5 to $10
+-- counts.
+insert into broadcast_slots as s
+    (broadcast_id, slot, last_user, done, stored, delivered, queued, deferred, suppressed, failed)
+select $1, t.slot, coalesce(t.last_user, ''), t.done, t.stored, t.delivered, t.queued, t.deferred, t.suppressed, t.failed
+from unnest($2::smallint[], $3::text[], $4::boolean[], $5::bigint[], $6::bigint[], $7::bigint[], $8::bigint[],
+            $9::bigint[], $10::bigint[])
+     as t (slot, last_user, done, stored, delivered, queued, deferred, suppressed, failed)
+on conflict (broadcast_id, slot) do update
+set last_user = case when excluded.last_user = '' then s.last_user else excluded.last_user end,
+    done = s.done or excluded.done, stored = s.stored + excluded.stored, delivered = s.delivered + excluded.delivered,
+    queued = s.queued + excluded.queued, deferred = s.deferred + excluded.deferred,
+    suppressed = s.suppressed + excluded.suppressed, failed = s.failed + excluded.failed;
+
+-- name: note_failures
+-- The first $5 of a broadcast are kept. $1 broadcast, $2 users, $3 codes, $4 details, $6 now.
+insert into broadcast_failures (broadcast_id, user_id, code, detail, failed_at)
+select $1, t.user_id, t.code, t.detail, to_timestamp($6)
+from unnest($2::text[], $3::text[], $4::text[]) as t (user_id, code, detail)
+where (select count(*) from broadcast_failures f where f.broadcast_id = $1) < $5
+on conflict do nothing;
+
+-- name: finish
+-- Done when all $2 slots are. $1 broadcast, $3 now.
+with sums as (
+    select count(*) filter (where t.done) as done, sum(t.stored) as stored, sum(t.delivered) as delivered,
+           sum(t.queued) as queued, sum(t.deferred) as deferred, sum(t.suppressed) as suppressed,
+           sum(t.failed) as failed
+    from broadcast_slots t where t.broadcast_id = $1
+)
+update broadcasts b
+set state = 'done', stored = s.stored, delivered = s.delivered, queued = s.queued, deferred = s.deferred,
+    suppressed = s.suppressed, failed = s.failed, total = s.stored + s.failed, resumed_at = null,
+    ended_at = to_timestamp($3), updated_at = to_timestamp($3),
+    ran_ms = ran_ms + coalesce((extract(epoch from to_timestamp($3) - resumed_at) * 1000)::bigint, 0)
+from sums s
+where b.broadcast_id = $1 and b.state = 'running' and s.done = $2
+returning b.broadcast_id;
+
+-- name: tidy
+-- The slots of a broadcast that is done. $1 broadcast.
+delete from broadcast_slots where broadcast_id = $1;
+
+-- name: prune
+-- Broadcasts that ended before $1, some at a time.
+delete from broadcasts where broadcast_id in (
+    select broadcast_id from broadcasts where ended_at < to_timestamp($1) limit 20);
