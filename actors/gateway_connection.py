@@ -234,8 +234,6 @@ class Connection(AttachedSocket, asyncio.Protocol):
     def complain(self, exc: BadFrameError) -> None:
         """Answer a bad frame; too many of them within a minute end the connection (4003)."""
         self.send(server_frames.error(exc.code, str(exc), exc.temporary, exc.ref))
-        if exc.code == "not_supported":
-            return  # well-formed, only not built yet
         now = self._host.loop.time()
         recent = [at for at in self._errors or () if at > now - 60.0]
         recent.append(now)

@@ -13,6 +13,7 @@ import msgspec
 from actors.config import ActorConfig
 from actors.link import Link
 from actors.member import Membership
+from actors.shard_accounts import Accounts
 from actors.shard_acks import Acknowledgements
 from actors.shard_amendments import AMENDMENTS, AmendEntry
 from actors.shard_broadcasts import Broadcasts
@@ -24,7 +25,7 @@ from actors.shard_presence import Presence
 from actors.shard_replays import Replays
 from actors.shard_schedules import Schedules
 from actors.shard_sessions import Sessions
-from actors.shard_users import User, UserCache, read_preferences
+from actors.shard_users import User, UserCache
 from actors.shard_watch import WatchPermission
 from actors.shard_writer import Writer
 from carillon import server_frames
@@ -49,6 +50,7 @@ from carillon.messages import (
     ClientMode,
     ClientReady,
     ClientResume,
+    ClientTopic,
     ClientVisibility,
     ClientWatch,
     ClusterMap,
@@ -68,6 +70,7 @@ from carillon.messages import (
     PresenceMode,
     PresenceQuery,
     PresenceWatch,
+    ProfilePut,
     Publish,
     Push,
     PushLeft,
@@ -77,6 +80,7 @@ from carillon.messages import (
     SessionsRevoke,
     SocketDrained,
     Unsubscribe,
+    UserErase,
 )
 from carillon.metrics import Stats
 from carillon.plan import Reach
@@ -172,9 +176,10 @@ class Shard:
             self._store, self._clock,
             term=self._term, owns=self._owns, due_now=self._outbox.due_now, fenced=self._was_fenced,
         )  # fmt: skip
+        mirror = self._make_mirror()
         self._presence = Presence(
             self._config.name, self._store, self._users, self._clock, presence, shard.grace_s,
-            term=self._term, owns=self._owns, mirror=self._make_mirror(),
+            term=self._term, owns=self._owns, mirror=mirror,
         )  # fmt: skip
         self._watch = WatchPermission(self._policies, presence, self._clock, self._store.client_secret)
         self._sessions = Sessions(
@@ -198,12 +203,18 @@ class Shard:
             templates=lambda: self._schedules.templates, term=self._term, slots=lambda: self._slots,
             owns=self._owns, due_now=self._outbox.due_now, fenced=self._was_fenced,
         )  # fmt: skip
+        self._accounts = Accounts(
+            self._config.name, self._store, self._users, self._sessions, self._clock, self._settings,
+            term=self._term, owns=self._owns, slots=lambda: self._slots, mirror=mirror,
+            fenced=self._was_fenced,
+        )  # fmt: skip
         self._policies.start()
         self._writer.start()
         self._acks.start()
         self._outbox.start()
         self._schedules.start()
         self._broadcasts.start()
+        self._accounts.start()
         self._membership = Membership(self._config, self, stats=self._stats, clock=self._clock)
         self._membership.on_map(self._take_map)
         await self._membership.start()
@@ -225,6 +236,7 @@ class Shard:
             self._gauges.cancel()
         await self._broadcasts.close()
         await self._schedules.close()
+        await self._accounts.close()
         await self._writer.close()
         await self._replays.close()
         await self._outbox.close()
@@ -396,10 +408,10 @@ class Shard:
             self._change(link, message, request)
         elif kind is Amend:
             self._amend(link, message, request)
-        elif kind is ClientMode:
+        elif kind is ClientMode or kind is ClientTopic:
             early = self._sessions.early(link, message.conn)
             if early is None:
-                self._spawn(self._client_mode(link, message))
+                self._client_asks(link, message)
             elif len(early) < 64:
                 early.append(message)
         elif kind is PresenceWatch:
@@ -410,6 +422,8 @@ class Shard:
             self._device_said(link, message, request)
         elif kind is PlanQuery:
             self._spawn(self._answer(link, request, self._preview(message)))
+        elif kind is UserErase:
+            self._spawn(self._answer(link, request, self._accounts.erase(message)))
         elif kind in _DOCUMENT_MESSAGES:
             self._spawn(self._answer(link, request, self._document(message)))
         else:
@@ -573,8 +587,10 @@ class Shard:
             )
             # Whoever holds the user now: it may have been loaded anew meanwhile.
             for known in {user, self._users.get(user.key) or user}:
-                known.preferences = read_preferences(message.document)
+                known.take_preferences(message.document)
             return Done()
+        if kind is ProfilePut:
+            return await self._accounts.put_profile(user, message)
         if kind is PresenceMode:
             await self._set_mode(user, message.mode)
             return Done()
@@ -584,7 +600,7 @@ class Shard:
                 self._term_now, message.tenant, message.user, lambda known: switch_off(known, what), now_ms
             )
             for known in {user, self._users.get(user.key) or user}:
-                known.preferences = read_preferences(document)
+                known.take_preferences(document)
             return Done()
         if kind is Logout:
             await self._log_out(user, message)
@@ -604,13 +620,21 @@ class Shard:
         if user.session is not None and (before is None) != (user.invisible_since_ms is None):
             self._presence.changed(user)
 
-    async def _client_mode(self, link: Link, message: ClientMode) -> None:
+    def _client_asks(self, link: Link, message: ClientMode | ClientTopic) -> None:
+        """Do what a connection asks for, and answer it after the commit."""
         found = self._sessions.find(link, message.conn)
         if found is None:
             return
+        if isinstance(message, ClientMode):
+            work = self._set_mode(found[0], message.mode)
+        else:
+            work = self._accounts.topic(found[0], message, self._policies.of(found[0].key.tenant).topics)
+        self._spawn(self._client_answer(link, message, work))
+
+    async def _client_answer(self, link: Link, message: ClientMode | ClientTopic, work: Any) -> None:
         frame = None if message.ref is None else server_frames.ok(message.ref)
         try:
-            await self._set_mode(found[0], message.mode)
+            await work
         except CarillonError as exc:
             frame = server_frames.error(exc.code, str(exc), exc.temporary, message.ref)
         if frame is not None:
@@ -663,5 +687,5 @@ _SESSION_MESSAGES = frozenset(
     (ClientAck, ClientReady, ClientResume, ClientVisibility, ClientWatch, SocketDrained, Detach)
 )
 _DOCUMENT_MESSAGES = frozenset(
-    (DevicePut, DeviceDelete, PreferencesPut, Unsubscribe, SessionsRevoke, Logout, PresenceMode)
+    (DevicePut, DeviceDelete, PreferencesPut, Unsubscribe, SessionsRevoke, Logout, PresenceMode, ProfilePut)
 )

@@ -103,6 +103,8 @@ class DecidedAgain:
         rules = self._policies.of(row.key.tenant).rules
         if mine is None and rules is None and not held:
             return None
+        if mine is None:
+            mine = self._local(row)
         spent = user.spent if held and user is not None else None
         return weigh(row.type, row.category, row.priority, mine, rules or NO_RULES, now_ms, spent, again=True)
 
@@ -110,7 +112,14 @@ class DecidedAgain:
         user = self._users.get(row.key)
         if user is not None:
             return user.preferences
-        return None if row.preferences is None else read_preferences(row.preferences)
+        return None if row.preferences is None else read_preferences(row.preferences, row.zone)
+
+    def _local(self, row: Claimed) -> Preferences | None:
+        """What stands for the document of a user who has none."""
+        user = self._users.get(row.key)
+        if user is not None:
+            return user.local
+        return None if row.zone is None else read_preferences("{}", row.zone)
 
     def presented(self, row: Claimed) -> tuple[str, bool]:
         """The sound of a row's push ("" none), and whether it has a badge."""

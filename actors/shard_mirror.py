@@ -40,12 +40,19 @@ class Mirror:
         self._round_s = settings.mirror_ttl_s / 3
         self._retry_s = min(settings.mirror_retry_s, self._round_s)
         self._changed: dict[UserKey, None] = {}
+        self._gone: dict[UserKey, None] = {}
         self._wake = asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     def changed(self, user: User) -> None:
         """A user's presence changed."""
         self._changed[user.key] = None
+        self._wake.set()
+
+    def forget(self, key: UserKey) -> None:
+        """Delete a user's key soon; it lapses anyway."""
+        self._changed.pop(key, None)
+        self._gone[key] = None
         self._wake.set()
 
     async def _run(self) -> None:
@@ -60,6 +67,9 @@ class Mirror:
             self._wake.clear()
             changed, self._changed = self._changed, {}
             try:
+                if self._gone:
+                    gone, self._gone = self._gone, {}
+                    await self._mirror.delete([mirror_key(*key) for key in gone])
                 written = await self._write(list(changed))
                 if written and self._clock.monotonic() >= round_at:
                     round_at = self._clock.monotonic() + self._round_s

@@ -331,6 +331,14 @@ class Sessions:
             peer.attached.pop(attachment.conn, None)
             self._detach(user, attachment, True)
 
+    def end_user(self, user: User, code: int, reason: str) -> None:
+        """Close all connections of a user and end the session at once, without grace."""
+        self.close_user(user, code, reason)
+        if user.session is not None:
+            user.session, user.last_seen_ms = None, None
+            self.live -= 1
+            self._presence_changed(user)
+
     def _detach(self, user: User, attachment: Attachment, clean: bool) -> None:
         session = attachment.session
         self.run(user, session.detach(attachment, clean, self._clock.monotonic(), self._clock.now_ms()))

@@ -33,9 +33,9 @@ class User:
     """One user in memory."""
 
     __slots__ = (
-        "epoch", "expired", "invisible_since_ms", "key", "last_seen_ms", "pins", "preferences", "providers",
-        "receipt", "rev", "revoked", "seq", "session", "slot", "spent", "stream_id", "unread",
-        "valid_from_ms",
+        "document", "epoch", "expired", "invisible_since_ms", "key", "last_seen_ms", "local", "pins",
+        "preferences", "providers", "receipt", "rev", "revoked", "seq", "session", "slot", "spent",
+        "stream_id", "unread", "valid_from_ms", "zone",
     )  # fmt: skip
 
     def __init__(self, record: UserRecord, slot: int) -> None:
@@ -54,7 +54,10 @@ class User:
         self.invisible_since_ms = record.invisible_since_ms
         self.valid_from_ms = record.valid_from_ms
         self.revoked = frozenset(record.revoked)  # tokens that were logged out
-        self.preferences = None if record.preferences is None else read_preferences(record.preferences)
+        self.preferences: Preferences | None = None
+        self.zone = record.zone
+        self.local: Preferences | None = None  # without a document: says in which time zone the user is
+        self.take_preferences(record.preferences)
         self.spent: Spent | None = None  # of the tenant's limits
         self.session: Session | None = None
         self.pins = 0  # events queued or in a batch: not to be evicted
@@ -63,6 +66,18 @@ class User:
         """Note at which push providers the user has a target."""
         self.providers = frozenset(target.provider for target in targets)
         self.receipt = providers_receipt(self.providers)
+
+    def take_preferences(self, text: str | None) -> None:
+        """Note the user's document, None if there is none."""
+        self.document = text
+        self.preferences = None if text is None else read_preferences(text, self.zone)
+        self.local = None if self.zone is None else read_preferences("{}", self.zone)
+
+    def take_zone(self, zone: str | None) -> None:
+        """Note the time zone of the user's profile."""
+        if zone != self.zone:
+            self.zone = zone
+            self.take_preferences(self.document)
 
     def head(self) -> Head:
         """Position as committed; unread as shown."""
@@ -80,10 +95,13 @@ class User:
         return max(0, self.unread - self.expired)
 
 
-def read_preferences(text: str) -> Preferences | None:
-    """A stored document; one that cannot be read (its time zone is gone) holds nothing back."""
+def read_preferences(text: str, zone: str | None = None) -> Preferences | None:
+    """A stored document, of a user who is in `zone` if it does not say.
+
+    One that cannot be read (its time zone is gone) holds nothing back.
+    """
     try:
-        return Preferences(msgspec.json.decode(text))
+        return Preferences(msgspec.json.decode(text), zone)
     except (LookupError, ValueError, TypeError, AttributeError):
         log.exception("a preferences document cannot be read: it is left out of account")
         return None
@@ -196,6 +214,11 @@ class UserCache:
 
     def forget(self, key: UserKey) -> None:
         """Drop one user, so that it is loaded anew."""
+        self._users.pop(key, None)
+
+    def erased(self, key: UserKey) -> None:
+        """Drop a user whose stream is gone; what is being read of it counts no more."""
+        self._generation += 1
         self._users.pop(key, None)
 
     async def close(self) -> None:

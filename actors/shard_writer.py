@@ -12,7 +12,7 @@ import contextlib
 import functools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 from actors.shard_amendments import AMENDMENTS, Amendments
@@ -41,6 +41,7 @@ from stores.postgres.shard_store import (
     OutboxRow,
     PoisonError,
     ShardStore,
+    StreamsErasedError,
 )
 
 log = logging.getLogger(__name__)
@@ -337,6 +338,9 @@ class Writer:
                 except KeysTakenError:
                     batch = await self._without_taken(batch)
                     continue
+                except StreamsErasedError as exc:
+                    batch = self._without_erased(batch, exc.streams)
+                    continue
                 break
         except PoisonError as exc:
             await self._bisect(batch, exc)
@@ -412,6 +416,23 @@ class Writer:
                 self._done(entry, outcome)
         return rest
 
+    def _without_erased(self, batch: list[Entry], streams: Container[int]) -> list[Entry]:
+        rest: list[Entry] = []
+        for entry in batch:
+            assert entry.user is not None
+            if entry.user.stream_id in streams:
+                self._erased(entry)
+            else:
+                rest.append(entry)
+        return rest
+
+    def _erased(self, entry: Entry) -> None:
+        """The user was erased since it was loaded: loaded anew, the event's next try finds another stream."""
+        assert entry.user is not None
+        if self._users.peek(entry.user.key) is entry.user:
+            self._users.forget(entry.user.key)
+        self._fail(entry, UnavailableError("the user was erased while the event was on its way"))
+
     def _stored_outcome(self, entry: Entry, notification: bytes, seq: int) -> Outcome:
         assert entry.user is not None
         present = self._plan(entry, self._clock.now_ms())
@@ -433,7 +454,8 @@ class Writer:
         policy = self._policy(event.tenant)
         verdict: Verdict | None = None
         if user.preferences is not None or policy.rules is not None:
-            verdict = judge(event, user.preferences, policy.rules or NO_RULES, now_ms, user.spent)
+            mine = user.local if user.preferences is None else user.preferences
+            verdict = judge(event, mine, policy.rules or NO_RULES, now_ms, user.spent)
         found = plan(
             event,
             reach,
@@ -506,9 +528,7 @@ class Writer:
             head = heads.get(row.stream_id)
             if head is None:
                 # The stream was erased since it was loaded; its next event makes a new one.
-                assert entry.user is not None
-                self._users.forget(entry.user.key)
-                self._fail(entry, UnavailableError("the user was erased while the event was on its way"))
+                self._erased(entry)
                 continue
             seqs[entry.event.id] = head[0] - row.back
             unread = head[2] - (row.back if unread_after is None else unread_after[index])

@@ -21,6 +21,7 @@ from carillon.messages import (
     ClientChange,
     ClientMode,
     ClientResume,
+    ClientTopic,
     ClientVisibility,
     ClientWatch,
 )
@@ -64,7 +65,8 @@ class ClientPing(NamedTuple):
 
 ClientFrame = (
     Auth | ClientPing | ClientAck | ClientChange | ClientResume | ClientVisibility | ClientWatch | ClientMode
-)
+    | ClientTopic
+)  # fmt: skip
 
 
 class BadFrameError(InvalidInputError):
@@ -94,7 +96,7 @@ def parse_text(data: bytes | bytearray, conn: int) -> ClientFrame:
         conn: number of the connection, copied into the message.
 
     Raises:
-        BadFrameError: it says what was expected, with code `invalid`, `unknown_type` or `not_supported`.
+        BadFrameError: it says what was expected, with code `invalid` or `unknown_type`.
     """
     try:
         frame = _from_json(data)
@@ -341,9 +343,11 @@ def _mode(frame: Members, conn: int, ref: Ref) -> ClientMode:
     return ClientMode(conn, mode, ref)
 
 
-def _not_built(frame: Members, conn: int, ref: Ref) -> ClientFrame:
-    kind = str(frame["type"])
-    raise BadFrameError(f"{kind} is not supported yet", "type", "another frame", kind, "not_supported")
+def _topic(subscribe: bool) -> Callable[[Members, int, Ref], ClientTopic]:
+    def build(frame: Members, conn: int, ref: Ref) -> ClientTopic:
+        return ClientTopic(conn, _string(frame.get("topic"), "topic", MAX_ID_CHARS), subscribe, ref)
+
+    return build
 
 
 _BUILDERS: Final[dict[str, Callable[[Members, int, Ref], ClientFrame]]] = {
@@ -360,8 +364,8 @@ _BUILDERS: Final[dict[str, Callable[[Members, int, Ref], ClientFrame]]] = {
     "VISIBILITY": _visibility,
     "WATCH_PRESENCE": _watch,
     "SET_PRESENCE": _mode,
-    "SUBSCRIBE": _not_built,
-    "UNSUBSCRIBE": _not_built,
+    "SUBSCRIBE": _topic(subscribe=True),
+    "UNSUBSCRIBE": _topic(subscribe=False),
 }
 
 TYPES: Final = tuple(_BUILDERS)

@@ -151,7 +151,7 @@ def weigh(
 def _held(open_: Switches, user: Preferences, defaults: Preferences, now_ms: int, again: bool) -> list[Fired]:
     """What holds an event that is not urgent, in the order in which it ends."""
     found: list[Fired] = []
-    quiet, source = (user.quiet, USER) if user.quiet_set else (defaults.quiet, TENANT)
+    quiet, source = user.quiet_of(defaults)
     at_ms = now_ms
     if not again and open_.digest is not None:
         assert open_.digest_of is not None

@@ -223,6 +223,24 @@ class Unsubscribe(Struct, array_like=True, tag=45):
     channel: str
 
 
+class ProfilePut(Struct, array_like=True, tag=60):
+    """Request: replace the user's profile (validated JSON text, carillon/profiles.py). Reply: `Done`."""
+
+    tenant: str
+    user: str
+    slot: int
+    document: str
+
+
+class UserErase(Struct, array_like=True, tag=61):
+    """Request: erase everything kept of a user and close its sockets with 4001. Reply: `Done`, when nothing
+    is left; not_found if nothing was there."""
+
+    tenant: str
+    user: str
+    slot: int
+
+
 class PlanQuery(Struct, array_like=True, tag=38):
     """Request: what would become of an event? Nothing of it is stored. Reply: `PlanReply`."""
 
@@ -546,6 +564,15 @@ class ClientMode(Struct, array_like=True, tag=37):
     ref: str | int | None = None
 
 
+class ClientTopic(Struct, array_like=True, tag=62):
+    """SUBSCRIBE and UNSUBSCRIBE, gateway to shard. Answered OK (after commit) if `ref`."""
+
+    conn: int
+    topic: str
+    subscribe: bool
+    ref: str | int | None = None
+
+
 class WatchAnswer(Struct, array_like=True, tag=36):
     """Answer to `ClientWatch`: whom the connection may watch, in place of those before."""
 
@@ -780,6 +807,7 @@ type_union = (
     | DeviceAck | DeviceVisibility | DeviceTold | PresenceWatch | PresenceTold | WatchAnswer
     | PresenceMode | ClientMode
     | PlanQuery | PlanReply | Unsubscribe | Amend | Amended
+    | ProfilePut | UserErase | ClientTopic
 )  # fmt: skip
 Message = type_union
 

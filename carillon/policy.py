@@ -14,9 +14,10 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from carillon.audience import NAME
 from carillon.decision import TenantRules
 from carillon.errors import InvalidInputError
-from carillon.event_rules import Text, is_object, text_error, tree_errors
+from carillon.event_rules import Text, is_array, is_object, text_error, tree_errors
 from carillon.problems import DocumentError, FieldError, shown
 from carillon.settings import WATCH, WHEN_AWAY, ShardSettings
 from carillon.tenant_rules import RULES, rules_of, rules_problems
@@ -27,6 +28,10 @@ MAX_TYPES: Final = 200
 MAX_DELAY_S: Final = 86_400
 MAX_HOLD_S: Final = 3_600
 """Suppression is bounded: nothing waits longer than this for a user who looks away."""
+
+SUBSCRIBE: Final = ("nobody", "any", "prefix")
+"""To which topics clients may subscribe."""
+MAX_PREFIXES: Final = 100
 
 _TYPE: Final = Text(1, 64)
 
@@ -62,12 +67,30 @@ class WatchRule:
 
 
 @dataclass(frozen=True, slots=True)
+class TopicRule:
+    """To which topics a client may subscribe by itself.
+
+    Attributes:
+        subscribe: `nobody`, `any` (topic) or `prefix` (those that begin with one of `prefixes`).
+        prefixes: with `prefix`.
+    """
+
+    subscribe: str = "nobody"
+    prefixes: tuple[str, ...] = ()
+
+    def allows(self, topic: str) -> bool:
+        """Whether a client may subscribe to a topic."""
+        return self.subscribe == "any" or topic.startswith(self.prefixes or ("\0",))
+
+
+@dataclass(frozen=True, slots=True)
 class TenantPolicy:
     """A tenant's policy, what differs for single types of notifications, and its rule of presence.
 
     Attributes:
         rules: about its users' preferences; None: there are none, and nothing has to be looked at.
         text: the document, to see whether another one differs.
+        topics: to which topics clients may subscribe.
     """
 
     default: Policy
@@ -75,6 +98,7 @@ class TenantPolicy:
     presence: WatchRule = WatchRule()
     rules: TenantRules | None = None
     text: bytes = b""
+    topics: TopicRule = TopicRule()
 
     def of(self, kind: str) -> Policy:
         """The policy for notifications of one type."""
@@ -106,7 +130,9 @@ def build(
         presence = WatchRule(rule["watch"], rule.get("url", ""))
     types = {kind: _over(own, some) for kind, some in document.get("types", {}).items()}
     text = msgspec.json.encode(document, order="sorted")
-    return TenantPolicy(own, types, presence, rules_of(document), text)
+    topics = document.get("topics", {})
+    told = TopicRule(topics.get("subscribe", "nobody"), tuple(topics.get("prefixes", ())))
+    return TenantPolicy(own, types, presence, rules_of(document), text, told)
 
 
 def _over(base: Policy, some: dict[str, Any]) -> Policy:
@@ -129,6 +155,7 @@ def complete(
         "holdS": own.hold_ms / 1000,
         "types": (document or {}).get("types", {}),
         "presence": (document or {}).get("presence", {"watch": presence.watch}),
+        "topics": (document or {}).get("topics", {"subscribe": "nobody"}),
     } | {name: document[name] for name in RULES if document and name in document}
 
 
@@ -184,6 +211,8 @@ def _rules(prefix: str, some: dict[str, Any]) -> list[FieldError]:
                 errors.append(FieldError(path, f"seconds from 0 to {most}", shown(value)))
         elif name == "presence" and not prefix:
             errors.extend(_presence_errors(value))
+        elif name == "topics" and not prefix:
+            errors.extend(_topics_errors(value))
         elif (name != "types" and name not in RULES) or prefix:
             errors.append(FieldError(path, "a member of the policy", "an unknown field"))
     return errors
@@ -202,6 +231,28 @@ def callback_allowed(url: str, hosts: str) -> bool:
     allowed = {one.strip().lower() for one in hosts.split(",")} - {""}
     default = port == (443 if parts.scheme == "https" else 80)
     return f"{host}:{port}" in allowed or (default and host in allowed)
+
+
+def _topics_errors(rule: Any) -> list[FieldError]:
+    if not is_object(rule):
+        return [FieldError("topics", "an object", shown(rule))]
+    errors = [
+        FieldError(f"topics/{shown(name)}", "subscribe or prefixes", "an unknown field")
+        for name in rule
+        if name not in ("subscribe", "prefixes")
+    ]
+    subscribe, prefixes = rule.get("subscribe"), rule.get("prefixes")
+    if not isinstance(subscribe, str) or subscribe not in SUBSCRIBE:
+        errors.append(FieldError("topics/subscribe", "|".join(SUBSCRIBE), shown(subscribe)))
+    elif (subscribe == "prefix") != ("prefixes" in rule):
+        got = shown(prefixes) if "prefixes" in rule else "nothing"
+        errors.append(FieldError("topics/prefixes", "a list with prefix, and only then", got))
+    elif "prefixes" in rule and (not is_array(prefixes) or not 1 <= len(prefixes) <= MAX_PREFIXES):
+        errors.append(FieldError("topics/prefixes", f"1 to {MAX_PREFIXES} texts", shown(prefixes)))
+    else:
+        told = [text_error(f"topics/prefixes/{at}", one, NAME) for at, one in enumerate(prefixes or ())]
+        errors.extend(one for one in told if one is not None)
+    return errors
 
 
 def _presence_errors(rule: Any) -> list[FieldError]:

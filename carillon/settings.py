@@ -197,6 +197,24 @@ class ShardSettings:
         "Devices of a user whose acknowledged position, and attention between two polls, are kept in memory.",
         low=1,
     )
+    max_topics_per_user: int = setting(
+        1000, "Topics of a user beyond which SUBSCRIBE is refused; services may add more.", low=0
+    )
+    erase_batch: int = setting(
+        1000, "Notifications of an erased user deleted by one statement.", low=1, high=10_000
+    )
+    erase_sweep_s: float = setting(
+        60.0,
+        "How often interrupted erasures are looked for; 0: never.",
+        low=0.0,
+        unit="s",
+    )
+    erasure_keep_s: float = setting(
+        2_592_000.0,
+        "Tokens of an erased user made before are refused for so long (30 days): longer than tokens live.",
+        low=60.0,
+        unit="s",
+    )
 
 
 @dataclass(frozen=True)
@@ -319,6 +337,9 @@ class IngressSettings:
     tls_key_file: str = setting("", "PEM file of the certificate's key.")
     request_timeout_s: float = setting(10.0, "Deadline of a request, retries inside it.", low=0.1, unit="s")
     max_request_bytes: int = setting(8 * 1024 * 1024, "Longest request body (413 beyond).", low=1024)
+    max_attributes_bytes: int = setting(
+        16_384, "Longest attributes of a user's profile, as JSON.", low=2, high=1_048_576
+    )
     max_in_flight: int = setting(4096, "Requests at once before 503.", low=1)
     max_connections: int = setting(
         10_000, "Connections to a replica's own door, streams not counted; one more is cut off.", low=1

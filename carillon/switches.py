@@ -59,18 +59,22 @@ class Preferences:
 
     Attributes:
         quiet, quiet_set: quiet hours; set although None: the document says that there are none.
+        floating: they name no time zone of their own.
+        zoned: it is known in which time zone the user is.
         emergency_only: channels for urgent notifications alone.
         sounds: sound of a channel: "" none, "default", or a name; `sound` where it has no word.
     """
 
     __slots__ = (
         "badge", "categories", "channels", "digest", "digest_set", "dnd_until_ms", "emergency_only",
-        "everything", "memo", "memo_of", "quiet", "quiet_set", "sound", "sounds", "types", "zone",
+        "everything", "floating", "here", "memo", "memo_of", "quiet", "quiet_set", "sound", "sounds", "types",
+        "zone", "zoned",
     )  # fmt: skip
 
     def __init__(self, document: Mapping[str, Any], zone: str | None = None) -> None:
         """Read a valid document; `zone` is where the user is if the document does not say."""
         self.zone = _zone(document.get("timezone") or zone)
+        self.zoned = bool(document.get("timezone") or zone)
         self.everything: bool | None = document.get("global")
         self.channels: dict[str, bool] = {}
         self.emergency_only: set[str] = set()
@@ -83,6 +87,8 @@ class Preferences:
         self.types = self._entries(part(document, "types"))
         self.quiet_set = "quietHours" in document
         self.quiet = self._quiet(document.get("quietHours"))
+        self.floating = not part(document, "quietHours").get("timezone")
+        self.here: tuple[QuietHours, QuietHours] | None = None
         until = document.get("doNotDisturbUntil")
         self.dnd_until_ms = 0 if until is None else expiry_ms(msgspec.convert(until, Instant))
         self.digest_set = "digest" in document
@@ -123,6 +129,20 @@ class Preferences:
         zone = _zone(word["timezone"]) if word.get("timezone") else self.zone
         days = frozenset(DAYS.index(day) for day in word.get("days", DAYS))
         return QuietHours(minutes_of(word["start"]), minutes_of(word["end"]), zone, days)
+
+    def quiet_of(self, defaults: Preferences) -> tuple[QuietHours | None, str]:
+        """The quiet hours that count, and whose they are.
+
+        Without a word of the user's the tenant's: where the user is, unless they name a time zone themselves.
+        """
+        if self.quiet_set:
+            return self.quiet, USER
+        quiet = defaults.quiet
+        if quiet is not None and self.zoned and defaults.floating and self is not defaults:
+            if self.here is None or self.here[0] is not quiet:
+                self.here = quiet, QuietHours(quiet.start, quiet.end, self.zone, quiet.days)
+            quiet = self.here[1]
+        return quiet, TENANT
 
     def _digest(self, word: Any) -> Digest | None:
         if word is None:

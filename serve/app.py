@@ -7,6 +7,8 @@ adds X-Request-Id and CORS.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
 from typing import Any, Final
@@ -25,6 +27,7 @@ from serve.http import (
     Request,
     Response,
     Scope,
+    StreamedResponse,
     clean_request_id,
     path_segments,
     problem_response,
@@ -92,7 +95,27 @@ class IngressApp:
         except ClientGoneError:
             return
         await send({"type": "http.response.start", "status": response.status, "headers": response.headers})
+        if type(response) is StreamedResponse:
+            await self._send_parts(response, scope, receive, send)
+            return
         await send({"type": "http.response.body", "body": response.body})
+
+    async def _send_parts(self, response: StreamedResponse, scope: Scope, receive: Any, send: Any) -> None:
+        """Send what is made while it is sent, until the caller hangs up."""
+        gone = asyncio.ensure_future(_hung_up(receive))
+        self.services.in_flight += 1
+        try:
+            if scope["method"] != "HEAD":
+                async with contextlib.aclosing(response.parts) as parts:
+                    async for part in parts:
+                        if gone.done():
+                            return
+                        await send({"type": "http.response.body", "body": part, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            self.services.in_flight -= 1
+            gone.cancel()
+            await asyncio.gather(gone, return_exceptions=True)
 
     async def hot(self, headers: dict[bytes, bytes], body: bytes) -> Response:
         """`POST /v1/events` whose body is here and within the limit; the answer has all its headers."""
@@ -207,7 +230,8 @@ class IngressApp:
     def _finished(self, response: Response, request_id: bytes | None, started: float) -> Response:
         out = response.headers
         out.append((b"content-type", response.content_type))
-        out.append((b"content-length", b"%d" % len(response.body)))
+        if type(response) is not StreamedResponse:
+            out.append((b"content-length", b"%d" % len(response.body)))
         if request_id is not None:
             out.append((b"x-request-id", request_id))
         self.services.stats.observe_ms("ingress_request_ms", (self._clock.monotonic() - started) * 1000)
@@ -262,6 +286,12 @@ def _failed(exc: Exception, request_id: bytes, method: str, path: str) -> Respon
         return problem_response(problem_of(exc), request_id)
     log.error("request %s (%s %s) failed", request_id.decode(), method, path, exc_info=exc)
     return problem_response(problem("internal"), request_id)
+
+
+async def _hung_up(receive: Any) -> None:
+    """Return once the caller has; for requests whose body nobody reads (any more)."""
+    while (await receive())["type"] == "http.request":
+        pass
 
 
 def _exempt(path: str) -> bool:

@@ -110,8 +110,8 @@ CLIENT_FRAMES: Final[dict[str, Schema]] = {
     "SET_PRESENCE": _client(
         "SET_PRESENCE", "How others see the user, on all devices.", {"mode": {"enum": list(MODES)}}
     ),
-    "SUBSCRIBE": _client("SUBSCRIBE", "Not there yet: ERROR not_supported."),
-    "UNSUBSCRIBE": _client("UNSUBSCRIBE", "Not there yet: ERROR not_supported."),
+    "SUBSCRIBE": _client("SUBSCRIBE", "Notifications of a topic from now on.", {"topic": _ID}),
+    "UNSUBSCRIBE": _client("UNSUBSCRIBE", "No longer.", {"topic": _ID}),
     "PING": _client("PING", "Answered by PONG."),
 }
 """What clients may send, by type."""

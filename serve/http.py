@@ -7,7 +7,7 @@ way, and every answer, errors of the transport included, is ours.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
@@ -57,6 +57,21 @@ class Response:
         self.status = status
         self.content_type = content_type
         self.headers = list(headers)
+
+
+class StreamedResponse(Response):
+    """An answer that is made while it is sent; its length is not known.
+
+    Args:
+        parts: of the body, each sent when the caller took the one before. What it raises ends the connection:
+            trouble belongs into the body.
+    """
+
+    __slots__ = ("parts",)
+
+    def __init__(self, parts: AsyncGenerator[bytes], content_type: bytes = JSON) -> None:
+        super().__init__(content_type=content_type)
+        self.parts = parts
 
 
 class LateResponse(Response):

@@ -38,6 +38,7 @@ from serve.stream_in import StreamIn
 from stores.cached_feed import CachedFeed
 from stores.postgres.broadcasts import BroadcastStore
 from stores.postgres.dead_letters import DeadLetterReader
+from stores.postgres.export import Exporter
 from stores.postgres.feed import FeedReader
 from stores.postgres.inbound import InboundStore
 from stores.postgres.pool import open_pool
@@ -46,6 +47,8 @@ from stores.postgres.search import SearchReader
 from stores.postgres.templates import TemplateStore
 from stores.postgres.tenants import TenantStore
 from stores.postgres.tickets import TicketStore
+from stores.postgres.topics import TopicStore
+from stores.postgres.users import UserStore
 from stores.redis.hot_feed import HotFeedStore
 from stores.redis.rate_limiter import RateLimiter
 
@@ -138,6 +141,9 @@ class Ingress:
                 DeadLetterReader(self._pool, settings.postgres.connect_timeout_s),
                 CachedFeed(feed, HotFeedStore(settings.redis, self._clock), self.stats, settings.redis),
                 SearchReader(self._pool, settings.ingress, self._clock, settings.postgres.connect_timeout_s),
+                UserStore(self._pool, settings.postgres.connect_timeout_s),
+                Exporter(self._pool, settings.postgres.connect_timeout_s, settings.shard.idempotency_ttl_s),
+                TopicStore(self._pool, settings.postgres.connect_timeout_s),
                 connections=self.connections,
                 url=self.url,
                 cluster_tag=tag,

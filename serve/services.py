@@ -16,12 +16,15 @@ from serve.connections import Connections
 from stores.cached_feed import CachedFeed
 from stores.postgres.broadcasts import BroadcastStore
 from stores.postgres.dead_letters import DeadLetterReader
+from stores.postgres.export import Exporter
 from stores.postgres.feed import FeedReader
 from stores.postgres.inbound import InboundStore
 from stores.postgres.schedules import ScheduleStore
 from stores.postgres.search import SearchReader
 from stores.postgres.tenants import TenantStore
 from stores.postgres.tickets import TicketStore
+from stores.postgres.topics import TopicStore
+from stores.postgres.users import UserStore
 from stores.redis.rate_limiter import RateLimiter
 
 
@@ -70,6 +73,9 @@ class Services:
     dead_letters: DeadLetterReader
     feeds: CachedFeed
     search: SearchReader
+    users: UserStore
+    exporter: Exporter
+    topics: TopicStore
     in_flight: int = 0
     draining: bool = False
     connections: Connections | None = None

@@ -55,6 +55,10 @@ class CachedFeed:
         self._reading = 0
         self._standings: Gather[tuple[str, str, Sequence[bytes]], Standing] = Gather(reader.standings)
 
+    async def forget(self, tenant: str, user: str) -> None:
+        """Delete what Redis keeps of a user. Never raises."""
+        await self._hot.forget(tenant, user)
+
     async def close(self) -> None:
         """Stop. The reader is not owned, the store of entries is."""
         await self._standings.close()

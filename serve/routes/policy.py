@@ -69,6 +69,18 @@ _POLICY: Final = obj(
         "presence": obj(
             {"watch": {"enum": list(WATCH)}, "url": {"type": "string", "maxLength": 2048}}, ["watch"]
         ),
+        "topics": obj(
+            {
+                "subscribe": {"enum": list(policy.SUBSCRIBE)},
+                "prefixes": {
+                    "type": "array",
+                    "items": text(1, 128),
+                    "minItems": 1,
+                    "maxItems": policy.MAX_PREFIXES,
+                },
+            },
+            ["subscribe"],
+        ),
         "defaults": ref("Preferences"),
         "forced": obj({"categories": ref("PreferenceRules"), "types": ref("PreferenceRules")}),
         "limits": obj(
@@ -92,10 +104,11 @@ _EXAMPLE: Final = {
     "defaults": {"quietHours": {"start": "22:00", "end": "07:00", "timezone": "Europe/Vienna"}},
     "forced": {"categories": {"security": True}},
     "limits": {"user": {"count": 30, "windowS": 3600}, "overflow": "digest"},
+    "topics": {"subscribe": "prefix", "prefixes": ["public."]},
 }
 _ANSWER: Final = {
     "whenAway": "push_after", "whenAwayDelayS": 30.0, "holdS": 60.0, "types": {},
-    "presence": {"watch": "nobody"},
+    "presence": {"watch": "nobody"}, "topics": {"subscribe": "nobody"},
 }  # fmt: skip
 
 ROUTES: Final = (

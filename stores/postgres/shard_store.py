@@ -116,6 +116,8 @@ class UserRecord:
     """The preferences document, None if the user stored none."""
     invisible_since_ms: int | None = None
     """Since when the user wants to be seen as offline; None: it does not."""
+    zone: str | None = None
+    """Time zone of the user's profile."""
 
 
 @dataclass(slots=True)
@@ -217,6 +219,8 @@ class Claimed:
     stream_id: int = 0
     ended: str = "seen"
     """With gate WITHDRAWN why nobody wants it any more: seen, retracted or cancelled."""
+    zone: str | None = None
+    """Time zone of the user's profile."""
 
 
 @dataclass(slots=True)
@@ -433,8 +437,11 @@ class ShardStore(Amendments):
             connection = await self._write_connection()
             try:
                 yield connection
-            except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError):
-                raise
+            except (
+                asyncpg.DataError, asyncpg.IntegrityConstraintViolationError,
+                KeysTakenError, StreamsErasedError,
+            ):  # fmt: skip
+                raise  # rolled back in good order
             except BaseException:
                 # Unknown state (cancelled, timed out, lost): a fresh connection next time.
                 self._writer = None
@@ -479,6 +486,7 @@ class ShardStore(Amendments):
                 r[10],
                 preferences=r[11],
                 invisible_since_ms=r[12],
+                zone=r[13],
             )
             for r in rows
         }
@@ -516,6 +524,7 @@ class ShardStore(Amendments):
         Raises:
             FencedError, StoreUnavailableError: nothing was written, or (the latter) it is not known.
             KeysTakenError: a key stands for something already; nothing was written. See `find_keys`.
+            StreamsErasedError: some streams are gone, and there are `keys`; nothing was written.
             PoisonError: PostgreSQL refuses the data; nothing was written. Bisect.
         """
         try:
@@ -530,7 +539,11 @@ class ShardStore(Amendments):
                         raise KeysTakenError
                     if before is not None:
                         await before(connection)
-                    return await self._append(connection, term, counts, rows, outbox, now_ms)
+                    heads = await self._append(connection, term, counts, rows, outbox, now_ms)
+                    if keys and len(heads) < len(counts):
+                        # A key without its notification would answer the next try as if it were stored.
+                        raise StreamsErasedError(counts.keys() - heads.keys())
+                    return heads
         except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError) as exc:
             raise PoisonError(f"PostgreSQL refuses the data: {exc}") from exc
 
@@ -772,6 +785,7 @@ class ShardStore(Amendments):
                 r["hold_until_ms"] or 0, r["shown_on"], r["channel"], r["chain"], r["step"], r["since_ms"],
                 r["base_attempt"],
                 r["reached"], r["category"], r["merged"], r["preferences"], r["stream_id"], r["ended"],
+                r["zone"],
             )
             for r in rows
         ]  # fmt: skip
@@ -1033,6 +1047,18 @@ class Inside(NamedTuple):
         Awaitable[dict[int, tuple[int, int, int]]],
     ]
     draw_delivery_ids: Callable[[asyncpg.Connection, int], Awaitable[list[int]]]
+
+
+class StreamsErasedError(Exception):
+    """Streams of the batch were erased since their users were loaded; nothing was written.
+
+    Attributes:
+        streams: their ids.
+    """
+
+    def __init__(self, streams: set[int]) -> None:
+        super().__init__(streams)
+        self.streams = streams
 
 
 class KeysTakenError(Exception):

@@ -85,6 +85,15 @@ class HotFeedStore:
         """The same for the counters."""
         self._put_nowait(_key("count", tenant, user), encode(entry), missed)
 
+    async def forget(self, tenant: str, user: str) -> None:
+        """Delete the user's entries; if Redis is away they lapse. Never raises."""
+        keys = [_key("feed", tenant, user), _key("count", tenant, user)]
+        for key in keys:
+            self._writes.pop(key, None)
+            self._written.pop(key, None)
+        if self.available():
+            await self._tried(self._redis.delete(*keys))
+
     async def close(self) -> None:
         """Close connections; what was not written is dropped."""
         if self._writer is not None:

@@ -7,6 +7,7 @@ docs/how-to/show-presence.md and made by `carillon.presence`. Losing Redis costs
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -56,6 +57,11 @@ class PresenceMirror:
             log.info("presence is mirrored in Redis again")
         self._away = False
         return True
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        """Delete keys; if Redis is away they lapse."""
+        with contextlib.suppress(RedisError, OSError, TimeoutError):
+            await self._redis.delete(*keys)
 
     async def close(self) -> None:
         """Close connections."""

@@ -54,7 +54,7 @@ async def converse(arena: Arena, sent: list[Any], packed: bool, own_ids: dict[st
         wire.append(data)
         if _readable(data, packed) and answerable(document) and _depth(document) <= MAX_DEPTH:
             owed.append(document["id"])
-            if document.get("type") == "SET_PRESENCE":
+            if document.get("type") in ("SET_PRESENCE", "SUBSCRIBE", "UNSUBSCRIBE"):
                 late.append(document["id"])
     answers: list[Any] = []
     code = None

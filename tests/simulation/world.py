@@ -65,6 +65,7 @@ SETTINGS = Settings().with_values(
     shard={
         "recent_window": 4, "replay_page": 3, "grace_s": 1.0, "ack_window_s": 3.0, "sweep_s": 1.0,
         "hold_s": 6.0, "when_away_delay_s": 4.0, "delivery_lease_s": 8.0, "sweep_batch": 5, "max_batch": 8,
+        "erase_sweep_s": 0,  # the model of the store erases nobody
     },
     push={"min_senders": 1, "max_senders": 1, "timeout_s": 2.0, "max_attempts": 8, "breaker_failures": 5,
           "breaker_open_s": 1.0, "report_timeout_s": 10.0, "scale_idle_s": 60.0},

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from carillon import client_frames
 from carillon.client_frames import Auth, BadFrameError, ClientPing, parse_binary, parse_text
 from carillon.errors import InvalidInputError
-from carillon.messages import ClientAck, ClientChange, ClientResume, ClientVisibility, ClientWatch
+from carillon.messages import (
+    ClientAck,
+    ClientChange,
+    ClientResume,
+    ClientTopic,
+    ClientVisibility,
+    ClientWatch,
+)
 
 ID = uuid.UUID("018f0000-0000-7000-8000-0000000000aa")
 ID2 = uuid.UUID("018F0000-0000-7000-8000-0000000000BB")
@@ -156,11 +163,14 @@ def test_a_bad_frame_is_refused_with_a_sentence(frame: dict[str, Any], sentence:
 
 
 @pytest.mark.parametrize("kind", ["SUBSCRIBE", "UNSUBSCRIBE"])
-def test_what_is_not_built_is_never_ignored(kind: str) -> None:
-    """A known frame without implementation is `not_supported` and echoes its id."""
-    with pytest.raises(BadFrameError) as caught:
-        parse_text(json.dumps({"type": kind, "topic": "t", "id": 4}).encode(), C)
-    assert (caught.value.code, caught.value.ref) == ("not_supported", 4)
+def test_topics(kind: str) -> None:
+    """A topic is text of 1-128 characters; anything else is refused."""
+    frame = {"type": kind, "topic": "goals/rapid", "id": 4}
+    assert parse_text(json.dumps(frame).encode(), C) == ClientTopic(C, "goals/rapid", kind == "SUBSCRIBE", 4)
+    for bad in (None, 7, "", "a" * 129, "a\n", ["t"]):
+        with pytest.raises(BadFrameError) as caught:
+            parse_text(json.dumps({**frame, "topic": bad}).encode(), C)
+        assert (caught.value.code, caught.value.path, caught.value.ref) == ("invalid", "topic", 4)
 
 
 def test_the_id_of_a_bad_frame_is_echoed_if_it_is_valid() -> None:

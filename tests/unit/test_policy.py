@@ -21,7 +21,7 @@ def test_what_a_document_leaves_out_is_the_default() -> None:
     assert build(None, DEFAULT).of("chat") == DEFAULT
     assert complete({"holdS": 5}, DEFAULT) == {
         "whenAway": "push_after", "whenAwayDelayS": 30.0, "holdS": 5.0, "types": {},
-        "presence": {"watch": "nobody"},
+        "presence": {"watch": "nobody"}, "topics": {"subscribe": "nobody"},
     }  # fmt: skip
 
 
@@ -116,3 +116,36 @@ def test_only_hosts_of_the_operator_are_asked(url: str, hosts: str, allowed: boo
         with pytest.raises(PolicyError) as found:
             validate(document, hosts)
         assert found.value.errors[0].path == "presence/url"
+
+
+@pytest.mark.parametrize(
+    ("rule", "path"),
+    [
+        ([], "topics"),
+        ({}, "topics/subscribe"),
+        ({"subscribe": "some"}, "topics/subscribe"),
+        ({"subscribe": "prefix"}, "topics/prefixes"),
+        ({"subscribe": "any", "prefixes": ["a"]}, "topics/prefixes"),
+        ({"subscribe": "prefix", "prefixes": []}, "topics/prefixes"),
+        ({"subscribe": "prefix", "prefixes": ["a", ""]}, "topics/prefixes/1"),
+        ({"subscribe": "any", "x": 1}, "topics/x"),
+    ],
+)
+def test_a_rule_of_topics_that_is_none(rule: Any, path: str) -> None:
+    """A rule of topics that breaks its form is refused with the place."""
+    with pytest.raises(PolicyError) as caught:
+        validate({"topics": rule})
+    assert [error.path for error in caught.value.errors] == [path]
+
+
+def test_which_topics_clients_may_name() -> None:
+    """None without a rule; with prefixes those that begin with one of them."""
+    assert not build(None, DEFAULT).topics.allows("a")
+    assert build({"topics": {"subscribe": "any"}}, DEFAULT).topics.allows("a")
+    rule = build({"topics": {"subscribe": "prefix", "prefixes": ["a.", "b"]}}, DEFAULT).topics
+    assert [name for name in ("a", "a.", "a.c", "b", "bc", "c.a.") if rule.allows(name)] == [
+        "a.",
+        "a.c",
+        "b",
+        "bc",
+    ]

@@ -37,8 +37,9 @@ where tenant = $1 and schedule_id = $2 and state = 'active'
 returning schedule_id;
 
 -- name: zone
--- The time zone of a user: own preferences, the tenant's default, null. $1 tenant, $2 user.
+-- The time zone of a user: own preferences, the profile, the tenant's default, null. $1 tenant, $2 user.
 select coalesce((select p.document ->> 'timezone' from preferences p where p.tenant = t.tenant and p.user_id = $2),
+                (select p.timezone from profiles p where p.tenant = t.tenant and p.user_id = $2),
                 t.settings #>> '{policy,defaults,timezone}') as zone
 from tenants t where t.tenant = $1;
 

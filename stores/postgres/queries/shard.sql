@@ -10,8 +10,11 @@ with fence as materialized (select term from shards where shard = $1 and term = 
 asked as (select * from unnest($3::text[], $4::text[], $5::smallint[], $6::text[]) as t (tenant, user_id, slot, epoch)),
 known as (select s.* from asked a join streams s using (tenant, user_id)),
 made as (
-    insert into streams (tenant, user_id, slot, epoch)
-    select a.tenant, a.user_id, a.slot, a.epoch from asked a, fence
+    insert into streams (tenant, user_id, slot, epoch, tokens_valid_from)  -- tokens of before an erasure are over
+    select a.tenant, a.user_id, a.slot, a.epoch,
+           (select max(e.erased_at) from erasures e
+            where e.tenant = a.tenant and e.user_hash = sha256(convert_to(a.user_id, 'UTF8')))
+    from asked a, fence
     where not exists (select from known k where k.tenant = a.tenant and k.user_id = a.user_id)
     order by a.tenant, a.user_id
     on conflict (tenant, user_id) do nothing
@@ -27,7 +30,8 @@ select b.tenant, b.user_id, b.stream_id, b.epoch, b.seq, b.rev,
        (extract(epoch from b.tokens_valid_from) * 1000)::bigint as valid_from_ms,
        array(select r.token_id from revoked_tokens r where r.stream_id = b.stream_id and r.expires_at > now()),
        (select p.document::text from preferences p where p.tenant = b.tenant and p.user_id = b.user_id),
-       (extract(epoch from b.invisible_since) * 1000)::bigint as invisible_since_ms
+       (extract(epoch from b.invisible_since) * 1000)::bigint as invisible_since_ms,
+       (select p.timezone from profiles p where p.tenant = b.tenant and p.user_id = b.user_id)
 from both_of b, fence;
 
 -- name: load_targets
@@ -321,7 +325,8 @@ select d.id, d.attempts, d.slot, s.tenant, s.user_id, s.unread, n.id as notifica
        n.category, coalesce(d.merged, 1) as merged, d.stream_id, d.stream_id,
        (select p.document::text from preferences p where p.tenant = s.tenant and p.user_id = s.user_id) as preferences,
        case when n.retracted_at is not null then 'retracted' when n.cancelled_at is not null then 'cancelled'
-            else 'seen' end as ended
+            else 'seen' end as ended,
+       (select p.timezone from profiles p where p.tenant = s.tenant and p.user_id = s.user_id) as zone
 from unnest($1::bigint[]) as t (id)
 join deliveries d using (id)
 join streams s using (stream_id)

@@ -34,10 +34,15 @@ select version, created_by, (extract(epoch from created_at) * 1000)::bigint as c
 from templates where tenant = $1 and template_id = $2 order by version desc limit 1000;
 
 -- name: locales
--- The language of users: that of the device registered last that names one. $1 tenant, $2 users.
-select distinct on (user_id) user_id, locale from devices
-where tenant = $1 and user_id = any ($2::text[]) and locale is not null
-order by user_id, registered_at desc;
+-- The language of users: that of the device registered last that names one, else of the profile. $1 tenant, $2 users.
+select distinct on (user_id) user_id, locale from (
+    select user_id, locale, 0 as place, registered_at from devices
+    where tenant = $1 and user_id = any ($2::text[]) and locale is not null
+    union all
+    select user_id, locale, 1, updated_at from profiles
+    where tenant = $1 and user_id = any ($2::text[]) and locale is not null
+) as told
+order by user_id, place, registered_at desc;
 
 -- name: expose
 -- Who gets which variant. $1 tenant, $2 notifications, $3 templates, $4 versions, $5 variants.

@@ -88,7 +88,11 @@ update tenants set settings = jsonb_set(settings, '{policy}', $2::jsonb) where t
 
 -- name: user_security
 -- Since when tokens of a user count (POST .../sessions/revoke), in ms, and which were logged out; no row: the user
--- never had a stream.
+-- never had a stream, or has none since it was erased long ago.
 select (extract(epoch from s.tokens_valid_from) * 1000)::bigint as valid_from_ms,
        array(select r.token_id from revoked_tokens r where r.stream_id = s.stream_id and r.expires_at > now()) as revoked
-from streams s where s.tenant = $1 and s.user_id = $2;
+from streams s where s.tenant = $1 and s.user_id = $2
+union all
+select (extract(epoch from max(e.erased_at)) * 1000)::bigint, '{}'
+from erasures e where e.tenant = $1 and e.user_hash = sha256(convert_to($2::text, 'UTF8'))
+having max(e.erased_at) is not null and not exists (select from streams t where t.tenant = $1 and t.user_id = $2);
