@@ -276,13 +276,15 @@ class Socket:
             frame = msgspec.msgpack.decode(message) if isinstance(message, bytes) else json.loads(message)
             self.received.append(frame)
             kind = frame["type"]
-            if kind == "PING":
-                if not self.deaf:
-                    await self.send({"type": "PONG"})
-            elif kind in self.refuse:
-                await self.send({"type": "ERROR", "id": frame["id"], **self.refuse[kind]})
-            elif "id" in frame and not self.deaf:
-                await self.send({"type": "OK", "id": frame["id"]})
+            # Whoever said this may have left already: what else it said before is still to be read.
+            with contextlib.suppress(ConnectionClosed):
+                if kind == "PING":
+                    if not self.deaf:
+                        await self.send({"type": "PONG"})
+                elif kind in self.refuse:
+                    await self.send({"type": "ERROR", "id": frame["id"], **self.refuse[kind]})
+                elif "id" in frame and not self.deaf:
+                    await self.send({"type": "OK", "id": frame["id"]})
             if kind == until:
                 return
 
