@@ -102,6 +102,7 @@ class Gateway:
         self._draining = False
         self._server: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
+        self._swept_at = 0.0
 
     # -- life cycle -----------------------------------------------------------------------------------
 
@@ -150,6 +151,7 @@ class Gateway:
             self._server.close()
             await self.owners.close()
             raise
+        self._swept_at = self.loop.time()
         self._sweep()
         log.info("%s serves %s", self.config.name, self.url)
 
@@ -398,8 +400,11 @@ class Gateway:
 
     def _sweep(self) -> None:
         now = self.loop.time()
+        # As after SIGSTOP, or while others have the processor: uvloop runs timers before it reads sockets.
+        stalled = now - self._swept_at > self.tick_s + self.limits.pong_timeout_s / 4
+        self._swept_at = now
         for conn in [conn for conn in self._sockets if conn.due <= now]:
-            conn.look(now)
+            conn.look(now, stalled)
         self.stats.gauge("connections", self._open)
         self._sweeper = self.loop.call_later(self.tick_s, self._sweep)
 

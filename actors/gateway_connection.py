@@ -142,7 +142,7 @@ class Connection(AttachedSocket, asyncio.Protocol):
             transport.write(answer)
         if answer and transport.can_write_eof():
             # As in `_flush`: closing now, with the rest of a long request unread, could destroy the answer.
-            transport.write_eof()
+            self._end_our_half()
         else:
             transport.close()
 
@@ -342,7 +342,17 @@ class Connection(AttachedSocket, asyncio.Protocol):
                 elif self._transport.can_write_eof():
                     # Closing with input unread would reset the connection and could destroy our close frame
                     # on its way: end our half, and read on until the peer ends its own or `due` comes.
-                    self._transport.write_eof()
+                    self._end_our_half()
+
+    def _end_our_half(self) -> None:
+        transport = self._transport
+        if transport is not None:
+            try:
+                transport.write_eof()
+            except OSError:
+                # asyncio's own loop asks the kernel at once, and the peer has dropped the socket meanwhile. An
+                # exception here would leave us open for frames that the transport takes no more.
+                transport.abort()
 
     # -- ending ---------------------------------------------------------------------------------------
 
@@ -397,8 +407,13 @@ class Connection(AttachedSocket, asyncio.Protocol):
         if self.phase is Phase.OPEN:
             self.reschedule()
 
-    def look(self, now: float) -> None:
-        """The sweep found `due` to have passed."""
+    def look(self, now: float, stalled: bool = False) -> None:
+        """The sweep found `due` to have passed.
+
+        Args:
+            now: the loop's time.
+            stalled: this process stood still a moment ago; what peers said meanwhile may be unread yet.
+        """
         limits = self._host.limits
         if self.phase is Phase.HANDSHAKE or self.phase >= Phase.CLOSING:
             self.abort()
@@ -416,7 +431,7 @@ class Connection(AttachedSocket, asyncio.Protocol):
             self.close(4202, "no shard could be reached")
             return
         if now >= self.beat_due:
-            if self._pinged and not self._paused:
+            if self._pinged and not self._paused and not stalled:
                 self.close(4212, "no pong")
                 return
             # While we do not read we cannot see a pong: ask again instead of drawing conclusions.

@@ -8,12 +8,13 @@ import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import asyncpg
 import pytest
+import pytest_asyncio
 import redis
 
 T = TypeVar("T")
@@ -36,6 +37,28 @@ for _name in [name for name in os.environ if name.startswith("CARILLON_")]:
     del os.environ[_name]
 
 from cluster.embedded import EmbeddedPostgres, EmbeddedValkey  # noqa: E402
+from tests.support import settle  # noqa: E402
+
+
+@pytest.fixture
+async def settled_loop() -> AsyncIterator[None]:
+    """Ended last of a test's fixtures: sockets whose other ends were closed a moment ago see it."""
+    yield
+    await settle()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test with a loop of its own gets `settled_loop`, before all other fixtures.
+
+    Otherwise a loaded machine ends the loop first, and the sockets' ResourceWarning fails whichever test runs
+    when they are collected.
+    """
+    for item in items:
+        if isinstance(item, pytest.Function) and pytest_asyncio.is_async_test(item):
+            marker = item.get_closest_marker("asyncio")
+            own = marker is None or marker.kwargs.get("loop_scope", "function") == "function"
+            if own and settled_loop.__name__ not in item.fixturenames:
+                item.fixturenames.insert(0, settled_loop.__name__)
 
 
 def run_apart(work: Callable[[], Coroutine[Any, Any, T]]) -> T:

@@ -194,7 +194,7 @@ async def running(**sections: dict[str, Any]) -> AsyncIterator[Start]:
             await kit.coordinator.stop()
 
 
-async def frame_of(client: ClientConnection, timeout_s: float = 5.0) -> dict[str, Any]:
+async def frame_of(client: ClientConnection, timeout_s: float = 30.0) -> dict[str, Any]:
     """The next frame of a JSON client."""
     async with asyncio.timeout(timeout_s):
         data = await client.recv()
@@ -202,7 +202,7 @@ async def frame_of(client: ClientConnection, timeout_s: float = 5.0) -> dict[str
     return json.loads(data)
 
 
-async def closed_with(client: ClientConnection, timeout_s: float = 5.0) -> int | None:
+async def closed_with(client: ClientConnection, timeout_s: float = 30.0) -> int | None:
     """Wait for the end of a connection, reading what comes before; its close code."""
     async with asyncio.timeout(timeout_s):
         with contextlib.suppress(Exception):
@@ -246,7 +246,7 @@ class RawClient:
 
     async def close_code(self) -> int:
         """Read on until the close frame."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while True:
                 first, payload = await self.frame()
                 if first == 0x88:

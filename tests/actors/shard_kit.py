@@ -42,6 +42,22 @@ def make_event(user: str = "u", tenant: str = "t", title: str = "hello", **more:
     return Event(**(fields | more))
 
 
+class AheadClock(SystemClock):
+    """The system's clock, which a test may put ahead: what takes long is over when the test says so."""
+
+    def __init__(self) -> None:
+        self._ahead_s = 0.0
+
+    def now_ms(self) -> int:
+        return super().now_ms() + round(self._ahead_s * 1000)
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self._ahead_s
+
+    def advance(self, seconds: float) -> None:
+        self._ahead_s += seconds
+
+
 class HandGateway:
     """A gateway's end of a link: records what the shard writes, per connection."""
 
@@ -97,7 +113,11 @@ class HandGateway:
 
 
 class Kit:
-    """Everything around one shard."""
+    """Everything around one shard.
+
+    Attributes:
+        clock: of all its shards; see `skip`.
+    """
 
     def __init__(
         self,
@@ -118,6 +138,7 @@ class Kit:
             presence=presence or {},
             redis=redis or {},
         )
+        self.clock = AheadClock()
         self.shards: list[Shard] = []
         self.links: list[Link] = []
 
@@ -142,13 +163,24 @@ class Kit:
         """Start (or restart) a shard under a new term, owning everything."""
         term = await self.new_term(name)
         self.coordinator._terms[name] = term
-        shard = Shard(actor_config("shard", name, self.coordinator, settings=self.settings))
+        shard = Shard(actor_config("shard", name, self.coordinator, settings=self.settings), self.clock)
         await shard.start()
         self.shards.append(shard)
         if spread:
             self.coordinator.set_owner(range(1024), name)
             await eventually(lambda: len(shard._slots) == 1024)
         return shard
+
+    def skip(self, seconds: float) -> None:
+        """Let time pass for the shards: windows too long for a slow machine to miss end when a test says so."""
+        self.clock.advance(seconds)
+        for shard in self.shards:
+            if not shard._stopped:
+                timer = shard._sessions._timer
+                if timer is not None:
+                    timer.cancel()
+                shard._sessions.tick()
+                shard._outbox.due_now()
 
     async def new_term(self, name: str) -> int:
         """Bump a shard's term in Postgres."""

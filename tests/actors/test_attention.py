@@ -21,6 +21,7 @@ from carillon.messages import (
     Detach,
     DevicePut,
     Event,
+    PresenceQuery,
     PushResult,
 )
 from carillon.notification import encode_content
@@ -83,7 +84,7 @@ async def test_urgent_goes_at_once_whatever_attention(postgres_dsn: str) -> None
 
 async def test_an_item_on_screen_is_silent_and_says_so(postgres_dsn: str) -> None:
     """The device shows this very item: acknowledged it is held, and dropped when the hold ends."""
-    async with Kit(postgres_dsn, hold_s=0.6) as kit:
+    async with Kit(postgres_dsn, ack_window_s=60.0, hold_s=60.0) as kit:
         await kit.router.link.request(device())
         await attached(kit, 1, "focused", "thread:42")
         viewed, other = about("thread:42"), about("thread:43")
@@ -92,6 +93,7 @@ async def test_an_item_on_screen_is_silent_and_says_so(postgres_dsn: str) -> Non
         kit.gateway.link.send_nowait(ClientAck(1, seq=2))
         await acknowledged(kit, other)
         assert await row(kit, viewed) == ("planned", "held", "viewing")
+        kit.skip(61)
         await eventually(
             lambda: kit.db.fetchval("select bool_and(state = 'cancelled') from deliveries"), what="the end"
         )
@@ -132,7 +134,7 @@ async def test_leaving_escalates_what_was_held_after_grace(postgres_dsn: str, cl
 
 async def test_a_hidden_tab_delays_the_push_unless_seen(postgres_dsn: str) -> None:
     """All hidden: acknowledged or not the push comes after the delay; seen in time it does not."""
-    async with Kit(postgres_dsn, ack_window_s=0.1, when_away_delay_s=0.5) as kit:
+    async with Kit(postgres_dsn, ack_window_s=10.0, when_away_delay_s=60.0) as kit:
         await kit.router.link.request(device())
         await attached(kit, 1, "hidden")
         pushed, seen = make_event(), make_event()
@@ -142,22 +144,35 @@ async def test_a_hidden_tab_delays_the_push_unless_seen(postgres_dsn: str) -> No
         await acknowledged(kit, seen)
         await kit.router.link.request(Change("t", "u", slot_of("t", "u"), "seen", [seen.id]))
         assert await row(kit, pushed) == ("planned", "seen", None)
+        kit.skip(30)  # beyond the window of acknowledgements
+        await kit.router.link.request(device())
+        assert kit.router.jobs == []
+        kit.skip(31)
         await eventually(lambda: kit.router.jobs, what="the push")
         assert [job.notification for job in kit.router.jobs] == [pushed.id]
 
 
 async def test_a_user_who_is_back_before_the_delay_ends_is_not_pushed(postgres_dsn: str) -> None:
     """Hidden, acknowledged, then visible when the delay ends: held, and dropped."""
-    async with Kit(postgres_dsn, when_away_delay_s=0.3, hold_s=0.6) as kit:
+    async with Kit(postgres_dsn, when_away_delay_s=60.0, hold_s=120.0) as kit:
         await kit.router.link.request(device())
         await attached(kit, 1, "hidden")
         event = make_event()
         await kit.publish(event)
         kit.gateway.link.send_nowait(ClientAck(1, seq=1))
         kit.gateway.link.send_nowait(ClientVisibility(1, "visible"))
+        await acknowledged(kit, event)
+        await eventually(lambda: _shown(kit, "active"), what="the visibility")
+        kit.skip(61)
         await eventually(lambda: _state(kit, event, "planned", "held"), what="the hold")
+        kit.skip(121)
         await eventually(lambda: _state(kit, event, "cancelled", "held"), what="the end of the hold")
         assert kit.router.jobs == []
+
+
+async def _shown(kit: Kit, status: str) -> bool:
+    reply = await kit.router.link.request(PresenceQuery("t", ["u"]))
+    return reply.users[0].status == status
 
 
 async def _state(kit: Kit, event: Event, state: str, gate: str) -> bool:
@@ -178,7 +193,7 @@ async def test_a_hidden_device_does_not_acknowledge_for_one_that_is_deaf(postgre
 @pytest.mark.parametrize(("policy", "pushed"), [("in_app", False), ("both", True)])
 async def test_a_tenant_decides_what_happens_while_away(postgres_dsn: str, policy: str, pushed: bool) -> None:
     """in_app: the hidden device's acknowledgement suffices; both: the push goes beside it. Per type too."""
-    async with Kit(postgres_dsn, ack_window_s=0.3, policy_refresh_s=0.05) as kit:
+    async with Kit(postgres_dsn, ack_window_s=60.0, policy_refresh_s=0.05) as kit:
         await kit.db.execute(
             "insert into tenants (tenant, client_secret, settings) values ('t', repeat('s', 32), $1)",
             json.dumps({"policy": {"types": {"test": {"whenAway": policy}}}}),
@@ -252,7 +267,7 @@ async def restarted(kit: Kit) -> HandGateway:
 
 async def test_held_pushes_survive_their_shard(postgres_dsn: str) -> None:
     """Of two held ones of different users the successor drops that of the user who is still active."""
-    async with Kit(postgres_dsn, hold_s=1.5) as kit:
+    async with Kit(postgres_dsn, hold_s=60.0) as kit:
         events = []
         for conn, user in ((1, "u"), (2, "v")):
             put = device("phone", user)
@@ -270,6 +285,8 @@ async def test_held_pushes_survive_their_shard(postgres_dsn: str) -> None:
             3, "u", epoch=welcome["epoch"], last_seq=1, last_rev=1, reattach=True, ready=True,
             attention="focused", began_seq=0, acked_seq=1,
         )  # fmt: skip
+        await eventually(lambda: _shown(kit, "active"), what="the user who is back")
+        kit.skip(61)
         await eventually(lambda: kit.router.jobs, what="the push of the user who is gone")
         assert [job.user for job in kit.router.jobs] == ["v"]
         await eventually(lambda: _state(kit, events[0], "cancelled", "held"))

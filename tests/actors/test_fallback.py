@@ -9,6 +9,7 @@ from carillon.messages import ClientAck, Event, PreferencesPut
 from tests.actors.push_world import APNS_TOKEN, FCM_TOKEN, world
 from tests.actors.shard_kit import make_event
 from tests.push_kit import script
+from tests.support import eventually
 
 
 def chained(*fallback: str, channels: list[str], **more: Any) -> Event:
@@ -71,7 +72,7 @@ async def test_a_chain_ends_in_a_dead_letter(postgres_dsn: str) -> None:
 
 async def test_an_unacknowledged_in_app_notification_falls_back_to_push(postgres_dsn: str) -> None:
     """in_app alone, then push: an acknowledgement in time stops the chain, silence starts it."""
-    async with world(postgres_dsn, ack_window_s=0.4, hold_s=0.0) as w:
+    async with world(postgres_dsn, ack_window_s=20.0, hold_s=0.0) as w:
         await w.devices("fcm")
         await w.gateway.attach_ready(1)
         kept = chained("push", channels=["in_app"], title="kept")
@@ -79,6 +80,11 @@ async def test_an_unacknowledged_in_app_notification_falls_back_to_push(postgres
         outcomes = await w.publish(kept, lost)
         assert [(o.status, o.channels) for o in outcomes] == [("delivered", ["in_app", "push"])] * 2
         w.gateway.link.send_nowait(ClientAck(1, ids=[kept.id]))
+        await eventually(
+            lambda: w.db.fetchval("select bool_or(delivered_at is not null) from notifications"),
+            what="the acknowledgement",
+        )
+        w.skip(21)
         assert await w.settled(2) == [("push", "cancelled", "acknowledged"), ("push", "sent", None)]
         assert [p.payload["notification"]["title"] for p in w.fcm.pushes] == ["lost"]
 

@@ -559,7 +559,7 @@ async def test_a_bad_parameter_is_named_and_left_out(start: Start) -> None:
 async def http(port: int, request: str) -> bytes:
     raw = await RawClient.open(port)
     raw.writer.write(request.encode())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         answer = await raw.reader.read()
     await raw.end()
     return answer

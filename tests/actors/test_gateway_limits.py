@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import random
 import socket
 import time
@@ -198,6 +199,30 @@ async def test_noise_harms_nobody(start: Start, caplog: pytest.LogCaptureFixture
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
+async def test_a_client_that_is_gone_while_we_close_harms_nobody(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A client that breaks the protocol and drops its socket costs no other client of its user a frame."""
+    kit = await start()
+    bystander = await kit.client()
+    await frame_of(bystander)
+    for turn in range(1, 21):
+        raw = await RawClient.upgraded(kit)
+        await raw.frame()
+
+        def break_off(raw: RawClient = raw) -> None:
+            raw.writer.write(client_frame(b"x", 3))
+            raw.writer.transport.abort()
+
+        # In one turn of the loop the gateway reads this, finds the socket gone, and is given a frame.
+        asyncio.get_running_loop().call_soon(break_off)
+        kit.shard.notify(turn, kit.shard.attaches[-1], kit.shard.attaches[0])
+        assert (await frame_of(bystander))["notification"]["seq"] == turn
+    await kit.shard.got(Detach, 20)
+    await eventually(lambda: len(kit.gateway._sockets) == 1)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
 # -- rates ------------------------------------------------------------------------------------------------
 
 
@@ -369,14 +394,16 @@ async def test_replay_is_paced_and_does_not_count(start: Start) -> None:
 
 
 async def test_a_half_open_socket_is_found(start: Start) -> None:
-    """A peer that answers no ping is detached and closed with 4212, on time."""
+    """A peer that answers no ping is detached and closed with 4212, and not before its time."""
     kit = await start(heartbeat_s=0.2, pong_timeout_s=0.2)
     raw = await RawClient.upgraded(kit)
     await raw.frame()
     started = time.monotonic()
     assert await raw.frame() == (0x89, b"")
+    pinged = time.monotonic()
     assert await raw.close_code() == 4212
-    assert time.monotonic() - started < 0.45
+    assert time.monotonic() - started < 10, "minutes, if TCP were to find out"
+    assert time.monotonic() - pinged > 0.05
     assert (await kit.shard.got(Detach)).clean is False
     await eventually(lambda: not kit.gateway._sockets)
     raw.writer.transport.abort()
@@ -384,7 +411,7 @@ async def test_a_half_open_socket_is_found(start: Start) -> None:
 
 async def test_whoever_answers_stays(start: Start) -> None:
     """Pongs, or any other frame, keep a connection open over many intervals."""
-    kit = await start(heartbeat_s=0.05, pong_timeout_s=0.05)
+    kit = await start(heartbeat_s=0.1, pong_timeout_s=1.0)
     client = await kit.client()  # websockets answers pings
     raw = await RawClient.upgraded(kit)
     await raw.frame()
@@ -394,6 +421,34 @@ async def test_whoever_answers_stays(start: Start) -> None:
     await client.send('{"type":"PING"}')
     assert (await frame_of(client))["type"] == "WELCOME"
     assert (await frame_of(client))["type"] == "PONG"
+    await raw.end()
+
+
+async def test_a_stall_of_our_own_does_not_blame_the_client(start: Start) -> None:
+    """After standing still for longer than `pong_timeout_s` the gateway reads before it judges."""
+    kit = await start(heartbeat_s=0.2, pong_timeout_s=0.5)
+    raw = await RawClient.upgraded(kit)
+    await raw.frame()
+    assert await raw.frame() == (0x89, b"")
+    client = raw.writer.transport.get_extra_info("socket")
+
+    class Stall(asyncio.Protocol):
+        def data_received(self, data: bytes) -> None:
+            os.write(client.fileno(), client_frame(b"", 10))  # the pong comes while nobody reads
+            time.sleep(1.0)
+            over.set()
+
+    over = asyncio.Event()
+    here, there = socket.socketpair()
+    transport, _ = await asyncio.get_running_loop().connect_accepted_socket(Stall, here)
+    there.send(b"x")
+    there.close()
+    await over.wait()
+    raw.writer.write(client_frame(b'{"type":"PING"}'))
+    while (answer := await raw.frame()) == (0x89, b""):
+        raw.writer.write(client_frame(b"", 10))
+    assert answer == (0x81, b'{"type":"PONG"}')
+    transport.close()
     await raw.end()
 
 
@@ -414,7 +469,7 @@ async def test_nobody_is_declared_dead_while_we_do_not_read(start: Start) -> Non
 
 
 async def test_drain_sends_everybody_away_spread_over_time(start: Start) -> None:
-    """4201 for each connection, at different moments within `drain_s`; nobody new gets in."""
+    """4201 for each connection, each in a slice of `drain_s` of its own; nobody new gets in."""
     kit = await start(drain_s=0.5)
     clients = [await kit.client() for _ in range(10)]
     raw = await RawClient.open(kit.port)  # in the middle of its handshake
@@ -434,8 +489,8 @@ async def test_drain_sends_everybody_away_spread_over_time(start: Start) -> None
     await asyncio.gather(*watchers)
     await draining
     assert len(ends) == 10
-    assert ends[-1] - started < 1.5
-    assert ends[-1] - ends[0] > 0.2, "all at once is no spread"
+    assert ends[-1] - started < 30
+    assert [at for at, end in enumerate(ends) if end - started < 0.05 * at - 0.01] == [], "a burst"
     await kit.shard.got(Detach, 10)
     await raw.end()
 

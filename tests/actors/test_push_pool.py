@@ -171,6 +171,8 @@ async def pool(
     await setup.pool.start()
     address = setup.coordinator.joined["pool-1"].address
     setup.router.link = await dial(address, setup.router, settings.link, "router-1", config.secret)
+    # Without it what is handed back has no way, and waits for its lease.
+    await eventually(lambda: setup.pool._directory.link("shard-a"), what="the pool's link to the shard")
     try:
         yield setup
     finally:
@@ -298,7 +300,7 @@ async def test_an_outcome_nobody_takes_is_dropped_in_the_end(caplog: pytest.LogC
         s.coordinator.set_owner(range(1024), None)
         await s.router.push(job_of(1))
         await eventually(lambda: s.channel.jobs)
-        await eventually(lambda: s.pool.held == 0, 3.0)
+        await eventually(lambda: s.pool.held == 0)
         assert "outcome of delivery 1 is dropped" in caplog.text
 
 
@@ -375,7 +377,7 @@ async def test_errors_about_targets_never_open_the_breaker() -> None:
 
 async def test_a_provider_that_does_not_answer_opens_the_breaker() -> None:
     """After so many in a row."""
-    async with pool(breaker_failures=3, sender_concurrency=1) as s:
+    async with pool(ManualClock(), breaker_failures=3, sender_concurrency=1) as s:
         s.channel.outcome, s.channel.status, s.channel.error = "unknown", 0, "timeout"
         await s.router.push(*(job_of(n) for n in range(1, 11)))
         await s.told(3)

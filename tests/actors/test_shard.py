@@ -128,7 +128,7 @@ async def test_poison_fails_only_the_culprit(postgres_dsn: str) -> None:
 
 async def test_resume_from_memory_and_from_postgres(postgres_dsn: str) -> None:
     """RESUME returns everything missed in seq order and then what was read meanwhile, in pages, then live."""
-    async with Kit(postgres_dsn, recent_window=10, replay_page=20) as kit:
+    async with Kit(postgres_dsn, recent_window=10, replay_page=20, resume_wait_s=60.0) as kit:
         welcome = await kit.gateway.attach_ready(1)
         events = [make_event() for _ in range(65)]
         await kit.publish(*events)
@@ -191,6 +191,7 @@ async def test_states_reach_all_devices_after_the_commit(postgres_dsn: str) -> N
         send(ClientChange(2, "dismiss", [events[4].id]))
         send(ClientChange(1, "read_all", up_to_seq=5, ref="z"))
         await eventually(lambda: any(f.get("id") == "z" for f in kit.gateway.frames[1]))
+        await kit.gateway.seen(2, 7 + 6)
         kinds = [f["type"] for f in kit.gateway.frames[2]][7:]
         assert kinds[0] == "NOTIFICATIONS_READ"
         assert sorted(kinds) == sorted(
@@ -234,13 +235,18 @@ async def test_push_goes_out_at_once_when_offline_and_is_settled(postgres_dsn: s
 
 async def test_unacknowledged_delivery_is_pushed_and_an_acknowledgement_cancels_it(postgres_dsn: str) -> None:
     """Live but deaf: the push follows at the end of the window; acknowledged: it never comes."""
-    async with Kit(postgres_dsn, ack_window_s=0.4) as kit:
+    async with Kit(postgres_dsn, ack_window_s=60.0) as kit:
         await kit.router.link.request(device())
         await kit.gateway.attach_ready(1)
         kept, lost = make_event(title="kept"), make_event(title="lost")
         outcomes = await kit.publish(kept, lost)
         assert [o.status for o in outcomes] == ["delivered", "delivered"]
         kit.gateway.link.send_nowait(ClientAck(1, ids=[kept.id]))
+        await eventually(
+            lambda: kit.db.fetchval("select bool_or(delivered_at is not null) from notifications")
+        )
+        assert kit.router.jobs == []
+        kit.skip(61)
         await eventually(lambda: kit.router.jobs)
         assert [job.notification for job in kit.router.jobs] == [lost.id]
         states = await kit.db.fetch("select notification_id, state, reason from deliveries")
@@ -250,7 +256,7 @@ async def test_unacknowledged_delivery_is_pushed_and_an_acknowledgement_cancels_
 
 async def test_failed_push_is_tried_again_and_gives_up(postgres_dsn: str) -> None:
     """A retryable failure comes back after its back-off; an invalid target is deleted."""
-    async with Kit(postgres_dsn) as kit:
+    async with Kit(postgres_dsn, push={"backoff_s": 60.0}) as kit:
         await kit.router.link.request(device())
         await kit.publish(make_event())
         await eventually(lambda: kit.router.jobs)
@@ -276,22 +282,24 @@ async def test_failed_push_is_tried_again_and_gives_up(postgres_dsn: str) -> Non
 
 async def test_a_push_that_no_pool_took_waits_without_using_up_a_try(postgres_dsn: str) -> None:
     """Handed back: planned again at once, due after a pause, offered under the same number of tries."""
-    async with Kit(postgres_dsn, delivery_lease_s=30.0, push={"left_pause_s": 0.2}) as kit:
+    async with Kit(postgres_dsn, delivery_lease_s=60.0, push={"left_pause_s": 30.0}) as kit:
         await kit.router.link.request(device())
         await kit.publish(make_event(), make_event())
         await eventually(lambda: len(kit.router.jobs) == 2)
         ids = [job.delivery for job in kit.router.jobs]
-        for round_ in range(3):
-            kit.router.link.send_nowait(PushLeft("fcm", "breaker open", ids, [1, 1]))
-            await eventually(lambda n=round_: len(kit.router.jobs) == 2 * (n + 2))
-            assert {job.attempt for job in kit.router.jobs} == {1}
-        kit.router.link.send_nowait(PushLeft("fcm", "breaker open", ids, [1, 1]))
         rows = "select distinct state, attempts, reason from deliveries"
         waiting = ("planned", 0, "waits: fcm breaker open")
 
         async def released() -> bool:
             return [tuple(row) for row in await kit.db.fetch(rows)] == [waiting]
 
+        for round_ in range(3):
+            kit.router.link.send_nowait(PushLeft("fcm", "breaker open", ids, [1, 1]))
+            await eventually(released)
+            kit.skip(31)
+            await eventually(lambda n=round_: len(kit.router.jobs) == 2 * (n + 2))
+            assert {job.attempt for job in kit.router.jobs} == {1}
+        kit.router.link.send_nowait(PushLeft("fcm", "breaker open", ids, [1, 1]))
         await eventually(released)
         assert await kit.db.fetchval("select count(*) from delivery_attempts") == 0
 
@@ -332,13 +340,14 @@ async def test_a_target_that_was_left_comes_again_alone(postgres_dsn: str) -> No
         job = kit.router.jobs[0]
         results = [
             PushResult("phone", "sent", "m", 200),
-            PushResult("tablet", "left", error="breaker open", retry_after_s=0.2),
+            PushResult("tablet", "left", error="breaker open", retry_after_s=20.0),
         ]
         outcome = PushOutcome(job.delivery, 1, "t", "u", job.slot, job.notification, "fcm", results)
         await kit.router.link.request(outcome)
         row = await kit.db.fetchrow("select state, reason from deliveries")
         assert tuple(row) == ("failed", "waits: fcm breaker open")
         assert await kit.db.fetchval("select array_agg(device_id) from delivery_attempts") == ["phone"]
+        kit.skip(21)
         await eventually(lambda: len(kit.router.jobs) == 2)
         assert [target.device for target in kit.router.jobs[1].targets] == ["tablet"]
 
@@ -373,7 +382,7 @@ async def test_a_push_taken_at_one_provider_and_left_by_another_comes_again_for_
 
 async def test_a_restarted_shard_finds_due_pushes_and_replays_to_sockets(postgres_dsn: str) -> None:
     """What was committed and not yet sent is not lost with the process."""
-    async with Kit(postgres_dsn, ack_window_s=0.3) as kit:
+    async with Kit(postgres_dsn, ack_window_s=60.0) as kit:
         await kit.router.link.request(device())
         welcome = await kit.gateway.attach_ready(1)
         await kit.publish(make_event(), make_event())
@@ -385,6 +394,7 @@ async def test_a_restarted_shard_finds_due_pushes_and_replays_to_sockets(postgre
         gateway.attach(1, epoch=welcome["epoch"], last_seq=1, last_rev=1, reattach=True, ready=True)
         await eventually(lambda: gateway.seqs(1) == [2])
         assert all(f["type"] != "WELCOME" for f in gateway.frames[1])
+        kit.skip(61)
         await eventually(lambda: len(kit.router.jobs) == 2)
 
 
@@ -433,7 +443,7 @@ async def test_expired_rows_that_are_read_are_left_out_of_unread_once(postgres_d
 
 async def test_presence_follows_attachments_visibility_and_grace(postgres_dsn: str) -> None:
     """active -> idle by VISIBILITY -> kept through grace -> offline, with last seen."""
-    async with Kit(postgres_dsn, grace_s=0.25) as kit:
+    async with Kit(postgres_dsn, grace_s=60.0) as kit:
 
         async def status() -> str:
             reply = await kit.router.link.request(PresenceQuery("t", ["u", "nobody"]))
@@ -445,7 +455,9 @@ async def test_presence_follows_attachments_visibility_and_grace(postgres_dsn: s
         kit.gateway.link.send_nowait(ClientVisibility(1, "hidden"))
         await eventually(lambda: _is(status, "idle"))
         kit.gateway.link.send_nowait(Detach(1, False))
+        await eventually(lambda: not kit.shard._sessions.connections())
         assert await status() == "idle"
+        kit.skip(61)
         await eventually(lambda: _is(status, "offline"))
         reply = await kit.router.link.request(PresenceQuery("t", ["u"]))
         assert reply.users[0].last_seen_ms is not None
@@ -458,13 +470,15 @@ async def _is(status, wanted: str) -> bool:
 
 async def test_grace_delays_the_push_to_its_end(postgres_dsn: str) -> None:
     """The last device just left: the push is due when grace ends, not before."""
-    async with Kit(postgres_dsn, grace_s=0.4) as kit:
+    async with Kit(postgres_dsn, grace_s=60.0) as kit:
         await kit.router.link.request(device())
         await kit.gateway.attach_ready(1)
         kit.gateway.link.send_nowait(Detach(1, False))
         (outcome,) = await kit.publish(make_event())
         assert outcome.status == "queued"
         assert await kit.db.fetchval("select state from deliveries") == "planned"
+        assert kit.router.jobs == []
+        kit.skip(61)
         await eventually(lambda: kit.router.jobs)
 
 

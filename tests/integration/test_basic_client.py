@@ -75,10 +75,16 @@ async def test_eight_frames_suffice(postgres_dsn: str, path: str) -> None:
             await world.call("POST", "/api/notifications/seen", json={"notificationIds": ids})
             await world.call("POST", f"/api/notifications/{ids[3]}/click")
             await two.send('{"type":"MARK_ALL_READ"}')
+            unread = "select unread from streams"
+
+            async def all_read() -> bool:
+                return await world.db.fetchval(unread) == 0
+
+            await eventually(all_read, what="all are read")
             last = (await world.send("n4"))["id"]
             for client in (first, second):
                 await eventually(lambda c=client: last in c.shown, what="still served")
-            assert await world.db.fetchval("select unread from streams") == 1
+            assert await world.db.fetchval(unread) == 1
             await one.send('{"type":"MARK_ALL_READ"}')
             for client in (first, second):
                 await eventually(lambda c=client: c.titles(read=False) == set(), what="all read on both")

@@ -111,11 +111,11 @@ async def test_a_storm_runs_in_a_process_of_its_own_and_is_judged() -> None:
 
 async def test_a_read_is_followed_to_the_other_device() -> None:
     """F3 is right when each read was told to the other device, and wrong when one was not."""
-    measurement, _ = await measure("F3", sequential_events=24, receipt_timeout_s=0.3)
+    measurement, _ = await measure("F3", sequential_events=24, receipt_timeout_s=30.0)
     assert measurement.verdict.ok, measurement.verdict.sentence()
     assert measurement.metrics["read_frame_ms"]["n"] == 12
     assert measurement.metrics["read_post_ms"]["n"] == 12
-    measurement, _ = await measure("F3", Faults(hide_read=11), sequential_events=24, receipt_timeout_s=0.3)
+    measurement, _ = await measure("F3", Faults(hide_read=11), sequential_events=24, receipt_timeout_s=1.0)
     assert measurement.verdict.wrong == 2
     assert not measurement.verdict.ok
 

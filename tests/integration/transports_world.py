@@ -15,7 +15,6 @@ from actors.gateway import Gateway
 from actors.router import Router
 from actors.shard import Shard
 from carillon import tokens
-from carillon.clock import SystemClock
 from serve.ingress import Ingress
 from stores.postgres.pool import open_pool
 from stores.postgres.tenants import TenantStore
@@ -46,7 +45,6 @@ class Transports(Kit):
         )  # fmt: skip
 
     async def __aenter__(self) -> Transports:
-        self.clock = SystemClock()
         self.coordinator = await FakeCoordinator.start(self.settings)
         self.db = await asyncpg.connect(self.dsn)
         pool = await open_pool(self.settings.postgres, 1)
