@@ -350,7 +350,7 @@ class Connection(AttachedSocket, asyncio.Protocol):
             try:
                 transport.write_eof()
             except OSError:
-                # asyncio's own loop asks the kernel at once, and the peer has dropped the socket meanwhile. An
+                # asyncio's own loop asks the kernel at once, and the peer has dropped the socket since. An
                 # exception here would leave us open for frames that the transport takes no more.
                 transport.abort()
 

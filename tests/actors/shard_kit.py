@@ -172,7 +172,7 @@ class Kit:
         return shard
 
     def skip(self, seconds: float) -> None:
-        """Let time pass for the shards: windows too long for a slow machine to miss end when a test says so."""
+        """Let time pass for the shards: windows no slow machine can miss end when a test says so."""
         self.clock.advance(seconds)
         for shard in self.shards:
             if not shard._stopped:
