@@ -23,7 +23,7 @@ from channels.apns import ApnsChannel
 from channels.fcm import FcmChannel
 from channels.http2 import Http2Limits
 
-LIMITS = Http2Limits(connect_timeout_s=2.0, redial_min_s=0.01)
+LIMITS = Http2Limits(connect_timeout_s=20.0, redial_min_s=0.01)
 
 
 @functools.cache
@@ -80,7 +80,7 @@ async def fcm(
     server = FcmServer(folder() / "fcm", clock=clock)
     ready = await server.start()
     values = write_demo_credentials(folder() / "settings", ready, None)
-    channel = FcmChannel(PushSettings(**(values | {"timeout_s": 3.0} | settings)), clock, limits)
+    channel = FcmChannel(PushSettings(**(values | {"timeout_s": 30.0} | settings)), clock, limits)
     await channel.open()
     try:
         yield server, channel
@@ -97,7 +97,7 @@ async def apns(
     server = ApnsServer(folder() / "apns", clock=clock)
     ready = await server.start()
     values: dict[str, Any] = write_demo_credentials(folder() / "settings", None, ready)
-    push = PushSettings(**(values | {"timeout_s": 3.0} | settings))
+    push = PushSettings(**(values | {"timeout_s": 30.0} | settings))
     channel = ApnsChannel(push, clock or SystemClock(), limits)
     await channel.open()
     try:

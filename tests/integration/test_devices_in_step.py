@@ -240,7 +240,7 @@ async def test_devices_stay_in_step(postgres_dsn: str, seed: int) -> None:
     """Any order of reads, archives, news, log-ins and losses ends with equal devices and true counts."""
     dice = Random(seed)
     shard = {"recent_window": dice.choice((0, 2, 50)), "replay_page": dice.choice((2, 3, 200))}
-    async with Transports(postgres_dsn, shard={**shard, "resume_wait_s": 5.0, "grace_s": 0.2}) as world:
+    async with Transports(postgres_dsn, shard={**shard, "resume_wait_s": 60.0, "grace_s": 0.2}) as world:
         await world.db.execute(HISTORY)
         devices = [Device(world, f"d{n}", how) for n, how in enumerate(("url", "resume", "stream", "url"))]
         paper = Paper(world)

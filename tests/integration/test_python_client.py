@@ -32,7 +32,7 @@ from stores.postgres.tenants import TenantStore
 from tests.integration.client_world import ClientWorld
 from tests.support import eventually
 
-RETRY = RetryPolicy(deadline_s=20.0, attempt_timeout_s=1.0, first_pause_s=0.02, longest_pause_s=0.2)
+RETRY = RetryPolicy(deadline_s=90.0, attempt_timeout_s=20.0, first_pause_s=0.02, longest_pause_s=0.2)
 FAST = SubscriptionLimits(reconnect_first_s=0.02, reconnect_longest_s=0.2, ack_linger_s=0.005)
 
 
@@ -92,7 +92,7 @@ async def test_a_lost_answer_does_not_duplicate(world: ClientWorld) -> None:
 async def test_a_timeout_does_not_duplicate(world: ClientWorld) -> None:
     """The request arrives and its answer takes too long: the retry after the time-out stores nothing more."""
     world.http.hold = True
-    retry = RetryPolicy(deadline_s=20.0, attempt_timeout_s=0.4, first_pause_s=0.02)
+    retry = RetryPolicy(deadline_s=90.0, attempt_timeout_s=1.0, first_pause_s=0.02)
     async with publisher(world, retry=retry) as service:
         sending = asyncio.ensure_future(service.send(event(1)))
         await eventually(lambda: world.http.connections >= 2, what="a second try")
@@ -188,12 +188,10 @@ async def test_a_cut_socket_misses_nothing(world: ClientWorld, encoding: Any) ->
         for number in range(60):
             await service.send(event(number))
             if number % 10 == 5:
+                await eventually(lambda: stream.connected)
                 world.ws.cut()
         await taken.has(*(f"n{i}" for i in range(60)))
         taken.stop()
-        await eventually(
-            lambda: world.count("delivered_at is null and seq < 60"), what="x"
-        ) if False else None
         assert stream._core.connections >= 3
 
     async def delivered() -> bool:
@@ -254,7 +252,7 @@ async def test_a_stored_position_brings_what_was_not_processed(world: ClientWorl
         saved = str(stream.position)
         await service.send(event(5))
         async with subscriber(world, position=saved) as stream:
-            titles = [(await asyncio.wait_for(stream.__anext__(), 5)).title for _ in range(5)]
+            titles = [(await asyncio.wait_for(stream.__anext__(), 30)).title for _ in range(5)]
         assert titles == ["n1", "n2", "n3", "n4", "n5"]
         assert json.loads(saved)["lastSeq"] == 1
 
@@ -274,7 +272,7 @@ async def test_states_reach_the_other_device(world: ClientWorld) -> None:
         await here.dismiss(sent[3].id)
         await here.click(sent[4].id)
         await here.set_visibility("focused")
-        found: list[Change] = [await asyncio.wait_for(changes.__anext__(), 5) for _ in range(5)]
+        found: list[Change] = [await asyncio.wait_for(changes.__anext__(), 30) for _ in range(5)]
         assert [(c.kind, c.notification_ids) for c in found] == [
             ("NOTIFICATIONS_READ", (sent[0].id,)), ("NOTIFICATIONS_SEEN", (sent[1].id,)),
             ("NOTIFICATION_ARCHIVED", (sent[2].id,)), ("NOTIFICATION_DISMISSED", (sent[3].id,)),
@@ -293,5 +291,5 @@ async def test_a_revoked_user_stops(world: ClientWorld) -> None:
         await eventually(lambda: stream.connected)
         await service.revoke_sessions("ada")
         with pytest.raises(SubscriptionRefusedError) as told:
-            await asyncio.wait_for(task, 5)
+            await asyncio.wait_for(task, 30)
         assert told.value.code == 4001

@@ -164,7 +164,7 @@ async def test_what_cannot_be_kept_is_told(world: World, body: Any, path: str) -
     before = world.clock.monotonic()
     answer = await post(world, body)
     assert (answer.status_code, answer.json()["errors"][0]["path"]) == (422, path), answer.text
-    assert world.clock.monotonic() - before < 5.0
+    assert world.clock.monotonic() - before < 30
     assert await world.pool.fetchval("select count(*) from schedules") == 0
 
 

@@ -59,7 +59,7 @@ async def test_frames_of_the_server(postgres_dsn: str, protocol: str) -> None:
         ) as socket:
 
             async def frame() -> dict[str, Any]:
-                data = await asyncio.wait_for(socket.recv(), 5)
+                data = await asyncio.wait_for(socket.recv(), 30)
                 told = json.loads(data) if isinstance(data, str) else msgspec.msgpack.decode(data)
                 got.setdefault(told["type"], told)
                 return told
@@ -136,7 +136,7 @@ class Device:
         common = (self.token, "laptop", self.read_feed)
         if self.how == "socket":
             return await self.code["follow_socket"](self.stream, f"ws://{url}/ws", *common)
-        async with httpx.AsyncClient(base_url=f"http://{url}", trust_env=False, timeout=10.0) as http:
+        async with httpx.AsyncClient(base_url=f"http://{url}", trust_env=False, timeout=60.0) as http:
             if self.how == "stream":
                 return await self.code["follow_stream"](self.stream, http, *common)
             return await self.code["follow_polls"](self.stream, http, *common)
@@ -180,13 +180,13 @@ async def test_the_shown_client_loses_nothing(postgres_dsn: str, how: str) -> No
             # Reads and archives that happen while it is away.
             await world.call("POST", "/api/notifications/read", json={"notificationIds": sent[-1:]})
             await world.call("POST", f"/api/notifications/{sent[-2]}/archive")
-            await eventually(lambda: len(device.stream.shown) == len(sent) + 1, timeout_s=15)
+            await eventually(lambda: len(device.stream.shown) == len(sent) + 1)
         await world.call("POST", "/api/notifications/read-all")
         listed = []
         for query in ("limit=100", "limit=100&status=archived"):
             listed += (await world.call("GET", f"/api/notifications?{query}")).json()["notifications"]
         wanted = {one["title"]: (one["read"], one["seen"], one["archived"]) for one in listed}
-        await eventually(lambda: device.states() == wanted, what="the same states", timeout_s=15)
+        await eventually(lambda: device.states() == wanted, what="the same states")
         assert device.feeds == 1, "every reconnect resumed"
         if how != "poll":
             assert device.received == [f"n{round_}.{n}" for round_ in range(3) for n in range(5)]
@@ -202,7 +202,7 @@ async def test_the_shown_client_loses_nothing(postgres_dsn: str, how: str) -> No
                 await world.send("more")  # the next `since` acknowledges
             return left <= (how == "poll")
 
-        await eventually(acknowledged, what="every notification is acknowledged", timeout_s=20)
+        await eventually(acknowledged, what="every notification is acknowledged")
 
 
 @pytest.mark.parametrize("how", ["socket", "stream", "poll"])
@@ -211,12 +211,12 @@ async def test_the_shown_client_stops(postgres_dsn: str, how: str) -> None:
     async with following(postgres_dsn, how) as (world, device, task):
         device.ttl_s = -60.0
         device.wire.cut()
-        await eventually(lambda: device.stream.failures >= 2, what="it is refused", timeout_s=15)
+        await eventually(lambda: device.stream.failures >= 2, what="it is refused")
         assert not task.done()
         device.ttl_s = 600.0
         await world.send("n2")
-        await eventually(lambda: "n2" in device.states(), timeout_s=15)
+        await eventually(lambda: "n2" in device.states())
         await world.http.post(
             "/v1/users/ann/sessions/revoke", headers={"Authorization": f"Bearer {world.key}"}
         )
-        assert await asyncio.wait_for(task, 15) == 4001
+        assert await asyncio.wait_for(task, 60) == 4001

@@ -62,7 +62,7 @@ class Transports(Kit):
         self.http = httpx.AsyncClient(
             base_url=self.ingress.url,
             trust_env=False,
-            timeout=15.0,
+            timeout=60.0,
             headers={"Authorization": ""},
             verify=self._trusting or True,
         )
@@ -198,7 +198,7 @@ class Stream:
         await self.response.aread()
         return self.response.json()
 
-    async def event(self, timeout_s: float = 5.0) -> Event | None:
+    async def event(self, timeout_s: float = 30.0) -> Event | None:
         """The next event; None at the end of the stream."""
         name, ident, data = "message", None, []
         async with asyncio.timeout(timeout_s):
@@ -219,7 +219,7 @@ class Stream:
         self.ended = True
         return None
 
-    async def frame(self, timeout_s: float = 5.0) -> dict[str, Any]:
+    async def frame(self, timeout_s: float = 30.0) -> dict[str, Any]:
         event = await self.event(timeout_s)
         assert event is not None, "the stream has ended"
         return event.frame
