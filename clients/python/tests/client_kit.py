@@ -18,7 +18,7 @@ T = TypeVar("T")
 KEY = "crl_test_key"
 
 
-async def eventually(check: Callable[[], Any], timeout_s: float = 5.0) -> Any:
+async def eventually(check: Callable[[], Any], timeout_s: float = 60.0) -> Any:
     """Poll `check` until it returns something true."""
     deadline = time.monotonic() + timeout_s
     while not (last := check()):
@@ -27,7 +27,7 @@ async def eventually(check: Callable[[], Any], timeout_s: float = 5.0) -> Any:
     return last
 
 
-def until(check: Callable[[], Any], timeout_s: float = 10.0) -> Any:
+def until(check: Callable[[], Any], timeout_s: float = 60.0) -> Any:
     """`eventually` without a loop."""
     deadline = time.monotonic() + timeout_s
     while not (last := check()):
@@ -116,12 +116,12 @@ class FakeServer:
     def __enter__(self) -> FakeServer:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), daemon=True)
         self._thread.start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(60)
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
     async def _main(self) -> None:

@@ -23,7 +23,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def run(*arguments: str, folder: Path, stdin: str = "", **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*CLI, *arguments], cwd=folder, input=stdin, capture_output=True, text=True, timeout=30, check=False,
+        [*CLI, *arguments], cwd=folder, input=stdin, capture_output=True, text=True, timeout=120, check=False,
         env=environment(**more),
     )  # fmt: skip
 
@@ -150,7 +150,7 @@ def test_tail_until_ctrl_c(fake: FakeServer, given: dict[str, str], tmp_path: Pa
     assert lines[0] == "2026-01-01T00:00:00.000Z [t] n1\n"
     assert lines[3] == "NOTIFICATION_ARCHIVED e1-1\n"
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (0, "", "")
     assert fake.opened[0].headers["Authorization"] == "Bearer minted"
     # On whichever connection: a handshake that took too long is tried again.

@@ -48,7 +48,7 @@ def test_it_loads_without_the_repository(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=False,
     )
     assert (done.stdout, done.stderr) == ("[]\n", "")
@@ -118,4 +118,4 @@ def test_examples_run(page: Path, fake: FakeServer) -> None:
         code = compile(text, str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
         result = eval(code, names)
         if result is not None:
-            asyncio.run(asyncio.wait_for(result, 10))
+            asyncio.run(asyncio.wait_for(result, 60))
