@@ -50,7 +50,7 @@ class Tab:
             raise AssertionError(f"{expression}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
 
-    async def wait(self, expression: str, timeout_s: float = 15.0) -> Any:
+    async def wait(self, expression: str, timeout_s: float = 60.0) -> Any:
         """Poll an expression until it is true; fail with its last value and the page's text."""
         deadline = time.monotonic() + timeout_s
         while True:

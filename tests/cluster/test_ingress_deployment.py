@@ -74,7 +74,7 @@ async def test_two_doors(world: World) -> None:
         assert members == [m for m in world.coordinator.joined.values() if m.kind == "ingress"]
         assert len(members) == 2
         assert {m.public for m in members} == {f"http://127.0.0.1:{ingress.direct_port}"}
-        async with httpx.AsyncClient(trust_env=False, timeout=20.0) as http:
+        async with httpx.AsyncClient(trust_env=False, timeout=60.0) as http:
             for port in (ingress.port, ingress.direct_port):
                 url = f"http://127.0.0.1:{port}"
                 answer = await http.post(f"{url}/v1/events", json=EVENT, headers=world.service())

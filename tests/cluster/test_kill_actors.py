@@ -33,9 +33,9 @@ from tests.support import eventually
 
 START_S = 200.0
 """A start takes 15 s alone on two cores; the machine may be busy with other suites."""
-RECOVERY_S = 60.0
+RECOVERY_S = 180.0
 """Longest wait for anything: the slowest, an ingress replica, is back after 8 s on an idle machine."""
-SAME_TIME_S = 0.5
+SAME_TIME_S = 5.0
 """A push that was on its way when the pool was killed may be received so much later."""
 SLOW_PUSH_S = 5.0
 DELIVERY_LEASE_S = 15.0
@@ -403,7 +403,7 @@ def judge_phone(load: Load, phone: Phone, kills: list[Kill]) -> None:
         )
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 async def test_nothing_acknowledged_is_lost_when_actors_are_killed(running: Running) -> None:
     """Whoever is killed, events flow again, each is stored once and reaches every device and the phone."""
     dev = running.dev
