@@ -102,9 +102,9 @@ async def test_feed_changes_resume_and_roll_back(system: Target, transport: str)
                 lambda client=client: client.shown.get("loaded") and client.shown["state"] == "open", "open"
             )
         await send(system, user, "two")
+        told = [{"notification": "two"}]  # a line of its own, behind the snapshot's or before it
         for client in (first, second):
             await client.until(lambda client=client: client.shown["unreadCount"] == 2, "two unread")
-            told = [{"notification": "two"}]  # a line of its own, behind the snapshot's or before it
             await client.until(lambda client=client: client.said == told, "two is told, once")
         first.do("read", "two")
         first.do("click", "one")
