@@ -158,6 +158,7 @@ class Broadcasts:
             self._works.pop(broadcast, None)
         except FencedError:
             self._works.pop(broadcast, None)
+            self._stats.count("broadcast_fenced")
             self._fenced()
         except CannotGoOnError as exc:
             self._works.pop(broadcast, None)

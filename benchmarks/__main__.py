@@ -40,6 +40,7 @@ QUICK: dict[str, Any] = {
     "presence_users": 200,
     "presence_queries": 30,
     "stored_notifications": 20_000,
+    "broadcast_users": 5_000,
     "warmup_events": 50,
 }
 """--quick: shows that everything works; the figures of so short a run mean little."""
@@ -62,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="SCENARIO",
         type=str.upper,
-        help="S1 ... S10, C1, R1, F1 ... F3; none: all but F, and those that kill only with --start",
+        help="S1 ... S10, B1, C1, R1, F1 ... F3; none: all but B, F and those that kill without --start",
     )
     where = parser.add_argument_group("the system")
     where.add_argument(
@@ -91,6 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("offline-events", int, "events of S5"),
         ("idle-s", float, "seconds that the connections of S6 rest, to measure what heart-beats cost"),
         ("storm-connections", int, "connections of S6 and S8"),
+        ("broadcast-users", int, "users that B1 puts into Postgres and sends to"),
         ("stored-notifications", int, "notifications that F1 and F2 put into Postgres"),
     ):
         now = getattr(default, name.replace("-", "_"))
@@ -165,9 +167,9 @@ def failed(name: str, verdict: str) -> dict[str, Any]:
 
 async def run(arguments: argparse.Namespace) -> int:
     """Find or start the system, measure, report."""
-    # F1 to F3 only when they are named: they fill the database, which stays filled.
+    # B1 and F1 to F3 only when they are named: they fill the database, which stays filled.
     names = arguments.scenarios or [
-        name for name in SCENARIOS if name[0] != "F" and (arguments.start or name not in DESTRUCTIVE)
+        name for name in SCENARIOS if name[0] not in "BF" and (arguments.start or name not in DESTRUCTIVE)
     ]
     options = make_options(arguments)
     progress = Progress(arguments.quiet)

@@ -59,6 +59,8 @@ class Options:
     """C1: users of one query."""
     presence_queries: int = 300
     """C1: measured queries of each kind."""
+    broadcast_users: int = 200_000
+    """B1: users of the topic, put into Postgres before."""
     warmup_events: int = 300
     receipt_timeout_s: float = 5.0
     """S1: longest wait for one receipt before going on (the verdict then tells the loss)."""

@@ -138,6 +138,8 @@ def _throughput(result: Mapping[str, Any]) -> str:
     metrics = result["metrics"]
     if "events_per_s" in metrics:
         return f"{number(metrics['events_per_s'])} events/s"
+    if "users_per_s" in metrics:
+        return f"{number(metrics['users_per_s'])} users/s"
     if "reads_per_s" in metrics:
         return f"{number(metrics['reads_per_s'])} reads/s"
     if "connections_per_s" in metrics:
@@ -203,12 +205,32 @@ def _details(result: Mapping[str, Any]) -> list[str]:
             f"cores used {number(metrics['cores_used'])}, at rest {number(metrics['cores_used_idle'])}; load "
             f"generator {number(metrics['load_generator_cpu_s_per_1000'])} s per 1,000"
         )
+    if "users_alone_per_s" in metrics:
+        lines += _broadcast(metrics)
     if (lag := metrics.get("send_lag_ms", {})).get("n"):
         lines.append(
             f"load generator late by p50 {number(lag['p50'])} ms, p99 {number(lag['p99'])} ms (included)"
         )
     lines.extend(result["notes"])
     return lines
+
+
+def _broadcast(metrics: Mapping[str, Any]) -> list[str]:
+    def told(part: Mapping[str, Any]) -> str:
+        found = part["end_to_end_ms"]
+        return (
+            f"p50 {number(found['p50'])} ms, p99 {number(found['p99'])} ms, p999 {number(found['p999'])} ms"
+        )
+
+    spent = {k: v for k, v in metrics["cpu_s_per_1000_users"].items() if k != "total"}
+    return [
+        f"stored beside single events {number(metrics['users_per_s'])} users/s, alone "
+        f"{number(metrics['users_alone_per_s'])} users/s",
+        f"single events before: {told(metrics['idle'])}",
+        f"single events meanwhile: {told(metrics['meanwhile'])}; p99 times {number(metrics['p99_ratio'])}",
+        f"CPU s per 1,000 users alone: {number(metrics['cpu_s_per_1000_users']['total'])} in all; "
+        + ", ".join(f"{name} {number(value)}" for name, value in spent.items() if value >= 0.0005),
+    ]
 
 
 _HEAD: Final = ("", "scenario", "e2e p50", "p99", "p999", "POST p50", "p99", "p999", "throughput")

@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from benchmarks.bench import Bench, Measurement, Options, Progress, opened
+from benchmarks.broadcast import broadcast
 from benchmarks.checks import received_pushes
 from benchmarks.faults import reconnects, shard_killed
 from benchmarks.feeds import feed_and_count, read_elsewhere, searches
@@ -314,6 +315,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "S8": reconnects,
     "S9": shard_killed,
     "S10": outbox_cost,
+    "B1": broadcast,
     "C1": presence_query,
     "R1": rules_cost,
     "F1": feed_and_count,

@@ -621,8 +621,8 @@ class BroadcastSettings:
         high=60.0,
         unit="s",
     )
-    chunk_min: int = setting(50, "Fewest users that one transaction notifies.", low=1, high=1000)
-    chunk_max: int = setting(1000, "Most users that one transaction notifies.", low=1, high=1000)
+    chunk_min: int = setting(100, "Fewest users that one transaction notifies.", low=1, high=1000)
+    chunk_max: int = setting(500, "Most users that one transaction notifies.", low=1, high=1000)
     chunk_ms: float = setting(
         25.0,
         "Chunks grow and shrink so that one takes about so long: a commit of single events may wait for it.",

@@ -15,7 +15,7 @@ from pathlib import Path
 from carillon.api_keys import SCOPES
 from carillon.errors import CarillonError, SettingsError
 from carillon.settings import Settings, load_settings
-from cluster import dead_letters
+from cluster import broadcasts, dead_letters
 from cluster.maintenance import KINDS
 from cluster.template_commands import add_commands as add_template_commands
 
@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_up(commands)
     _add_cluster_commands(commands)
     _add_admin_commands(commands)
-    for command in dead_letters.add_commands(commands):
+    for command in (*dead_letters.add_commands(commands), *broadcasts.add_commands(commands)):
         _data_dir(command)
     add_template_commands(commands, _command, _dsn)
     return parser
@@ -361,7 +361,14 @@ def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
 def _handlers() -> dict[str, Handler]:
     from cluster import admin, remote, templates
 
-    return {"up": _up, **remote.HANDLERS, **admin.HANDLERS, **dead_letters.HANDLERS, **templates.HANDLERS}
+    return {
+        "up": _up,
+        **remote.HANDLERS,
+        **admin.HANDLERS,
+        **dead_letters.HANDLERS,
+        **broadcasts.HANDLERS,
+        **templates.HANDLERS,
+    }
 
 
 def _up(options: argparse.Namespace, settings: Settings) -> int:

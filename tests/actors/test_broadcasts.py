@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -295,3 +296,117 @@ async def test_one_refused_user_does_not_stop_the_others(world: World) -> None:
     assert (failure.user, failure.code) == ("u0007", "invalid")
     assert "not this one" in failure.detail
     assert (await world.have())["u0007"] == 0
+
+
+# -- failpoints -------------------------------------------------------------------------------------------
+
+PLACES = [
+    (place, moment)
+    for place in ("slots", "users", "contexts", "make_streams", "enter", "mark", "finish")
+    for moment in ("before", "after")
+]
+"""Statements of a broadcast; `after`: it has run, and nobody was told. `enter` and `mark` are within the
+transaction of a page or of the lane, so that what follows is rolled back."""
+
+
+class Failpoint:
+    """Ends a shard at a statement of its broadcasts, once.
+
+    Args:
+        hits: how often the place is passed before.
+    """
+
+    def __init__(self, place: str, moment: str, hits: int) -> None:
+        self.place = place
+        self.moment = moment
+        self.left = hits
+        self.killed = asyncio.Event()
+
+    def arm(self, shard: Any) -> None:
+        store = shard._broadcasts._store
+        real = getattr(store, self.place)
+
+        async def statement(*args: Any, **more: Any) -> Any:
+            self.left -= 1
+            if self.left != 0 and not self.killed.is_set():
+                return await real(*args, **more)
+            if self.moment == "after" and not self.killed.is_set():
+                await real(*args, **more)
+            self.killed.set()
+            await asyncio.Event().wait()  # the process is gone: nothing comes after this
+            raise AssertionError
+
+        setattr(store, self.place, statement)
+
+
+@pytest.mark.parametrize(("place", "moment"), PLACES)
+async def test_a_shard_that_dies_leaves_nobody_out_and_nobody_twice(
+    world: World, place: str, moment: str
+) -> None:
+    """Killed around each statement, at a time that varies; its successor goes on: everybody has it once."""
+    users = await world.people(90)
+    await world.pool.execute(
+        "insert into topic_subscribers (tenant, topic, slot, user_id)"
+        " select 't', 'x', s, u from unnest($1::text[], $2::smallint[]) as x (u, s)",
+        [*users, "new1", "new2"], [slot_of("t", user) for user in (*users, "new1", "new2")],
+    )  # fmt: skip
+    for conn, user in enumerate(users[:5], 1):
+        await world.kit.gateway.attach_ready(conn, user)
+    shard = world.kit.shards.pop()
+    await eventually(lambda: hasattr(shard._broadcasts, "_store"))
+    hits = 1 if place in ("slots", "make_streams", "finish") else 1 + len(place + moment) % 3
+    point = Failpoint(place, moment, hits)
+    point.arm(shard)
+    raw = await world.send({"topic": "x"})
+    await asyncio.wait_for(point.killed.wait(), 20.0)
+    # Nothing of it is told to anybody any more; what it had open is rolled back by PostgreSQL.
+    await shard.stop()
+    await world.kit.start_shard("shard-a")
+    record = await world.ended(raw)
+    assert (record.state, record.counts.stored, record.counts.failed) == ("done", 92, 0)
+    assert await world.have() == dict.fromkeys([*users, "new1", "new2"], 1)
+    assert record.total == 92
+
+
+async def test_a_postgres_that_hangs_up_in_the_middle(world: World) -> None:
+    """Every connection is ended while pages are written: they are tried again, everybody has it once."""
+    users = await world.people(300)
+    raw = await world.send()
+
+    async def begun() -> bool:
+        return (await world.record(raw)).counts.stored > 0
+
+    await eventually(begun)
+    await world.pool.execute(
+        "select pg_terminate_backend(pid) from pg_stat_activity"
+        " where datname = current_database() and pid <> pg_backend_pid() and query like '%broadcast%'"
+    )
+    record = await world.ended(raw)
+    assert record.counts.stored == 300
+    assert await world.have() == dict.fromkeys(users, 1)
+
+
+async def test_a_stale_owner_writes_nothing(world: World) -> None:
+    """A shard whose term is over, and does not know it yet, stores nothing for a broadcast."""
+    await world.people(50)
+    await world.kit.new_term("shard-a")
+    raw = await world.send()
+    other = world.kit.shard._stats.counters
+
+    async def refused() -> bool:
+        return other["broadcast_fenced"] >= 2
+
+    await eventually(refused)
+    assert await world.pool.fetchval("select count(*) from notifications") == 0
+    assert (await world.record(raw)).counts.stored == 0
+
+
+async def test_who_attaches_meanwhile_misses_nothing(world: World) -> None:
+    """Users who attach while pages are written are told of it, from the store or as it happens."""
+    users = await world.people(200)
+    raw = await world.send()
+    for conn, user in enumerate(users, 1):
+        world.kit.gateway.attach(conn, user, epoch="e", last_seq=0, last_rev=0)
+    await world.ended(raw)
+    for conn in range(1, 201):
+        await eventually(lambda conn=conn: world.kit.gateway.seqs(conn) == [1], what=f"connection {conn}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest_asyncio
 from carillon.broadcasts import NotificationIds, SlotUser, parse_recipients
 from carillon.clock import rfc3339
 from carillon.ids import SLOTS, Uuid7Source, parse_uuid, slot_of, uuid_text
+from cluster.cli import main
 from cluster.embedded import EmbeddedPostgres
 from stores.postgres.broadcasts import BroadcastStore
 from tests.integration.ingress_world import World
@@ -218,3 +220,37 @@ async def test_pages_are_in_order_and_membership_is_exact(world: World) -> None:
         assert meant >= {one.user for one in page} & {"u1", "u2"}
         if audience != "all":
             assert meant == {one.user for one in page} & {"u1", "u2"}
+
+
+async def cli(world: World, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    given = ["broadcast", *words, "--url", world.ingress.url, "--key", world.key]
+    status = await asyncio.to_thread(main, given, {})
+    return status, capsys.readouterr().out
+
+
+async def test_the_command_line(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """list, show, pause, resume, watch and cancel say what the API says; failures are listed."""
+    told = (await post(world, {"audience": ["ada", "bob"], "event": EVENT})).json()
+    broadcast = told["broadcastId"]
+    status, out = await cli(world, capsys, "list")
+    assert status == 0
+    assert out.split() == [broadcast, told["createdAt"], "running", "0/?", "2", "users", "goal", "Goal!"]
+    assert await cli(world, capsys, "pause", broadcast) == (0, f"{broadcast}  paused  0/?\n")
+    assert await cli(world, capsys, "resume", broadcast) == (0, f"{broadcast}  running  0/?\n")
+    await world.pool.execute(
+        "insert into broadcast_failures values ($1::text::uuid, 'bob', 'invalid', 'not this one', now())",
+        broadcast,
+    )
+    await world.pool.execute(
+        "update broadcasts set state = 'done', stored = 1, delivered = 1, failed = 1, total = 2,"
+        " ended_at = now()"
+    )
+    status, out = await cli(world, capsys, "show", broadcast)
+    assert status == 0
+    rows = dict(line.split(":", 1) for line in out.splitlines() if not line.startswith("  "))
+    assert (rows["state"].strip(), rows["users"].strip(), rows["failed"].strip()) == ("done", "2/2", "1")
+    assert "bob" in out.splitlines()[-1]
+    status, out = await cli(world, capsys, "watch", broadcast)
+    assert (status, out) == (0, f"[{'#' * 30}] 100%  2/2  done  1 delivered  1 failed\n")
+    assert (await cli(world, capsys, "cancel", broadcast))[0] == 1
+    assert (await cli(world, capsys, "show", "nonsense"))[0] == 1

@@ -31,6 +31,7 @@ from carillon.broadcasts import (
     walked,
 )
 from carillon.ids import Uuid7Source, slot_of, uuid7_ms
+from cluster.broadcasts import progress_line
 
 MS = 1_780_000_000_000
 SOURCE = Uuid7Source()
@@ -244,3 +245,19 @@ def test_the_lane_waits_behind_single_events_for_so_long() -> None:
     assert lane_turn(0, 0, 50)
     assert not lane_turn(1, 49, 50)
     assert lane_turn(1000, 50, 50)
+
+
+def test_a_line_of_progress() -> None:
+    """Bar, share, users, rate and what is left."""
+    one: dict[str, Any] = {
+        "state": "running",
+        "users": {"done": 84_000, "total": 200_000},
+        "ratePerS": 12_000.0,
+        "counts": {"delivered": 1200, "queued": 0, "deferred": 0, "suppressed": 0, "failed": 0},
+    }
+    assert progress_line(one, None) == (
+        "[#############                 ]  42%  84,000/200,000  12,000/s  10 s to go  1,200 delivered"
+    )
+    assert "5,800/s  20 s to go" in progress_line(one, 5800.0)
+    one["users"] = {"done": 0, "total": None}
+    assert progress_line(one | {"ratePerS": None}, None) == f"[{' ' * 30}]   0%  0/?  1,200 delivered"

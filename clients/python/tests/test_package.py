@@ -94,7 +94,13 @@ def test_examples_run(page: Path, fake: FakeServer) -> None:
 
     fake.sockets = [two]
     presence = {"userId": "ada", "status": "active"}
+    sent = {
+        "broadcastId": "b", "state": "running", "audience": {"topic": "goal.alerts"}, "event": {},
+        "counts": {}, "users": {"done": 0, "total": None},
+    }  # fmt: skip
     fake.answers = {
+        ("POST", "/v1/broadcasts"): (202, sent),
+        ("GET", "/v1/broadcasts/b"): (200, sent),
         ("POST", "/v1/tokens"): (201, {"token": "tok", "expiresAt": "x"}),
         ("GET", "/v1/presence/ada"): (200, presence),
         ("POST", "/v1/presence/query"): (200, {"users": [presence, {**presence, "userId": "grace"}]}),

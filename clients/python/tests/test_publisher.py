@@ -280,6 +280,42 @@ def test_what_is_asked_of_users(both: Both) -> None:
     assert both.run(with_sync) == ["n2", "n1"]
 
 
+def test_broadcasts(both: Both) -> None:
+    """Paths, bodies and answers of the calls about broadcasts; a key is made where none is given."""
+    told = {
+        "broadcastId": "b", "state": "running", "audience": "all", "event": {"type": "t"},
+        "counts": {"stored": 3, "delivered": 1, "later": 9}, "users": {"done": 3, "total": None},
+        "ratePerS": 1.5, "remainingS": None,
+    }  # fmt: skip
+    failure = {"userId": "a", "code": "invalid", "detail": "x", "failedAt": "y"}
+    both.fake.answers = {
+        ("POST", "/v1/broadcasts"): (202, told),
+        ("GET", "/v1/broadcasts/b"): (200, told | {"state": "done"}),
+        ("GET", "/v1/broadcasts?limit=1&state=done"): (200, {"broadcasts": [told], "nextCursor": "c"}),
+        ("GET", "/v1/broadcasts/b/failures?limit=100"): (200, {"failures": [failure], "nextCursor": None}),
+        **{
+            ("POST", f"/v1/broadcasts/b/{act}"): (200, told | {"state": act})
+            for act in ("pause", "resume", "cancel")
+        },
+    }
+    sent = both.run(lambda p: p.send_broadcast(event(), {"topic": "x"}, schedule_at="z"))
+    assert (sent.broadcast_id, sent.counts.stored, sent.users.total, sent.ended) == ("b", 3, None, False)
+    body = json.loads(both.fake.requests[-1][3])
+    assert (body["audience"], body["scheduleAt"], body["event"]["type"]) == (
+        {"topic": "x"},
+        "z",
+        event().type,
+    )
+    assert len(body["idempotencyKey"]) >= 32
+    assert both.run(lambda p: p.broadcast("b")).ended
+    page = both.run(lambda p: p.broadcasts(limit=1, state="done"))
+    assert (page.broadcasts[0].broadcast_id, page.next_cursor) == ("b", "c")
+    assert both.run(lambda p: p.broadcast_failures("b"))[0].user_id == "a"
+    assert both.run(lambda p: p.pause_broadcast("b")).state == "pause"
+    assert both.run(lambda p: p.resume_broadcast("b")).state == "resume"
+    assert both.run(lambda p: p.cancel_broadcast("b")).state == "cancel"
+
+
 def test_calls_are_retried_and_give_up(both: Both) -> None:
     """A 503 answer to a query ends as GaveUpError with the last problem inside."""
     both.fake.answers["GET", "/v1/presence/a"] = (503, problem(503, "store_unavailable"))

@@ -34,6 +34,11 @@ from carillon_client.errors import (
     UnexpectedAnswerError,
 )
 from carillon_client.models import (
+    Broadcast,
+    BroadcastCounts,
+    BroadcastFailure,
+    BroadcastPage,
+    BroadcastUsers,
     Change,
     Device,
     Event,
@@ -56,6 +61,11 @@ __all__ = [
     "AsyncPublisher",
     "AuthenticationError",
     "BatchLimits",
+    "Broadcast",
+    "BroadcastCounts",
+    "BroadcastFailure",
+    "BroadcastPage",
+    "BroadcastUsers",
     "CarillonError",
     "Change",
     "ClosedError",

@@ -317,3 +317,65 @@ class NotificationHistory(_Wire, frozen=True):
     delivery_state: str
     """SENT, DELIVERED, READ or RETRACTED."""
     deliveries: list[DeliveryRecord] = []
+
+
+class BroadcastCounts(_Wire, frozen=True):
+    """What became of a broadcast's users so far."""
+
+    stored: int = 0
+    """Notifications; of them the next four, the others are in the feed alone."""
+    delivered: int = 0
+    queued: int = 0
+    deferred: int = 0
+    suppressed: int = 0
+    failed: int = 0
+    """Users who could not be notified."""
+
+
+class BroadcastUsers(_Wire, frozen=True):
+    """How many of a broadcast's users have been looked after."""
+
+    done: int
+    total: int | None = None
+    """About; None: not known yet."""
+
+
+class Broadcast(_Wire, frozen=True):
+    """One event to many users, and how far it is."""
+
+    broadcast_id: str
+    state: str
+    """scheduled, running, paused, done, cancelled or failed."""
+    audience: Any
+    event: dict[str, Any]
+    counts: BroadcastCounts
+    users: BroadcastUsers
+    reason: str | None = None
+    """Why it failed."""
+    rate_per_s: float | None = None
+    remaining_s: float | None = None
+    start_at: str | None = None
+    started_at: str | None = None
+    ended_at: str | None = None
+    created_at: str | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more comes of it."""
+        return self.state in ("done", "cancelled", "failed")
+
+
+class BroadcastPage(_Wire, frozen=True):
+    """One page of broadcasts, newest first."""
+
+    broadcasts: list[Broadcast]
+    next_cursor: str | None = None
+
+
+class BroadcastFailure(_Wire, frozen=True):
+    """A user whom a broadcast could not reach."""
+
+    user_id: str
+    code: str
+    detail: str
+    failed_at: str | None = None

@@ -23,6 +23,9 @@ from carillon_client.core.exchange import Call, CallMachine, Machine, RetryPolic
 from carillon_client.errors import CarillonError, ClosedError
 from carillon_client.http_shell import arguments_of, client_options, response_of, transport_error
 from carillon_client.models import (
+    Broadcast,
+    BroadcastFailure,
+    BroadcastPage,
     Device,
     Event,
     FeedPage,
@@ -207,6 +210,53 @@ class Publisher:
     def revoke_sessions(self, user_id: str) -> None:
         """Tokens issued before now become invalid; the user's sockets are closed with 4001."""
         self._call(calls.revoke_sessions(user_id))
+
+    # -- broadcasts ---------------------------------------------------------------------------------
+
+    def send_broadcast(
+        self,
+        event: Event | Mapping[str, Any],
+        audience: Any = "all",
+        *,
+        schedule_at: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Broadcast:
+        """Send one event to many users, behind single events.
+
+        Args:
+            event: without recipients.
+            audience: "all", {"topic": name}, {"segment": id}, or a list of at most 1,000 user ids.
+            schedule_at: RFC 3339 with offset: it begins then.
+            idempotency_key: None: one is made here, so that a repeated try makes no second broadcast.
+        """
+        key = idempotency_key or clock.new_key()
+        return self._call(calls.send_broadcast(event, audience, schedule_at, key))
+
+    def broadcast(self, id: str) -> Broadcast:
+        """How far a broadcast is."""
+        return self._call(calls.broadcast(id))
+
+    def broadcasts(
+        self, *, limit: int | None = None, cursor: str | None = None, state: str | None = None
+    ) -> BroadcastPage:
+        """One page of broadcasts, newest first."""
+        return self._call(calls.broadcasts(limit, cursor, state))
+
+    def broadcast_failures(self, id: str) -> list[BroadcastFailure]:
+        """Users whom a broadcast could not reach, the first hundred."""
+        return self._call(calls.broadcast_failures(id))
+
+    def pause_broadcast(self, id: str) -> Broadcast:
+        """Pause: when this returns nothing more is stored for it."""
+        return self._call(calls.act_on_broadcast(id, "pause"))
+
+    def resume_broadcast(self, id: str) -> Broadcast:
+        """Go on where it stood."""
+        return self._call(calls.act_on_broadcast(id, "resume"))
+
+    def cancel_broadcast(self, id: str) -> Broadcast:
+        """End it for good; what is stored stays."""
+        return self._call(calls.act_on_broadcast(id, "cancel"))
 
     # -- driving ------------------------------------------------------------------------------------
 

@@ -8,12 +8,16 @@ from urllib.parse import quote
 
 import msgspec
 
-from carillon_client.core.codec import encode_json, notification_of
+from carillon_client.core.codec import encode_json, encode_members, event_members, notification_of
 from carillon_client.core.exchange import Call
 from carillon_client.errors import InvalidRequestError
 from carillon_client.models import (
+    Broadcast,
+    BroadcastFailure,
+    BroadcastPage,
     DeliveryRecord,
     Device,
+    Event,
     FeedPage,
     NotificationHistory,
     Presence,
@@ -143,3 +147,40 @@ def put_preferences(user_id: str, document: Mapping[str, Any]) -> Call[dict[str,
 def revoke_sessions(user_id: str) -> Call[None]:
     """POST /v1/users/{userId}/sessions/revoke."""
     return Call("POST", _user(user_id, "/sessions/revoke"), lambda _: None, b"{}")
+
+
+def send_broadcast(
+    event: Event | Mapping[str, Any], audience: Any, schedule_at: str | None, key: str
+) -> Call[Broadcast]:
+    """POST /v1/broadcasts; the key makes it safe to repeat."""
+    body: dict[str, Any] = {"audience": audience, "event": event_members(event), "idempotencyKey": key}
+    if schedule_at is not None:
+        body["scheduleAt"] = schedule_at
+    return Call("POST", "/v1/broadcasts", _typed(Broadcast), encode_members(body))
+
+
+def broadcast(id: str) -> Call[Broadcast]:
+    """GET /v1/broadcasts/{broadcastId}."""
+    return Call("GET", f"/v1/broadcasts/{_segment('id', id)}", _typed(Broadcast))
+
+
+def broadcasts(limit: int | None, cursor: str | None, state: str | None) -> Call[BroadcastPage]:
+    """GET /v1/broadcasts."""
+    given = {"limit": limit, "cursor": cursor, "state": state}
+    query = tuple((name, str(value)) for name, value in given.items() if value is not None)
+    return Call("GET", "/v1/broadcasts", _typed(BroadcastPage), query=query)
+
+
+def broadcast_failures(id: str) -> Call[list[BroadcastFailure]]:
+    """GET /v1/broadcasts/{broadcastId}/failures: the first hundred."""
+
+    def parse(document: Any) -> list[BroadcastFailure]:
+        return msgspec.convert(document["failures"], list[BroadcastFailure])
+
+    path = f"/v1/broadcasts/{_segment('id', id)}/failures"
+    return Call("GET", path, parse, query=(("limit", "100"),))
+
+
+def act_on_broadcast(id: str, action: str) -> Call[Broadcast]:
+    """POST /v1/broadcasts/{broadcastId}/pause, resume or cancel; each may be repeated."""
+    return Call("POST", f"/v1/broadcasts/{_segment('id', id)}/{action}", _typed(Broadcast), b"{}")
