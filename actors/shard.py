@@ -18,6 +18,7 @@ from actors.shard_acks import Acknowledgements
 from actors.shard_amendments import AMENDMENTS, AmendEntry
 from actors.shard_broadcasts import Broadcasts
 from actors.shard_changes import ChangeEntry
+from actors.shard_expiry import Expiry
 from actors.shard_mirror import Mirror
 from actors.shard_outbox import Outbox
 from actors.shard_policies import Policies
@@ -182,17 +183,19 @@ class Shard:
             term=self._term, owns=self._owns, mirror=mirror,
         )  # fmt: skip
         self._watch = WatchPermission(self._policies, presence, self._clock, self._store.client_secret)
+        self._expiry = Expiry(self._clock, self._count_anew)
         self._sessions = Sessions(
             self._config.name, self._store, self._users, self._clock, self._limits,
             term=self._term, map_version=lambda: self._membership.map.version, owns=self._owns,
             acks=self._acks, presence_changed=self._presence.status_changed, watch=self._watch.ask,
+            expiry=self._expiry,
             take=lambda link, message: self.receive(link, message, 0),
         )  # fmt: skip
         self._writer = Writer(
             self._store, self._users, self._clock, self._stats, shard,
             term=self._term, owns=self._owns, run=self._sessions.run, reach=self._reach,
             policy=self._policies.of, planned=self._planned, withdrawn=self._outbox.due_now,
-            stopped=self._outbox.stop, fenced=self._was_fenced,
+            stopped=self._outbox.stop, expires=self._expiry.watch, fenced=self._was_fenced,
         )  # fmt: skip
         self._schedules = Schedules(
             self._store, self._clock, self._stats, self._settings, name=self._config.name,
@@ -237,6 +240,7 @@ class Shard:
         await self._broadcasts.close()
         await self._schedules.close()
         await self._accounts.close()
+        self._expiry.close()
         await self._writer.close()
         await self._replays.close()
         await self._outbox.close()
@@ -347,6 +351,9 @@ class Shard:
                 self._clock.monotonic(), self._clock.now_ms(),
             )  # fmt: skip
             self._sessions.run(user, effects)
+
+    def _count_anew(self, change: ChangeEntry) -> None:
+        self._writer.submit_change(change)
 
     def _router_links(self) -> list[Link]:
         """Open links to routers, those of this node first."""

@@ -15,6 +15,7 @@ from carillon.clock import Clock
 from carillon.errors import InvalidInputError, NotFoundError, UnavailableError
 from carillon.messages import Amend
 from carillon.messages import Amended as Answer
+from carillon.notification import gone
 from carillon.session import Effect
 from carillon.settings import ShardSettings
 from stores.postgres.amendments import Amended, EditDone, EditRow, Standing
@@ -52,6 +53,7 @@ class Amendments:
         term, run: as in `Changes`.
         due_now: called when pushes are due: withdrawals, or such as replace a text.
         stopped: called with what is not to be pushed any more, and why.
+        expires: as in `Changes`.
     """
 
     def __init__(
@@ -65,7 +67,9 @@ class Amendments:
         run: Callable[[User, list[Effect]], None],
         due_now: Callable[[], None],
         stopped: Callable[[bytes, str], None],
+        expires: Callable[[User, int], None],
     ) -> None:
+        self._expires = expires
         self._store = store
         self._clock = clock
         self._keep = settings.edit_history
@@ -93,13 +97,15 @@ class Amendments:
         for entry in changed:
             self._stopped(entry.message.notification, RETRACTED)
         # One that had expired is no part of the count any more, nor to be left out of it.
-        await self._changes.recount([entry.user for entry in changed if entry.user.expired])
+        before = await self._changes.recount([entry.user for entry in changed if entry.user.expired])
         for entry in changed:
             user = entry.user
             user.rev, user.unread, taken_back = done[user.stream_id]
             if taken_back:
                 self._due_now()
             self._gone(user, entry.message.notification)
+            if user.session is not None and user.expired != before.get(user.stream_id, user.expired):
+                self._run_effects(user, user.session.counted(user.shown_unread(), told=True))
         await self._answer(entries)
 
     def _gone(self, user: User, raw: bytes) -> None:
@@ -134,12 +140,14 @@ class Amendments:
         if not rows:
             return
         done = await self._store.edit(self._term(), rows, now_ms, self._keep)
+        over = [e.user for e, _ in todo if (d := done.get(e.user.stream_id)) and gone(d.row, now_ms)]
+        await self._changes.recount(over)
         for entry, before in todo:
             result = done.get(entry.user.stream_id)
             if result is None:
                 finish([entry], UnavailableError("the notification changed meanwhile"))
                 continue
-            self._tell(entry.user, result)
+            self._tell(entry.user, result, now_ms)
             finish([entry], Answer(before.version + 1, None, before.cancelled_ms, before.stopped))
 
     def _edited(self, entry: AmendEntry, found: Standing, now_ms: int) -> EditRow | None:
@@ -161,8 +169,13 @@ class Amendments:
             new.content, new.expires_ms, found.version, new.shown,
         )  # fmt: skip
 
-    def _tell(self, user: User, done: EditDone) -> None:
+    def _tell(self, user: User, done: EditDone, now_ms: int) -> None:
         user.rev, user.unread = done.row.rev, done.unread
+        if gone(done.row, now_ms):  # an edit ended it
+            self._gone(user, done.row.id)
+            return
+        if done.row.expires_ms is not None:
+            self._expires(user, done.row.expires_ms)
         if done.replaced:
             self._due_now()
         if user.session is not None:

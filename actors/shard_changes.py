@@ -52,6 +52,7 @@ class Changes:
         term: gives the shard's present term.
         run: carries out session effects.
         withdrawn: called when pushes are to be taken back.
+        expires: called with users of whom something expires, and when.
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class Changes:
         term: Callable[[], int],
         run: Callable[[User, list[Effect]], None],
         withdrawn: Callable[[], None],
+        expires: Callable[[User, int], None],
     ) -> None:
+        self._expires = expires
         self._store = store
         self._clock = clock
         self._term = term
@@ -72,6 +75,9 @@ class Changes:
     async def apply(self, op: str, changes: list[ChangeEntry]) -> None:
         """Apply changes of one operation, of each user one, and answer them. Raises CarillonError: those that
         are not answered yet may have been committed or not."""
+        if op == "expire":
+            await self.expire(changes)
+            return
         now_ms = self._clock.now_ms()
         results: dict[int, ChangeDone] = {}
         devices = {c.user.stream_id: c.device for c in changes if c.device}
@@ -87,7 +93,9 @@ class Changes:
             wanted = [(c.user.stream_id, list(dict.fromkeys(c.ids))) for c in changes if c.ids]
             if wanted:
                 results = await self._store.change(self._term(), op, wanted, now_ms, devices)
-        await self.recount([c.user for c in changes if c.user.expired and c.user.stream_id in results])
+        before = await self.recount(
+            [c.user for c in changes if c.user.expired and c.user.stream_id in results]
+        )
         unknown = await self._unknown([c for c in changes if c.strict and c.user.stream_id not in results])
         for change in changes:
             user = change.user
@@ -106,22 +114,45 @@ class Changes:
                 session.dealt_with(result.ids, upto.get(user.stream_id, 0))
                 frames = change_frames(op, result, now_ms, upto.get(user.stream_id, 0))
                 self._run_effects(user, session.state_changed(result.rev, user.shown_unread(), frames))
+                if user.expired != before.get(user.stream_id, user.expired):
+                    self._run_effects(user, session.counted(user.shown_unread(), told=True))
             finish([change], (result.changed, user.rev, user.shown_unread()))
 
-    async def recount(self, users: list[User]) -> None:
-        """Count expired rows anew: those that were read are part of `unread` no more, nor to be left out."""
-        if not users:
-            return
-        known = {user.key: user for user in users}
-        try:
-            records = await self._store.load_users(
-                self._term(), [(user.key, user.slot, user.epoch) for user in users]
-            )
-        except CarillonError as exc:
-            log.info("%d users show an old count of unread: %s", len(users), exc)
-            return
-        for record in records:
-            known[record.key].expired = record.expired
+    async def expire(self, changes: list[ChangeEntry]) -> None:
+        """Something of these users has expired: count anew, tell it, and know when that happens next."""
+        now_ms = self._clock.now_ms()
+        await self._count([change.user for change in changes], now_ms)
+        for change in changes:
+            user = change.user
+            session = user.session
+            if session is not None:
+                session.recent.expire(now_ms)
+                self._run_effects(user, session.counted(user.shown_unread()))
+                at_ms = session.recent.next_expiry_ms
+                if at_ms is not None:
+                    self._expires(user, at_ms)
+            finish([change], (0, user.rev, user.shown_unread()))
+
+    async def recount(self, users: list[User]) -> dict[int, int]:
+        """Count expired rows anew: those that were read are part of `unread` no more, nor to be left out.
+
+        Returns:
+            stream id -> how many there were before.
+        """
+        before = {user.stream_id: user.expired for user in users}
+        if users:
+            try:
+                await self._count(users, self._clock.now_ms())
+            except CarillonError as exc:
+                log.info("%d users show an old count of unread: %s", len(users), exc)
+        return before
+
+    async def _count(self, users: list[User], now_ms: int) -> None:
+        found = await self._store.expired([user.stream_id for user in users], now_ms)
+        for user in users:
+            user.expired, user.next_expiry_ms = found.get(user.stream_id, (0, None))
+            if user.next_expiry_ms is not None:
+                self._expires(user, user.next_expiry_ms)
 
     async def _unknown(self, changes: list[ChangeEntry]) -> list[ChangeEntry]:
         """Which of the changes that did nothing name no notification of their user."""

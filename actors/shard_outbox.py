@@ -358,11 +358,14 @@ class Outbox:
                 row.base_attempt,
             )
             members = decode_content(row.content)
+            user = self._users.peek(row.key)
             for provider, some in by_provider.items():
                 job = job_of(row, members, provider, some)
                 job.sound, badge = self._again.presented(row)
                 if not badge:
                     job.badge = -1
+                elif user is not None and user.expired:
+                    job.badge = user.shown_unread()
                 if row.channel == REPLACE:
                     job.sound = ""
                 jobs.append(job)

@@ -15,6 +15,7 @@ from typing import Any
 
 from actors.link import Link
 from actors.shard_acks import Acknowledgements
+from actors.shard_expiry import Expiry
 from actors.shard_users import User, UserCache
 from carillon import server_frames
 from carillon.clock import Clock
@@ -79,6 +80,7 @@ class Sessions:
         acks: takes what devices acknowledge, how attention moves on, and when users were last seen.
         presence_changed: told of users whose status changed.
         watch: answers WATCH_PRESENCE.
+        expiry: counts anew what was unread when something has expired.
         take: takes messages that came while their connection's user was still being loaded.
     """
 
@@ -96,8 +98,10 @@ class Sessions:
         acks: Acknowledgements,
         presence_changed: Callable[[User], None],
         watch: Callable[[Link, ClientWatch, User], None],
+        expiry: Expiry,
         take: Callable[[Link, Any], None],
     ) -> None:
+        self._expiry = expiry
         self._shard = shard
         self._store = store
         self._users = users
@@ -137,7 +141,8 @@ class Sessions:
             return
         key = UserKey(message.tenant, message.user)
         user = self._users.ready(key)
-        if user is not None:
+        stale = user is not None and user.session is None and user.overdue(self._clock.now_ms())
+        if user is not None and not stale:
             self._attach(peer, message, user)
             return
         peer.early[message.conn] = []
@@ -160,7 +165,16 @@ class Sessions:
             for later in early:
                 self._take(link, later)
 
-        self._users.when_loaded(key, message.slot, loaded)
+        def counted() -> None:
+            if user is not None and self._users.peek(key) is user:
+                loaded(user, None)
+            else:  # its slot was away meanwhile
+                self._users.when_loaded(key, message.slot, loaded)
+
+        if user is not None:
+            self._expiry.count(user, counted)
+        else:
+            counted()
 
     def _attach(self, peer: Peer, message: Attach, user: User) -> None:
         if message.token_issued_ms < (user.valid_from_ms or 0):
@@ -174,6 +188,7 @@ class Sessions:
             session = user.session = Session(user.key.user, user.head(), self._limits)
             session.last_seen_ms = user.last_seen_ms
             self.live += 1
+            self._expiry.attached(user)
         position = None
         if message.epoch is not None:
             position = (message.epoch, message.last_seq, message.last_rev)
@@ -455,7 +470,7 @@ class Sessions:
                 rows = await self._store.changes_after(
                     user.stream_id, effect.after_rev, effect.upto_seq, effect.or_after_rev, effect.limit
                 )
-                effects = attachment.session.changes_loaded(attachment, rows, effect)
+                effects = attachment.session.changes_loaded(attachment, rows, effect, self._clock.now_ms())
         except CarillonError as exc:
             # The client resumes from what it has: reconnecting later is the whole repair.
             log.info("%s: replay stopped: %s", self._shard, exc)

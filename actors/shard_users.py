@@ -33,9 +33,9 @@ class User:
     """One user in memory."""
 
     __slots__ = (
-        "document", "epoch", "expired", "invisible_since_ms", "key", "last_seen_ms", "local", "pins",
-        "preferences", "providers", "receipt", "rev", "revoked", "seq", "session", "slot", "spent",
-        "stream_id", "unread", "valid_from_ms", "zone",
+        "document", "epoch", "expired", "invisible_since_ms", "key", "last_seen_ms", "local",
+        "next_expiry_ms", "pins", "preferences", "providers", "receipt", "rev", "revoked", "seq", "session",
+        "slot", "spent", "stream_id", "unread", "valid_from_ms", "wakes_ms", "zone",
     )  # fmt: skip
 
     def __init__(self, record: UserRecord, slot: int) -> None:
@@ -47,6 +47,8 @@ class User:
         self.rev = record.rev
         self.unread = record.unread
         self.expired = record.expired
+        self.next_expiry_ms = record.next_expiry_ms  # not later than the next unread row's
+        self.wakes_ms = 0  # of `actors.shard_expiry`
         self.providers: frozenset[str] = frozenset()
         self.receipt = 0  # the part of receipts that says where the user has targets
         self.take_targets(record.targets)
@@ -90,8 +92,12 @@ class User:
             return as_seen("offline", self.last_seen_ms, hidden_ms)
         return as_seen(session.status(), now_ms if session.live else session.last_seen_ms, hidden_ms)
 
+    def overdue(self, now_ms: int) -> bool:
+        """Whether something may have expired since unread rows were counted."""
+        return self.next_expiry_ms is not None and self.next_expiry_ms <= now_ms
+
     def shown_unread(self) -> int:
-        """Unread without those that had expired when the user was loaded."""
+        """Unread without those that had expired when they were counted last."""
         return max(0, self.unread - self.expired)
 
 

@@ -78,6 +78,7 @@ class Writer:
         planned: called with what was committed with a push: (user, entry, outbox row).
         withdrawn: called when pushes are to be taken back, or to replace others.
         stopped: called with what is not to be pushed any more, and why.
+        expires: called with users of whom something expires, and when.
         fenced: called when the term turns out to be over.
     """
 
@@ -97,12 +98,16 @@ class Writer:
         planned: Callable[[User, Event, int, OutboxRow], None],
         withdrawn: Callable[[], None],
         stopped: Callable[[bytes, str], None],
+        expires: Callable[[User, int], None],
         fenced: Callable[[], None],
     ) -> None:
-        self._changes_of_users = Changes(store, clock, term=term, run=run, withdrawn=withdrawn)
+        self._expires = expires
+        self._changes_of_users = Changes(
+            store, clock, term=term, run=run, withdrawn=withdrawn, expires=expires
+        )
         self._amendments = Amendments(
             store, clock, settings, self._changes_of_users,
-            term=term, run=run, due_now=withdrawn, stopped=stopped,
+            term=term, run=run, due_now=withdrawn, stopped=stopped, expires=expires,
         )  # fmt: skip
         self._store = store
         self._users = users
@@ -315,6 +320,7 @@ class Writer:
                 continue
             user.seq, user.rev = record.seq, record.rev
             user.unread, user.expired = record.unread, record.expired
+            user.next_expiry_ms = record.next_expiry_ms
             if user.session is not None:
                 self._run_effects(user, user.session.heal(user.head()))
 
@@ -544,9 +550,11 @@ class Writer:
         user.seq, user.rev, user.unread = seq, rev, unread
         status = decided.status
         session = user.session
+        ended = event.expires_ms is not None and self._ends(user, event.expires_ms, now_ms, decided.archived)
+        hidden = decided.archived or ended
         if session is not None:
             try:
-                if decided.archived:
+                if hidden:
                     effects = session.pass_over(seq, rev, user.shown_unread())
                 else:
                     effects = session.deliver(
@@ -558,18 +566,28 @@ class Writer:
                 log.warning("gap in the stream of a user at seq %d: replaying from the store", seq)
                 effects = session.heal(user.head())
             self._run_effects(user, effects)
-            if session.live and not decided.archived:
+            if session.live and not hidden:
                 self._stats.count("events_delivered")
                 self._stats.observe_ms("deliver_ms", max(0, now_ms - event.created_ms))
                 if status == "stored":
                     status = "delivered"
-        if status == "delivered" and (session is None or not session.live):
+        if ended:
+            status = "stored"
+        elif status == "delivered" and (session is None or not session.live):
             status = "queued" if decided.push_due_ms is not None else "stored"
             if decided.gate == DEFERRED:
                 status = "deferred"
         if decided.priority is not None:
             event.priority = decided.priority  # for the push
         self._done(entry, Outcome(event.id, seq, status, list(decided.channels), reason=decided.reason))
+
+    def _ends(self, user: User, expires_ms: int, now_ms: int, archived: bool) -> bool:
+        """A notification that expires was committed; True: it has expired by now, and nobody is to see it."""
+        if expires_ms > now_ms:
+            self._expires(user, expires_ms)
+            return False
+        user.expired += not archived
+        return True
 
     async def _bisect(self, batch: list[Entry], error: PoisonError) -> None:
         """Fail only the culprits: each half is a batch of its own."""

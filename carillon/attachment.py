@@ -42,13 +42,14 @@ class Attachment:
         poll: a long poll; see `Session.attach`.
         owes_since_ms: since when it has a delivery with a waiting push unacknowledged; 0: it has none.
         replay: while rows come from the store, where that replay began; else None.
+        count_due: the unread count has changed without a rev since its WELCOME.
         loading: the request to the store that is on its way; else None. Any other answer is stale.
         wait_deadline: monotonic time at which a waiting attachment goes live; 0 once it left that phase.
     """
 
     __slots__ = (
-        "acked_seq", "attention", "attention_since_ms", "conn", "cursor_rev", "cursor_seq", "device",
-        "first_frame_seen", "legacy", "loading", "owes_since_ms", "peer", "phase", "poll", "replay",
+        "acked_seq", "attention", "attention_since_ms", "conn", "count_due", "cursor_rev", "cursor_seq",
+        "device", "first_frame_seen", "legacy", "loading", "owes_since_ms", "peer", "phase", "poll", "replay",
         "reported", "session", "session_id", "token_id", "viewing", "wait_deadline", "written_before",
     )  # fmt: skip
 
@@ -68,7 +69,7 @@ class Attachment:
         self.replay: ReplayStart | None = None
         self.loading: LoadNotifications | LoadChanges | None = None
         self.first_frame_seen = False
-        self.legacy = self.poll = False
+        self.legacy = self.poll = self.count_due = False
         # A device that never tells counts as visible: unknown attention never silences (fail open).
         self.attention = "visible"
         self.reported = False

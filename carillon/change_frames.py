@@ -7,16 +7,17 @@ from functools import partial
 
 from carillon import server_frames
 from carillon.clock import rfc3339
-from carillon.notification import NotificationRow, notification_json
+from carillon.notification import NotificationRow, gone, notification_json
 
 
 def change_frames(
-    rows: Sequence[NotificationRow], user_json: str, after_rev: int, *, more: bool
+    rows: Sequence[NotificationRow], user_json: str, after_rev: int, now_ms: int, *, more: bool
 ) -> list[tuple[int, bytes, bool]]:
     """Frames that bring a client from `after_rev` to the state of changed rows.
 
     Args:
         rows: changed rows by ascending rev.
+        now_ms: what has expired by then is told as retracted: the client may know another expiry, or none.
         more: the last rev may have more rows than these.
 
     Returns:
@@ -30,7 +31,7 @@ def change_frames(
         end, rev = at, rows[at].rev
         while end < len(rows) and rows[end].rev == rev:
             end += 1
-        makers = _group_frames(rows[at:end], user_json)
+        makers = _group_frames(rows[at:end], user_json, now_ms)
         for index, (make, update) in enumerate(makers):
             unfinished = index < len(makers) - 1 or (more and end == len(rows))
             told = max(after_rev, rev - 1) if unfinished else rev
@@ -40,11 +41,11 @@ def change_frames(
 
 
 def _group_frames(
-    group: Sequence[NotificationRow], user_json: str
+    group: Sequence[NotificationRow], user_json: str, now_ms: int
 ) -> list[tuple[Callable[[int], bytes], bool]]:
     """What to tell of rows that changed with one rev: (frame of the rev it carries, is_update)."""
     frames: list[tuple[Callable[[int], bytes], bool]] = []
-    kept = [r for r in group if r.retracted_ms is None]
+    kept = [r for r in group if not gone(r, now_ms)]
     read: dict[int, list[bytes]] = {}
     for r in kept:
         if r.updated_ms is not None:
@@ -61,7 +62,7 @@ def _group_frames(
     for r in group:
         states = {
             "CLICKED": r.clicked_ms, "DISMISSED": r.dismissed_ms, "ARCHIVED": r.archived_ms,
-        } if r.retracted_ms is None else {"RETRACTED": r.retracted_ms}  # fmt: skip
+        } if not gone(r, now_ms) else {"RETRACTED": r.rev}  # fmt: skip
         frames += [
             (partial(server_frames.notification_state, kind, r.id), False)
             for kind, at in states.items()

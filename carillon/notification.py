@@ -65,6 +65,11 @@ def filed_away(row: NotificationRow) -> bool:
     return row.archived_ms is not None and row.archived_ms <= int.from_bytes(row.id[:6])
 
 
+def gone(row: NotificationRow, now_ms: int) -> bool:
+    """Whether nobody is to see it any more: retracted, or expired."""
+    return row.retracted_ms is not None or (row.expires_ms is not None and row.expires_ms <= now_ms)
+
+
 def encode_content(members: dict[str, Any]) -> str:
     """Write the immutable members in a fixed order, without braces.
 

@@ -26,8 +26,7 @@ than the head is shown as it is, for states only grow and the frame that follows
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from carillon import server_frames
 from carillon.attachment import Attachment, DeviceMemory, Phase, ReplayStart
@@ -60,32 +59,10 @@ from carillon.effects import (
 from carillon.notification import NotificationRow, filed_away, fresh_json, notification_json, user_json_of
 from carillon.push_watch import PushWatch, Waiting
 from carillon.recent import LogEntry, Recent
+from carillon.session_limits import Head, SessionLimits
 
 MAX_UNACKED: Final = 1000
 """Unacknowledged deliveries a session remembers; older ones are acknowledged by id through the store."""
-
-
-@dataclass(frozen=True, slots=True)
-class SessionLimits:
-    """What a session needs of the settings. Times in seconds."""
-
-    recent_window: int = 50
-    grace_s: float = 5.0
-    clean_close_grace_s: float = 0.5
-    resume_wait_s: float = 0.5
-    replay_page: int = 200
-    max_connections: int = 20
-    heartbeat_ms: int = 25_000
-    remembered_devices: int = 64
-
-
-class Head(NamedTuple):
-    """Position of a stream as committed."""
-
-    epoch: str
-    seq: int
-    rev: int
-    unread: int
 
 
 class Session:
@@ -161,6 +138,7 @@ class Session:
             The attachment and the effects, WELCOME first unless reattach.
         """
         effects: list[Effect] = []
+        self.recent.expire(now_ms)
         attachment = Attachment(self, peer, conn, device, session_id, now_ms)
         attachment.legacy = legacy
         attachment.poll = poll
@@ -251,6 +229,7 @@ class Session:
     def tick(self, now: float, now_ms: int) -> list[Effect]:
         """Let time pass: resume waits end, grace ends (status offline)."""
         effects: list[Effect] = []
+        self.recent.expire(now_ms)
         for attachment in self.attachments:
             if attachment.phase is Phase.WAITING and attachment.wait_deadline <= now:
                 attachment.first_frame_seen = True
@@ -369,6 +348,20 @@ class Session:
         self.unread = unread
         frame = server_frames.notification_updated(notification_json(row, self.user_json))
         return self._emit(LogEntry(row.rev, 0, frame, True, row.id, row.expires_ms))
+
+    def counted(self, unread: int, *, told: bool = False) -> list[Effect]:
+        """The count is another one although nothing changed: something unread has expired. UNREAD_COUNT.
+
+        Args:
+            told: a frame told of a change that devices count otherwise: tell the count even if it is known.
+        """
+        if unread == self.unread and not told:
+            return []
+        self.unread = unread
+        for attachment in self.attachments:
+            attachment.count_due = attachment.phase is not Phase.LIVE
+        to = tuple(a for a in self.attachments if a.phase is Phase.LIVE)
+        return [Send(to, server_frames.unread_count(unread, self.rev), 0, self.rev)] if to else []
 
     def withdrawn(self, ids: Collection[bytes]) -> None:
         """These were retracted: nobody is shown them again, nor are their pushes awaited."""
@@ -629,7 +622,7 @@ class Session:
         return effects
 
     def changes_loaded(
-        self, attachment: Attachment, rows: Sequence[NotificationRow], request: LoadChanges
+        self, attachment: Attachment, rows: Sequence[NotificationRow], request: LoadChanges, now_ms: int
     ) -> list[Effect]:
         """Answer to LoadChanges."""
         effects: list[Effect] = []
@@ -646,7 +639,7 @@ class Session:
         # with their state, and telling a change of what the client does not have would lose it.
         known = [row for row in rows if row.seq <= attachment.cursor_seq]
         more = full and bool(known) and known[-1].rev == rows[-1].rev
-        frames = change_frames(known, self.user_json, request.after_rev, more=more)
+        frames = change_frames(known, self.user_json, request.after_rev, now_ms, more=more)
         for index, (rev, frame, update) in enumerate(frames):
             page_end = full and index == len(frames) - 1
             effects.append(Send((attachment,), frame, 0, rev, True, page_end, update))
@@ -714,6 +707,7 @@ class Session:
         now_ms: int,
         acknowledged_at: float | None = None,
     ) -> list[Effect]:
+        self.recent.expire(now_ms)
         attachment.cursor_seq = attachment.acked_seq = self.seq
         attachment.cursor_rev = self.rev
         recovered = self._take_position(attachment, epoch, last_seq, last_rev)
@@ -765,6 +759,10 @@ class Session:
             effects.append(Send((attachment,), entry.frame, entry.seq, rev, True, False, entry.update))
         attachment.cursor_seq, attachment.cursor_rev = self.seq, self.rev
         attachment.phase = Phase.LIVE
+        if attachment.count_due:
+            attachment.count_due = False
+            frame = server_frames.unread_count(self.unread, self.rev)
+            effects.append(Send((attachment,), frame, 0, self.rev, True))
 
     def _load(self, attachment: Attachment, effects: list[Effect]) -> None:
         """Ask for the next page of a replay from the store."""

@@ -175,7 +175,7 @@ async def get_sync(services: Services, request: Request) -> Response:
         )
 
     if not wait_s:
-        return _sync_answer(request, await read())
+        return _sync_answer(request, await read(), services.clock.now_ms())
     connections = _connections(services, request)
     assert request.identity is not None
     started = services.clock.monotonic()
@@ -195,13 +195,14 @@ async def get_sync(services: Services, request: Request) -> Response:
         gone.cancel()
         work.cancel()
         await asyncio.gather(work, gone, return_exceptions=True)
-    return _sync_answer(request, work.result(), services.clock.monotonic() - started)
+    waited_s = services.clock.monotonic() - started
+    return _sync_answer(request, work.result(), services.clock.now_ms(), waited_s)
 
 
-def _sync_answer(request: Request, page: SyncPage, waited_s: float = 0.0) -> Response:
+def _sync_answer(request: Request, page: SyncPage, now_ms: int, waited_s: float = 0.0) -> Response:
     user_json = user_json_of(request.user)
     notifications = ",".join(notification_json(row, user_json) for row in page.notifications)
-    frames = change_frames(page.changes, user_json, 0, more=False)
+    frames = change_frames(page.changes, user_json, 0, now_ms, more=False)
     changes = ",".join(frame.decode() for _, frame, _ in frames)
     response = LateResponse(
         (

@@ -80,6 +80,7 @@ class Amendments:
     """
 
     amend_sql: dict[str, str]
+    _sql: dict[str, str]
     _shard: str
     _writing: Callable[[], AbstractAsyncContextManager[asyncpg.Connection]]
 
@@ -101,6 +102,12 @@ class Amendments:
         if not rows:
             raise FencedError(f"term {term} of {self._shard} is over")
         return {r[0]: (r[1], r[2], r[4]) for r in rows if r[0]}
+
+    async def expired(self, streams: Sequence[int], now_ms: int) -> dict[int, tuple[int, int | None]]:
+        """stream id -> (unread rows that have expired, when the next one will)."""
+        async with self._writing() as connection:
+            rows = await connection.fetch(self._sql["expired"], streams, now_ms / 1000)
+        return {r[0]: (r[1], r[2]) for r in rows}
 
     async def cancel(self, term: int, wanted: Sequence[Amended], now_ms: int) -> int:
         """Stop what is pending of notifications; returns of how many for the first time."""

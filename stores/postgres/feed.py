@@ -14,7 +14,7 @@ import msgspec
 
 from carillon.errors import InvalidInputError
 from carillon.hot_feed import NOWHERE, Standing
-from carillon.notification import NotificationRow
+from carillon.notification import NotificationRow, gone
 from stores.postgres.named import load_queries
 from stores.postgres.pool import acquired
 
@@ -308,17 +308,19 @@ class FeedReader:
             whole = all(row.seq == since + 1 + index for index, row in enumerate(rows))
             if not whole or (len(rows) < limit and since + len(rows) < head.seq):
                 return SyncPage(False, [], [], head.seq, head.rev, False, head)
-            shown = [
-                r for r in rows if r.retracted_ms is None and (r.expires_ms is None or r.expires_ms > now_ms)
-            ]
+            shown = [row for row in rows if not gone(row, now_ms)]
+            # The client may have read them from the feed, beyond its position.
+            withdrawn = sorted((row for row in rows if row.retracted_ms is not None), key=lambda row: row.rev)
             if since + len(rows) < head.seq:
                 return SyncPage(
-                    True, shown, [], since + len(rows), head.rev if rev is None else rev, True, head
+                    True, shown, withdrawn, since + len(rows), head.rev if rev is None else rev, True, head
                 )
             if rev is None or rev >= head.rev:
-                return SyncPage(True, shown, [], head.seq, head.rev, False, head)
+                return SyncPage(True, shown, withdrawn, head.seq, head.rev, False, head)
             changes, more = await self._changes(connection, head, rev, since, limit)
         reached = changes[-1].rev if more else head.rev
+        if withdrawn:
+            changes = sorted([*changes, *withdrawn], key=lambda row: (row.rev, row.seq))
         return SyncPage(True, shown, changes, head.seq, reached, more, head)
 
     async def _changes(

@@ -118,6 +118,8 @@ class UserRecord:
     """Since when the user wants to be seen as offline; None: it does not."""
     zone: str | None = None
     """Time zone of the user's profile."""
+    next_expiry_ms: int | None = None
+    """When the next unread row expires; None: none will."""
 
 
 @dataclass(slots=True)
@@ -479,14 +481,15 @@ class ShardStore(Amendments):
                 r[3],
                 r[4],
                 r[5],
+                r[6],
                 r[7],
-                r[7] - r[6],
                 r[8],
                 r[9],
                 r[10],
                 preferences=r[11],
                 invisible_since_ms=r[12],
                 zone=r[13],
+                next_expiry_ms=r[14],
             )
             for r in rows
         }

@@ -296,6 +296,7 @@ class Pair:
             await self.both("changes_after", stream, a, b, c, self.rng.choice((1, 5, 100)))
 
     async def look(self) -> None:
+        await self.both("expired", list(self.streams.values()), self.now_ms + self.rng.choice((0, 2000)))
         await self.both("find_ids", [raw for _, raw in self.some()])
         await self.both("existing", self.some())
         await self.both("policies", ["t", "nobody"])

@@ -10,7 +10,7 @@ from carillon.attention import ALWAYS, WITHDRAWN
 from stores.postgres.amendments import Amended, EditDone, EditRow, Standing
 
 if TYPE_CHECKING:
-    from tests.simulation.store import Database, Delivery, Note
+    from tests.simulation.store import Database, Delivery, Note, StreamRow
 
 PENDING = ("planned", "failed", "unknown")
 
@@ -73,6 +73,14 @@ class ModelAmendments:
         self._db.deliveries[new.id] = new
         self._db.of_note.setdefault(note.row.id, []).append(new)
         return new
+
+    async def expired(self, streams: Sequence[int], now_ms: int) -> dict[int, tuple[int, int | None]]:
+        wanted = list(streams)
+        return await self._db.run(lambda: {s: self._expired(self._db.by_id[s], now_ms) for s in wanted})
+
+    def _expired(self, stream: StreamRow, now_ms: int) -> tuple[int, int | None]:
+        ends = [n.row.expires_ms for n in stream.notes if n.counted and n.row.expires_ms is not None]
+        return sum(end <= now_ms for end in ends), min((end for end in ends if end > now_ms), default=None)
 
     async def cancel(self, term: int, wanted: Sequence[Amended], now_ms: int) -> int:
         def statement() -> int:

@@ -7,11 +7,13 @@ from collections import Counter
 
 from carillon.ids import uuid_text
 from tests.simulation.devices import Device
-from tests.simulation.store import CLAIMABLE, Delivery
+from tests.simulation.store import CLAIMABLE, Delivery, Note
 from tests.simulation.world import SETTINGS, TENANT, World
 from tests.unit.session_model import STATES
 
 MAX_ATTEMPTS = SETTINGS.push.max_attempts
+TOLD_MS = 100
+"""What expires is told within so long."""
 DEAD_PEER_S = 36.0
 """Pings find a dead peer within 33 s; grace follows."""
 
@@ -113,6 +115,11 @@ def _views(world: World) -> None:
                 if not feed.hidden(row.seq):
                     world.violated(f"G5: {device.name} does not show seq {row.seq}")
                 continue
+            if row.retracted_ms is not None:
+                world.violated(f"G5: {device.name} shows seq {row.seq}, which was retracted")
+                continue
+            if row.expires_ms is None and f'"title":"{shown.title}"' not in row.content:
+                world.violated(f"G5: {device.name} shows seq {row.seq} as {shown.title}: {row.content}")
             states = {name for name in STATES if getattr(row, f"{name}_ms") is not None}
             if shown.states != states:
                 world.violated(f"G5: {device.name} shows seq {row.seq} as {shown.states}, it is {states}")
@@ -140,14 +147,18 @@ def _pushes(world: World) -> None:
         user = stream.key.user
         for note in stream.notes:
             who = f"{user} seq {note.row.seq}"
-            planned = world.db.of_note.get(note.row.id, [])
+            every = world.db.of_note.get(note.row.id, [])
+            planned = [delivery for delivery in every if delivery.channel not in ("withdraw", "replace")]
+            reached = any(world.db.reached(delivery) for delivery in planned)
+            if note.row.retracted_ms is not None and reached and all(d.channel != "withdraw" for d in every):
+                world.violated(f"G7: {who} was retracted and is not taken back")
             asked = note.event.channels
             wants = asked is None or "push" in asked
             if len({delivery.channel for delivery in planned}) < len(planned):
                 world.violated(f"G7: {who} has one channel twice")
             if not planned:
                 has_phone = (TENANT, user, f"{user}-phone") in world.db.devices
-                if wants and has_phone and user not in world.lost_targets:
+                if wants and has_phone and user not in world.lost_targets and not stopped(note):
                     world.violated(f"G6: {who} has no push although the user has a phone")
                 continue
             taken = [received.get((note.row.id, f"{user}-{name}"), 0) for name in ("phone", "pad")]
@@ -161,11 +172,18 @@ def _pushes(world: World) -> None:
                 world.violated(f"G7: {who} was pushed {taken} times without any fault")
 
 
+def stopped(note: Note) -> bool:
+    """Its service wants no push of it any more."""
+    return note.row.retracted_ms is not None or note.cancelled_ms is not None
+
+
 def _wrong_end(world: World, delivery: Delivery, taken: bool, acked: bool) -> str:
     """Why a row must not have ended as it did; empty if it may."""
     note, reason = delivery.note, delivery.reason or ""
     user = note.stream.key.user
     excused = user in world.lost_targets or bool(note.event.fallback)
+    if stopped(note) and delivery.state != "sent":
+        return ""
     if delivery.state == "sent":
         return "" if taken else "G7: the provider never got it"
     if delivery.state == "dead":
@@ -206,17 +224,16 @@ async def _fresh_look(world: World) -> None:
         if not look.welcome or stream is None:
             world.violated(f"G5: {look.name} could not connect")
             continue
-        expired = sum(
-            n.counted and n.row.expires_ms is not None and n.row.expires_ms <= now_ms for n in stream.notes
-        )
+        ends = [n.row.expires_ms for n in stream.notes if n.counted and n.row.expires_ms is not None]
+        counts = {stream.unread - sum(end <= at for end in ends) for at in (now_ms, now_ms - TOLD_MS)}
         seen = look.welcome
         if (seen["lastSeq"], seen["rev"]) != (stream.seq, stream.rev):
             world.violated(
                 f"G5: {look.user} is welcomed at {seen['lastSeq']}/{seen['rev']}, "
                 f"the store is at {stream.seq}/{stream.rev}"
             )
-        if not stream.unread - expired <= seen["unreadCount"] <= stream.unread:
-            world.violated(f"G3: {look.user} is told {seen['unreadCount']} unread, has {stream.unread}")
+        if look.view.count not in counts:
+            world.violated(f"G3: {look.user} is told {look.view.count} unread, has {counts}")
     for device in (*world.devices, *looks):
         device.leave(clean=False)
     # A connection whose end was lost on the way is found dead by its pings.

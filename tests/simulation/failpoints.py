@@ -30,7 +30,8 @@ RESTART_S = 0.7
 READS = frozenset(
     (
         "open", "close", "find_ids", "find_keys", "existing", "last_seen", "load_targets", "policies",
-        "ids_between", "tries_before", "notifications_after", "changes_after", "draw_delivery_ids", "load",
+        "ids_between", "tries_before", "expired", "standing", "notifications_after", "changes_after",
+        "draw_delivery_ids", "load",
     )
 )  # fmt: skip
 """Statements that commit nothing: whether they ran makes no difference, so they have `before` alone."""
@@ -38,13 +39,11 @@ READS = frozenset(
 ELSEWHERE = frozenset(
     (
         "save_draining", "set_invisible", "merge", "change_preferences", "client_secret",
-        "retract", "cancel", "edit", "standing",
     )
 )  # fmt: skip
 """Simulated clusters start no processes, so no nodes are left: tests/actors/test_coordinator.py has these.
 Nobody hides in them (tests/actors/test_invisible.py), prefers anything (test_preferences.py) or unsubscribes
-(tests/integration/test_shard_store.py); no tenant is asked who may watch whom (test_watch_callback.py), and
-no service takes back what it sent (tests/integration/test_amendments.py)."""
+(tests/integration/test_shard_store.py); no tenant is asked who may watch whom (test_watch_callback.py)."""
 
 MESSAGES = (
     ("ingress", "Publish"), ("router", "Publish"), ("shard", "Outcomes"), ("router", "Outcomes"),

@@ -109,8 +109,10 @@ async def traffic(world: World) -> None:
             rng.choice(world.devices).acks = rng.choice(ACKS)
         elif what < 0.93:
             rng.choice(world.devices).stall(rng.uniform(0.2, 4.0))
-        elif what < 0.97:
+        elif what < 0.955:
             rng.choice(world.devices).look(rng.choice(LOOKS))
+        elif what < 0.97:
+            world.amend(rng.choice(users))
         else:
             user = rng.choice(users)
             request = rng.random()

@@ -305,18 +305,13 @@ class ModelShardStore(ModelAmendments):
             records = []
             for key, slot, epoch in users:
                 s = self._db.stream_of(key, slot, epoch)
-                expired = sum(
-                    n.row.read_ms is None and n.row.expires_ms is not None and n.row.expires_ms <= now_ms
-                    and n.row.archived_ms is None and n.row.dismissed_ms is None
-                    and n.row.retracted_ms is None
-                    for n in s.notes
-                )  # fmt: skip
+                expired, next_ms = self._expired(s, now_ms)
                 targets = self._targets(key)
                 records.append(
                     UserRecord(
                         key, s.id, s.epoch, s.seq, s.rev, s.unread, expired, s.last_seen_ms, s.valid_from_ms,
                         sorted(token for token, end in s.revoked.items() if end > now_ms), targets,
-                        self._db.preferences.get(key), s.invisible_since_ms,
+                        self._db.preferences.get(key), s.invisible_since_ms, next_expiry_ms=next_ms,
                     )
                 )  # fmt: skip
             return records
@@ -692,6 +687,7 @@ class ModelShardStore(ModelAmendments):
                     d for d in db.deliveries.values()
                     if d.state == "planned" and d.due_ms <= now_ms and d.gate == DEFERRED
                     and (d.slot, d.note.stream.id, d.channel) == (r.slot, r.stream_id, r.channel)
+                    and not (d.note.row.expires_ms is not None and d.note.row.expires_ms <= now_ms)
                 ]  # fmt: skip
                 gone[r.delivery] = claimed + due
             for r in carriers:

@@ -7,6 +7,7 @@ their bytes. Modelled: PostgreSQL (store.py), the network (network.py), clients 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import random
@@ -22,10 +23,12 @@ from actors.gateway import Gateway
 from actors.push_pool import PushPool
 from actors.router import Router
 from actors.shard import Shard
+from carillon.clock import rfc3339
 from carillon.errors import CarillonError
 from carillon.ids import UserKey, Uuid7Source, slot_of
 from carillon.messages import (
     Address,
+    Amend,
     Change,
     DeviceDelete,
     DevicePut,
@@ -145,7 +148,7 @@ class SimChannel:
         accepted = mood != "silent" or world.rng.random() < 0.5
         if target.token in world.dead_tokens:
             return PushResult(target.device, "invalid_target", status=404, error="UNREGISTERED")
-        if accepted:
+        if accepted and job.sound and not job.withdraw:  # what replaces a text makes none
             key = (job.notification, target.device)
             provider.received[key] = provider.received.get(key, 0) + 1
             world.say(
@@ -414,6 +417,23 @@ class World:
         """Change a notification over the API, known or not."""
         message = Change(TENANT, user, slot_of(TENANT, user), op, [raw], strict=True)
         self._request(message, f"{op} of {user}")
+
+    def amend(self, user: str) -> None:
+        """Edit, retract or cancel a notification over the API, one of another user now and then."""
+        notes = [note for note in self.db.notes.values() if note.stream.key.user == user]
+        if not notes:
+            return
+        op = self.rng.choice(("edit", "edit", "edit", "retract", "cancel"))
+        self._made += 1
+        patch: dict[str, Any] = {"title": f"n{self._made}"}
+        if self.rng.random() < 0.15:
+            patch["expiresAt"] = rfc3339(self.clock.now_ms() + self.rng.choice((-1000, 500, 5000)))
+        raw = self.rng.choice(notes).row.id
+        message = Amend(
+            TENANT, user, slot_of(TENANT, user), op, raw, self.rng.randbytes(16), "key:sim",
+            json.dumps(patch),
+        )  # fmt: skip
+        self._request(message, f"{op}s {raw.hex()[-6:]} of {user}")
 
     def unregister(self, user: str) -> None:
         """Forget a phone over the API."""

@@ -194,6 +194,8 @@ class Client:
         self.asked = False  # a position was sent and is not answered: the own one stands still
         self.shown_seq: int | None = None  # last seq of this connection, None before its WELCOME
         self.welcomes: list[Any] = []
+        self.count: int | None = None
+        """As WELCOME or UNREAD_COUNT told it last."""
 
     @property
     def badge(self) -> int:
@@ -236,6 +238,7 @@ class Client:
 
     def _welcome(self, frame: dict[str, Any]) -> None:
         recovered = frame["recovered"]
+        self.count = frame["unreadCount"]
         self.welcomes.append(recovered)
         if recovered is None and self.asked:
             self.shown_seq = frame["lastSeq"]  # the answer is still to come
@@ -277,6 +280,9 @@ class Client:
         note.states |= {name for name in STATES if shown.get(name)}
 
     def _state(self, kind: str, frame: dict[str, Any]) -> None:
+        if kind == "UNREAD_COUNT":
+            self.count = frame["count"]
+            return
         if kind == "ALL_NOTIFICATIONS_READ":
             for note in self.notes.values():
                 if note.seq <= frame["upToSeq"] and not note.states & {"archived", "dismissed"}:

@@ -87,7 +87,7 @@ class Kit:
                 rows = self.store.answer(effect)
                 todo += self.session.notifications_loaded(effect.to, rows, effect, NOW_MS)
             elif isinstance(effect, LoadChanges):
-                todo += self.session.changes_loaded(effect.to, self.store.answer(effect), effect)
+                todo += self.session.changes_loaded(effect.to, self.store.answer(effect), effect, NOW_MS)
         return sends
 
 
@@ -296,10 +296,10 @@ def test_frames_of_one_rev_can_be_cut_anywhere() -> None:
         NotificationRow(id_of(1), 1, 9, 1, '"title":"a"', archived_ms=NOW_MS, read_ms=NOW_MS),
         NotificationRow(id_of(2), 2, 9, 2, '"title":"b"', dismissed_ms=NOW_MS),
     ]
-    whole = change_frames(rows, USER_JSON, 5, more=False)
+    whole = change_frames(rows, USER_JSON, 5, NOW_MS, more=False)
     assert [rev for rev, _, _ in whole] == [8, 8, 9]
     assert [json.loads(frame)["rev"] for _, frame, _ in whole] == [8, 8, 9]
-    assert [rev for rev, _, _ in change_frames(rows, USER_JSON, 5, more=True)] == [8, 8, 8]
+    assert [rev for rev, _, _ in change_frames(rows, USER_JSON, 5, NOW_MS, more=True)] == [8, 8, 8]
 
 
 def test_a_read_all_of_more_rows_than_a_page_is_read_whole() -> None:

@@ -381,7 +381,7 @@ class SessionMachine(RuleBasedStateMachine):
         if isinstance(request, LoadNotifications):
             effects = self.session.notifications_loaded(request.to, rows, request, NOW_MS)
         else:
-            effects = self.session.changes_loaded(request.to, rows, request)
+            effects = self.session.changes_loaded(request.to, rows, request, NOW_MS)
         self.run(effects)
 
     # -- clients and time -----------------------------------------------------------------------------

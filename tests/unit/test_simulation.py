@@ -39,7 +39,7 @@ def test_promises_hold_under_faults() -> None:
         assert not violations, "\n".join([repeat, *violations])
 
 
-@pytest.mark.parametrize("seed", [3, 17, 41])
+@pytest.mark.parametrize("seed", [3, 17, 42])
 def test_a_seed_decides_everything(seed: int) -> None:
     """The same seed gives the same run, to the last frame."""
     first, second = simulate(seed, tracing=True), simulate(seed, tracing=True)

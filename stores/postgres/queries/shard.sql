@@ -22,17 +22,30 @@ made as (
 ),
 both_of as (select * from known union all select * from made)
 select b.tenant, b.user_id, b.stream_id, b.epoch, b.seq, b.rev,
-       b.unread - (select count(*)::int from notifications n
-                   where n.stream_id = b.stream_id and n.read_at is null and n.expires_at <= now()
-                     and n.archived_at is null and n.dismissed_at is null and n.retracted_at is null) as unread,
-       b.unread as raw_unread,
+       b.unread, e.expired,
        (extract(epoch from b.last_seen_at) * 1000)::bigint as last_seen_ms,
        (extract(epoch from b.tokens_valid_from) * 1000)::bigint as valid_from_ms,
        array(select r.token_id from revoked_tokens r where r.stream_id = b.stream_id and r.expires_at > now()),
        (select p.document::text from preferences p where p.tenant = b.tenant and p.user_id = b.user_id),
        (extract(epoch from b.invisible_since) * 1000)::bigint as invisible_since_ms,
-       (select p.timezone from profiles p where p.tenant = b.tenant and p.user_id = b.user_id)
-from both_of b, fence;
+       (select p.timezone from profiles p where p.tenant = b.tenant and p.user_id = b.user_id), e.next_ms
+from both_of b, fence,
+    lateral (select count(*) filter (where n.expires_at <= now())::int as expired,
+                    (extract(epoch from min(n.expires_at) filter (where n.expires_at > now())) * 1000)::bigint as next_ms
+             from notifications n
+             where n.stream_id = b.stream_id and n.read_at is null and n.expires_at is not null
+               and n.archived_at is null and n.dismissed_at is null and n.retracted_at is null) e;
+
+-- name: expired
+-- How many unread rows of streams have expired, and when the next one will. $1 streams, $2 now.
+select t.stream_id, e.*
+from unnest($1::bigint[]) as t (stream_id),
+    lateral (select count(*) filter (where n.expires_at <= to_timestamp($2))::int as expired,
+                    (extract(epoch from min(n.expires_at) filter (where n.expires_at > to_timestamp($2))) * 1000)::bigint
+                        as next_ms
+             from notifications n
+             where n.stream_id = t.stream_id and n.read_at is null and n.expires_at is not null
+               and n.archived_at is null and n.dismissed_at is null and n.retracted_at is null) e;
 
 -- name: load_targets
 -- Push targets of users. $1 tenants, $2 users.
@@ -412,6 +425,8 @@ due as (
     from carrier c
     where d.slot = any ($9::smallint[]) and d.state = 'planned' and d.due_at <= to_timestamp($11)
       and d.gate = 'deferred' and d.slot = c.slot and d.stream_id = c.stream_id and d.channel = c.channel
+      and not exists (select from notifications n
+                      where n.id = d.notification_id and n.expires_at <= to_timestamp($11))  -- told to nobody
     returning c.id
 ),
 counted as (
