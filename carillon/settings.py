@@ -337,6 +337,9 @@ class IngressSettings:
     tls_key_file: str = setting("", "PEM file of the certificate's key.")
     request_timeout_s: float = setting(10.0, "Deadline of a request, retries inside it.", low=0.1, unit="s")
     max_request_bytes: int = setting(8 * 1024 * 1024, "Longest request body (413 beyond).", low=1024)
+    preview_s: float = setting(
+        2.0, "The preview of a segment counts for so long, then it estimates.", low=0.05, unit="s"
+    )
     max_attributes_bytes: int = setting(
         16_384, "Longest attributes of a user's profile, as JSON.", low=2, high=1_048_576
     )

@@ -36,6 +36,7 @@ from serve.door import DoorProtocol, protocol_of
 from serve.services import Services
 from serve.stream_in import StreamIn
 from stores.cached_feed import CachedFeed
+from stores.postgres.audience import AudienceReader
 from stores.postgres.broadcasts import BroadcastStore
 from stores.postgres.dead_letters import DeadLetterReader
 from stores.postgres.export import Exporter
@@ -44,6 +45,7 @@ from stores.postgres.inbound import InboundStore
 from stores.postgres.pool import open_pool
 from stores.postgres.schedules import ScheduleStore
 from stores.postgres.search import SearchReader
+from stores.postgres.segments import SegmentStore
 from stores.postgres.templates import TemplateStore
 from stores.postgres.tenants import TenantStore
 from stores.postgres.tickets import TicketStore
@@ -144,6 +146,8 @@ class Ingress:
                 UserStore(self._pool, settings.postgres.connect_timeout_s),
                 Exporter(self._pool, settings.postgres.connect_timeout_s, settings.shard.idempotency_ttl_s),
                 TopicStore(self._pool, settings.postgres.connect_timeout_s),
+                SegmentStore(self._pool, settings.postgres.connect_timeout_s),
+                AudienceReader(self._pool, settings.postgres.connect_timeout_s),
                 connections=self.connections,
                 url=self.url,
                 cluster_tag=tag,

@@ -27,6 +27,7 @@ _TITLES: Final = {
 _TAGS: Final = {
     "Events": "For services: send.",
     "Users": "For services: what belongs to a user.",
+    "Segments": "For services: users by what is known of them.",
     "Topics": "For services: who subscribes to what.",
     "Presence": "For services: who is there.",
     "Dead letters": "For services: what could not be delivered, and again.",

@@ -14,6 +14,7 @@ from carillon.settings import Settings
 from serve.auth import Authenticator
 from serve.connections import Connections
 from stores.cached_feed import CachedFeed
+from stores.postgres.audience import AudienceReader
 from stores.postgres.broadcasts import BroadcastStore
 from stores.postgres.dead_letters import DeadLetterReader
 from stores.postgres.export import Exporter
@@ -21,6 +22,7 @@ from stores.postgres.feed import FeedReader
 from stores.postgres.inbound import InboundStore
 from stores.postgres.schedules import ScheduleStore
 from stores.postgres.search import SearchReader
+from stores.postgres.segments import SegmentStore
 from stores.postgres.tenants import TenantStore
 from stores.postgres.tickets import TicketStore
 from stores.postgres.topics import TopicStore
@@ -76,6 +78,8 @@ class Services:
     users: UserStore
     exporter: Exporter
     topics: TopicStore
+    segments: SegmentStore
+    audiences: AudienceReader
     in_flight: int = 0
     draining: bool = False
     connections: Connections | None = None

@@ -150,6 +150,7 @@ def ingress_app() -> Any:
         settings=Settings(), clock=_clock, stats=Stats(), parser=_parser, auth=stand_ins[0], feed=nothing,
         tenants=nothing, backend=stand_ins[1], tickets=nothing, limits=nothing, templates=nothing,
         schedules=nothing, inbound=nothing, dead_letters=nothing, feeds=nothing, search=nothing,
-        users=nothing, exporter=nothing, topics=nothing,
+        users=nothing, exporter=nothing, topics=nothing, segments=nothing,
+        audiences=nothing,
     )  # fmt: skip
     return IngressApp(services)

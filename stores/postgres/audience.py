@@ -10,16 +10,20 @@ from typing import Any
 
 import asyncpg
 
-from carillon.audience import ALL, SEGMENT, TOPIC, Audience
+from carillon.audience import ALL, KINDS, SEGMENT, Audience
 from carillon.errors import NotFoundError
 from stores.postgres.named import load_queries
 from stores.postgres.pool import acquired
 
 
-def audience_queries() -> dict[str, str]:
-    """The queries as they are sent, by kind of audience."""
+def audience_queries(*, counts: bool = False) -> dict[str, str]:
+    """The queries as they are sent, by kind of audience; with `counts` those that count."""
     queries = load_queries("audience")
-    return {name: queries[name].replace("%(reachable)s", queries["reachable"]) for name in (ALL, TOPIC)}
+    return {
+        name: text.replace("%(reachable)s", queries["reachable"]).replace("%(document)s", queries["document"])
+        for name, text in queries.items()
+        if (name == "segment_count" if counts else name in KINDS)
+    }
 
 
 class AudienceReader:
@@ -36,6 +40,7 @@ class AudienceReader:
         self._pool = pool
         self._timeout_s = acquire_timeout_s
         self._sql = audience_queries()
+        self._segment_sql = load_queries("segments")["get"]
 
     async def page(
         self, tenant: str, audience: Audience, slot: int, after_user: str, limit: int
@@ -49,11 +54,14 @@ class AudienceReader:
         Raises:
             NotFoundError: there is no such segment. (A topic that nobody subscribed to is an empty one.)
         """
-        if audience.kind == SEGMENT:
-            raise NotFoundError("there is no such segment", "segment", "the id of a segment", audience.name)
         platforms = list(audience.platforms) or None
-        more: tuple[Any, ...] = (audience.name,) if audience.kind == TOPIC else ()
-        name = TOPIC if audience.kind == TOPIC else ALL
+        more: tuple[Any, ...] = () if audience.kind == ALL else (audience.name,)
+        sql = self._sql[audience.kind]
         async with acquired(self._pool, self._timeout_s) as connection:
-            rows = await connection.fetch(self._sql[name], tenant, slot, after_user, limit, platforms, *more)
+            rows = await connection.fetch(sql, tenant, slot, after_user, limit, platforms, *more)
+            if not rows and audience.kind == SEGMENT:
+                known = await connection.fetchrow(self._segment_sql, tenant, audience.name)
+                if known is None:
+                    wanted = "the id of a segment"
+                    raise NotFoundError("there is no such segment", "segment", wanted, audience.name)
         return [row[0] for row in rows]

@@ -10,7 +10,7 @@ from uuid import UUID
 import asyncpg
 import msgspec
 
-from carillon.audience import ALL, TOPIC, Audience
+from carillon.audience import ALL, Audience
 from carillon.broadcasts import (
     EXACT_BELOW,
     RUNNING,
@@ -438,7 +438,7 @@ class BroadcastStore:
 
 def _rest(audience: Audience) -> tuple[Any, ...]:
     platforms = list(audience.platforms) or None
-    return (platforms, audience.name) if audience.kind == TOPIC else (platforms,)
+    return (platforms,) if audience.kind == ALL else (platforms, audience.name)
 
 
 def _record(row: asyncpg.Record) -> BroadcastRecord:

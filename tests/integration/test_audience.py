@@ -57,6 +57,16 @@ async def filled(postgres_server: EmbeddedPostgres) -> AsyncIterator[asyncpg.Con
                 " select 'acme', $2, 'user' || n, n % 64 from generate_series(1, $1::int) n where n % $3 = 0",
                 USERS, topic, every,
             )  # fmt: skip
+        await connection.execute(
+            "insert into segments (tenant, segment_id, document, path, vars, platform) values"
+            " ('acme', 'news', '{}', '(exists($.\"lastSeenAgoS\")) || ($.\"platform\" == $v0) || (1 == 1)',"
+            ' \'{"v0": "web"}\', true)'
+        )
+        await connection.execute(
+            "insert into segments (tenant, segment_id, document, path, vars, platform)"
+            " select 'acme', 's' || n, repeat('x', 500), '(1 == 1)', '{}', false"
+            " from generate_series(1, 500) n"
+        )
         await connection.execute("vacuum analyze")
         yield connection
     finally:
@@ -67,20 +77,20 @@ async def filled(postgres_server: EmbeddedPostgres) -> AsyncIterator[asyncpg.Con
 
 @pytest.mark.parametrize("generic", [False, True])
 @pytest.mark.parametrize("platforms", [None, ["ios"]])
-@pytest.mark.parametrize("kind", ["all", "topic"])
+@pytest.mark.parametrize("kind", ["all", "topic", "segment"])
 async def test_pages_walk_an_index(
     filled: asyncpg.Connection[Any], kind: str, platforms: list[str] | None, generic: bool
 ) -> None:
     """A page reads about as many rows as it gives, in the middle of a slot as at its start."""
     await filled.execute(f"set plan_cache_mode = force_{'generic' if generic else 'custom'}_plan")
-    more = ("news",) if kind == "topic" else ()
+    more = () if kind == "all" else ("news",)
     for after in ("", "user4"):
         found = await plan_of(filled, audience_queries()[kind], "acme", SLOT, after, 50, platforms, *more)
         assert_indexed(found)
         read = sum(
             node["Actual Rows"] + node.get("Rows Removed by Filter", 0)
             for node in found
-            if node["Node Type"].startswith("Index") and node["Relation Name"] != "devices"
+            if node["Node Type"].startswith("Index") and node.get("Actual Loops") == 1
         )
         assert read < 1500, read  # a slot has 940 of the 60,000, with 50 of three on iOS among 150
     await filled.execute("reset plan_cache_mode")
@@ -89,7 +99,7 @@ async def test_pages_walk_an_index(
 async def test_a_prepared_page_scans_no_table(filled: asyncpg.Connection[Any]) -> None:
     """Statements as the driver prepares them have no sequential scan in their generic plan."""
     for name, sql in audience_queries().items():
-        nulls = ", ".join(["null"] * (6 if name == "topic" else 5))
+        nulls = ", ".join(["null"] * (5 if name == "all" else 6))
         await filled.execute(f"prepare audience_page as {sql}")
         try:
             await filled.execute("set plan_cache_mode = force_generic_plan")

@@ -38,7 +38,9 @@ async def shared_world(postgres_server: EmbeddedPostgres) -> AsyncIterator[World
 @pytest_asyncio.fixture(loop_scope="module")
 async def world(shared_world: World) -> World:
     await shared_world.reset()
-    await shared_world.pool.execute("truncate broadcasts, topic_subscribers, templates cascade")
+    await shared_world.pool.execute(
+        "truncate broadcasts, topic_subscribers, templates, profiles, segments cascade"
+    )
     return shared_world
 
 
@@ -209,7 +211,18 @@ async def test_pages_are_in_order_and_membership_is_exact(world: World) -> None:
         "insert into topic_subscribers (tenant, topic, slot, user_id) select 'acme', 'odd', slot, user_id"
         " from streams where right(user_id, 1) in ('1', '3', '5', '7', '9')"
     )
-    for audience, count in (("all", 300), ({"topic": "odd"}, 150), ({"all": True, "platforms": ["ios"]}, 0)):
+    await world.pool.execute(
+        "insert into profiles (tenant, user_id, slot, attributes)"
+        " select tenant, user_id, slot, jsonb_build_object('n', right(user_id, 1)) from streams"
+    )
+    odd = {"filter": {"attributes.n": {"in": ["1", "3", "5", "7", "9"]}}}
+    await world.http.put("/v1/segments/odd", json=odd, headers=world.service())
+    for audience, count in (
+        ("all", 300),
+        ({"topic": "odd"}, 150),
+        ({"segment": "odd"}, 150),
+        ({"all": True, "platforms": ["ios"]}, 0),
+    ):
         recipients = parse_recipients(audience)
         pending = [(slot, "") for slot in range(SLOTS - 1, -1, -1)]
         page = await store.users("acme", recipients, pending, 1000)
