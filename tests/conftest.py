@@ -16,6 +16,8 @@ import asyncpg
 import pytest
 import pytest_asyncio
 import redis
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +37,10 @@ os.environ.update(
 # Settings of the person's shell must not steer tests.
 for _name in [name for name in os.environ if name.startswith("CARILLON_")]:
     del os.environ[_name]
+
+# No example has a deadline, none is drawn too slowly: that would say more of the machine than of the code.
+hypothesis_settings.register_profile("carillon", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("carillon")
 
 from cluster.embedded import EmbeddedPostgres, EmbeddedValkey  # noqa: E402
 from tests.support import settle  # noqa: E402

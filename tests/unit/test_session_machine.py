@@ -538,5 +538,5 @@ class SessionMachine(RuleBasedStateMachine):
 
 
 # A failure is shrunk for up to five minutes before it is shown.
-TestSession = pytest.mark.timeout(400)(SessionMachine.TestCase)
+TestSession = pytest.mark.timeout(1800)(SessionMachine.TestCase)
 TestSession.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)

@@ -96,7 +96,7 @@ def test_what_it_may_not(source: str, word: str) -> None:
     if source.startswith("(("):
         source = "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"
     assert word in fault(source, x={}, n=1, xs=[1])
-    assert time.perf_counter() - began < 5.0
+    assert time.perf_counter() - began < 60
 
 
 @given(st.text(max_size=60))
