@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -138,6 +139,7 @@ class Shard:
         self._tasks: set[asyncio.Task[None]] = set()
         self._gauges: asyncio.Task[None] | None = None
         self._stopped = False
+        self._preference_locks: WeakValueDictionary[UserKey, asyncio.Lock] = WeakValueDictionary()
         shard = self._settings.shard
         self._limits = SessionLimits(
             recent_window=shard.recent_window,
@@ -588,26 +590,14 @@ class Shard:
             left = await self._store.load_targets([user.key])
             user.take_targets(left[user.key])
             return Done(int(found))
-        if kind is PreferencesPut:
-            await self._store.put_preferences(
-                self._term_now, message.tenant, message.user, message.document, now_ms
-            )
-            # Whoever holds the user now: it may have been loaded anew meanwhile.
-            for known in {user, self._users.get(user.key) or user}:
-                known.take_preferences(message.document)
-            return Done()
+        if kind is PreferencesPut or kind is Unsubscribe:
+            # One at a time for a user: what memory is told last is what was committed last.
+            async with self._preference_locks.setdefault(user.key, asyncio.Lock()):
+                return await self._change_preferences(user, message, now_ms)
         if kind is ProfilePut:
             return await self._accounts.put_profile(user, message)
         if kind is PresenceMode:
             await self._set_mode(user, message.mode)
-            return Done()
-        if kind is Unsubscribe:
-            what = Unsubscription(*user.key, message.section, message.name, message.channel)
-            document = await self._store.change_preferences(
-                self._term_now, message.tenant, message.user, lambda known: switch_off(known, what), now_ms
-            )
-            for known in {user, self._users.get(user.key) or user}:
-                known.take_preferences(document)
             return Done()
         if kind is Logout:
             await self._log_out(user, message)
@@ -616,6 +606,25 @@ class Shard:
         user.valid_from_ms = now_ms
         self._sessions.close_user(user, 4001, "the sessions of this user were revoked")
         return Done()
+
+    async def _change_preferences(
+        self, user: User, message: PreferencesPut | Unsubscribe, now_ms: int
+    ) -> Done:
+        if isinstance(message, PreferencesPut):
+            document = message.document
+            version = await self._store.put_preferences(
+                self._term_now, message.tenant, message.user, document, now_ms, message.version
+            )
+        else:
+            what = Unsubscription(*user.key, message.section, message.name, message.channel)
+            document = await self._store.change_preferences(
+                self._term_now, message.tenant, message.user, lambda known: switch_off(known, what), now_ms
+            )
+            version = 1
+        # Whoever holds the user now: it may have been loaded anew meanwhile.
+        for known in {user, self._users.get(user.key) or user}:
+            known.take_preferences(document)
+        return Done(version)
 
     async def _set_mode(self, user: User, mode: str) -> None:
         if mode not in MODES:

@@ -170,14 +170,12 @@ def read_if_match(value: str) -> int | None:
     """The version of an If-Match header (`"3"`); None: any (`*`).
 
     Raises:
-        DocumentError: it is no version of a notification.
+        DocumentError: it is no version.
     """
     text = value.strip()
     if text == "*":
         return None
     digits = text.removeprefix("W/").strip('"')
     if not digits.isascii() or not digits.isdigit() or len(digits) > 9:
-        raise DocumentError(
-            [FieldError("If-Match", 'the ETag of the notification, such as "3"', shown(text))]
-        )
+        raise DocumentError([FieldError("If-Match", 'an ETag as it was told, such as "3"', shown(text))])
     return int(digits)

@@ -204,12 +204,14 @@ class DeviceDelete(Struct, array_like=True, tag=6):
 
 
 class PreferencesPut(Struct, array_like=True, tag=7):
-    """Request: replace the preferences document (validated JSON text). Reply: `Done`."""
+    """Request: replace the preferences document (validated JSON text). Reply: `Done` with the new version."""
 
     tenant: str
     user: str
     slot: int
     document: str
+    version: int | None = None
+    """The version that is replaced, 0 for none; another one by now: VersionError. None: whatever is there."""
 
 
 class Unsubscribe(Struct, array_like=True, tag=45):

@@ -46,8 +46,8 @@ HOT_PATH: Final = "/v1/events"
 EVENTS_SCOPE: Final = "events:write"
 """What an API key needs for the hot route (the same as in the route table)."""
 _CORS_METHODS: Final = b"GET, POST, PUT, DELETE"
-_CORS_HEADERS: Final = b"Authorization, Content-Type, Last-Event-ID, X-Request-Id"
-_CORS_EXPOSED: Final = b"X-Request-Id, Retry-After, Idempotent-Replayed"
+_CORS_HEADERS: Final = b"Authorization, Content-Type, If-Match, Last-Event-ID, X-Request-Id"
+_CORS_EXPOSED: Final = b"ETag, X-Request-Id, Retry-After, Idempotent-Replayed"
 
 
 class ServeDoor:

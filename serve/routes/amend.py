@@ -24,8 +24,18 @@ from stores.postgres.feed import Act, Found
 
 
 def etag(version: int) -> Header:
-    """The version of a notification as a header."""
+    """A version as a header."""
     return b"etag", b'"%d"' % version
+
+
+def if_match(request: Request) -> int | None:
+    """The version that the request's If-Match names; None: it names none.
+
+    Raises:
+        DocumentError: it is no version.
+    """
+    match = request.header(b"if-match")
+    return None if match is None else read_if_match(match.decode("utf-8", "replace"))
 
 
 def act_json(act: Act) -> dict[str, Any]:
@@ -101,9 +111,9 @@ async def patch_notification(services: Services, request: Request) -> Response:
     document = await request.json_object()
     try:
         patch = read_patch(document)
-        match = request.header(b"if-match")
-        if match is not None:
-            patch = patch._replace(version=read_if_match(match.decode("utf-8", "replace")))
+        version = if_match(request)
+        if version is not None:
+            patch = patch._replace(version=version)
     except DocumentError as exc:
         raise ProblemError(problem("invalid", str(exc), exc.errors)) from None
     answer = await _amend(services, request, raw, "edit", patch)

@@ -341,8 +341,9 @@ ROUTES: Final = (
     ),
     Route(
         "PUT", "/api/notifications/preferences", put_preferences, CLIENT, "Replace my preferences",
+        headers=(users.IF_MATCH,),
         body=ref("Preferences"), body_required=False, body_example=users.PREFERENCES_EXAMPLE,
-        answer=ref("Preferences"), problems=(400, 413, 422), tag=_TAG,
+        answer=ref("Preferences"), problems=(400, 412, 413, 422), tag=_TAG,
     ),
     Route(
         "PUT", "/api/devices/{deviceId}", put_device, CLIENT, "Register my push target", body=ref("Device"),

@@ -19,11 +19,10 @@ from carillon.messages import (
     SessionsRevoke,
 )
 from carillon.notification import notification_json, user_json_of
-from carillon.preferences import PreferencesError
-from carillon.problems import FieldError, problem, shown
+from carillon.problems import DocumentError, FieldError, problem, shown
 from serve.audit import audited
 from serve.http import Request, Response, json_response, whole_number
-from serve.routes.amend import HISTORY, etag, history
+from serve.routes.amend import HISTORY, etag, history, if_match
 from serve.routes.bodies import attempt_json, device_put, path_id, path_notification, valid_id
 from serve.routing import SERVICE, Query, Route
 from serve.schemas import INSTANT, SUCCESS, USER_ID, nullable, obj, ref
@@ -195,10 +194,10 @@ async def get_user_device(services: Services, request: Request) -> Response:
 
 async def get_preferences(services: Services, request: Request, tenant: str, user: str) -> Response:
     """The document with every member."""
-    stored, defaults = await asyncio.gather(
+    (stored, version), defaults = await asyncio.gather(
         services.feed.preferences(tenant, user), _default_preferences(services, tenant)
     )
-    return json_response(preferences.complete(stored, defaults))
+    return json_response(preferences.complete(stored, defaults), headers=(etag(version),))
 
 
 async def _default_preferences(services: Services, tenant: str) -> dict[str, Any]:
@@ -214,12 +213,15 @@ async def put_preferences(services: Services, request: Request, tenant: str, use
     document = await request.json_object()
     try:
         text = preferences.validate(document)
-    except PreferencesError as exc:
+        version = if_match(request)
+    except DocumentError as exc:
         raise ProblemError(problem("invalid", str(exc), exc.errors)) from None
-    await services.backend.request(
-        PreferencesPut(tenant, user, slot_of(tenant, user), text), request.deadline
+    done = await services.backend.request(
+        PreferencesPut(tenant, user, slot_of(tenant, user), text, version), request.deadline
     )
-    return json_response(preferences.complete(document, await _default_preferences(services, tenant)))
+    assert isinstance(done, Done)
+    whole = preferences.complete(document, await _default_preferences(services, tenant))
+    return json_response(whole, headers=(etag(done.count),))
 
 
 async def get_user_preferences(services: Services, request: Request) -> Response:
@@ -300,6 +302,9 @@ DEVICE_EXAMPLE: Final = {
     "appId": "com.example.app",
     "environment": "production",
 }
+IF_MATCH: Final = Query(
+    "If-Match", {"type": "string"}, "The ETag of the document that is replaced; else 412."
+)
 PREFERENCES_EXAMPLE: Final = {
     "channels": {"push": False},
     "quietHours": {"start": "22:00", "end": "07:00", "timezone": "Europe/Vienna", "days": ["mon", "tue"]},
@@ -345,9 +350,9 @@ ROUTES: Final = (
     ),
     Route(
         "PUT", "/v1/users/{userId}/preferences", put_user_preferences, SERVICE, "Replace preferences",
-        scope=_WRITE, doc="Stored; policy applies them in a later release.", body=ref("Preferences"),
+        scope=_WRITE, doc="Holds for the next event.", headers=(IF_MATCH,), body=ref("Preferences"),
         body_required=False, body_example=PREFERENCES_EXAMPLE, answer=ref("Preferences"),
-        problems=(400, 413, 422), tag=_TAG,
+        problems=(400, 412, 413, 422), tag=_TAG,
     ),
     Route(
         "POST", "/v1/users/{userId}/sessions/revoke", revoke_sessions, SERVICE, "Revoke a user's sessions",

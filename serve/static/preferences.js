@@ -10,7 +10,8 @@ export function preferencesPanel(root, { say, token }) {
   const field = (name) => root.elements.namedItem(name);
   const zone = Intl.DateTimeFormat().resolvedOptions().timeZone || "UTC";
   let kept = null;   // the document as the server told it last
-  let round = 0;     // answers that another user or a newer change has overtaken are dropped
+  let version = null; // its ETag: another device's change is not overwritten unseen
+  let round = 0;     // answers for a user who is not shown any more are dropped
 
   root.querySelector("[data-types]").replaceChildren(...Object.entries(TYPES).map(([type, label]) => {
     const input = Object.assign(document.createElement("input"), { type: "checkbox", name: `type.${type}` });
@@ -23,17 +24,20 @@ export function preferencesPanel(root, { say, token }) {
   async function call(method, body) {
     const response = await fetch("/api/notifications/preferences", {
       method,
-      headers: { Authorization: `Bearer ${await token()}`, ...(body && { "Content-Type": "application/json" }) },
+      headers: { Authorization: `Bearer ${await token()}`, ...(body && { "Content-Type": "application/json", "If-Match": version }) },
       body: body && JSON.stringify(body),
     });
     const answer = await response.json().catch(() => ({}));
-    if (!response.ok) throw new Error(answer.detail || answer.title || `HTTP ${response.status}`);
-    return answer;
+    if (!response.ok) {
+      throw Object.assign(new Error(answer.detail || answer.title || `HTTP ${response.status}`), { status: response.status });
+    }
+    return { document: answer, etag: response.headers.get("ETag") };
   }
 
   /** Make the controls show a document. */
-  function show(doc) {
+  function show({ document: doc, etag }) {
     kept = doc;
+    version = etag;
     field("global").checked = doc.global;
     for (const channel of ["in_app", "push"]) field(channel).checked = isOn(doc.channels[channel]);
     for (const type of Object.keys(TYPES)) field(`type.${type}`).checked = isOn(doc.types[type]);
@@ -77,17 +81,40 @@ export function preferencesPanel(root, { say, token }) {
     return doc;
   }
 
+  let wanted = null, saving = false;
+
+  /** Save a document; while one is being saved only the newest waits. */
   async function save(doc) {
-    const mine = ++round;
+    wanted = doc;
+    if (saving) return;
+    saving = true;
+    while (wanted) {
+      const next = wanted;
+      wanted = null;
+      await put(next);
+    }
+    saving = false;
+  }
+
+  async function put(doc) {
+    const mine = round;
     say("saving …");
     try {
       const answer = await call("PUT", doc);
       if (mine !== round) return;
+      version = answer.etag;
+      if (wanted) return; // the form is ahead of the answer
       show(answer);
       say("saved: it holds for the next event");
     } catch (error) {
       if (mine !== round) return;
-      show(kept);
+      wanted = null;
+      if (error.status === 412) {
+        await load();
+        say("changed elsewhere meanwhile: this is how it is now", true);
+        return;
+      }
+      show({ document: kept, etag: version });
       say(error.message, true);
     }
   }
@@ -103,9 +130,9 @@ export function preferencesPanel(root, { say, token }) {
   });
 
   /** Show the present user's preferences. */
-  return async function load() {
+  async function load() {
     const mine = ++round;
-    kept = null;
+    kept = wanted = null;
     enable();
     say("");
     try {
@@ -114,7 +141,8 @@ export function preferencesPanel(root, { say, token }) {
     } catch (error) {
       if (mine === round) say(error.message, true);
     }
-  };
+  }
+  return load;
 }
 
 const isOn = (rule) => (rule && typeof rule === "object" ? rule.enabled !== false : rule !== false);

@@ -384,13 +384,13 @@ class FeedReader:
             record = await connection.fetchrow(self._sql["device"], tenant, user, device)
         return None if record is None else dict(record)
 
-    async def preferences(self, tenant: str, user: str) -> dict[str, Any]:
-        """The stored document, {} if there is none."""
+    async def preferences(self, tenant: str, user: str) -> tuple[dict[str, Any], int]:
+        """The stored document and its version, ({}, 0) if there is none."""
         if "\0" in user:
-            return {}
+            return {}, 0
         async with acquired(self._pool, self._timeout_s) as connection:
-            text = await connection.fetchval(self._sql["preferences"], tenant, user)
-        return {} if text is None else msgspec.json.decode(text)
+            row = await connection.fetchrow(self._sql["preferences"], tenant, user)
+        return ({}, 0) if row is None else (msgspec.json.decode(row["document"]), row["version"])
 
     async def ping(self) -> None:
         """Return if Postgres answers and the schema is there."""

@@ -16,7 +16,7 @@ import asyncpg
 import msgspec
 from asyncpg.pgproto.pgproto import UUID
 
-from carillon.errors import FencedError, InvalidInputError
+from carillon.errors import FencedError, InvalidInputError, VersionError
 from carillon.ids import UserKey
 from carillon.messages import Event, PushTarget
 from carillon.notification import NotificationRow
@@ -956,10 +956,25 @@ class ShardStore(Amendments):
         async with self._fenced(term) as connection:
             return await connection.fetchval(self._sql["delete_target"], tenant, user, device) is not None
 
-    async def put_preferences(self, term: int, tenant: str, user: str, document: str, now_ms: int) -> None:
-        """Replace the preferences document (JSON text)."""
+    async def put_preferences(
+        self, term: int, tenant: str, user: str, document: str, now_ms: int, version: int | None = None
+    ) -> int:
+        """Replace the preferences document (JSON text); returns its version, 1 for the first.
+
+        Args:
+            version: the one that is replaced, 0 for none; None: whatever is there.
+
+        Raises:
+            VersionError: another version is there.
+        """
         async with self._fenced(term) as connection:
-            await connection.execute(self._sql["put_preferences"], tenant, user, document, now_ms / 1000)
+            now_s = now_ms / 1000
+            stored = await connection.fetchval(
+                self._sql["put_preferences"], tenant, user, document, now_s, version
+            )
+            if stored is None:
+                raise VersionError(f"version {version} of the preferences is not the present one", "If-Match")
+            return stored
 
     async def change_preferences(
         self,
@@ -976,7 +991,8 @@ class ShardStore(Amendments):
             after = change(before)
             document = msgspec.json.encode(after).decode()
             if after != before:
-                await connection.execute(self._sql["put_preferences"], tenant, user, document, now_ms / 1000)
+                now_s = now_ms / 1000
+                await connection.execute(self._sql["put_preferences"], tenant, user, document, now_s, None)
             return document
 
     async def log_out(

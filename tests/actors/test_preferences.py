@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
 from typing import Any
 
+import pytest
+
 from carillon.clock import rfc3339
+from carillon.errors import RemoteError
 from carillon.ids import slot_of
 from carillon.messages import Change, ClientAck, ClientVisibility, DevicePut, Event, PreferencesPut
 from tests.actors.shard_kit import Kit, clock, make_event
@@ -69,6 +73,28 @@ async def test_changes_hold_for_the_next_event(postgres_dsn: str) -> None:
         assert json.loads((await stored(kit, off))["decision"]) == [
             ["channel_off", "user", "push", ["push"], None]
         ]
+
+
+async def test_a_version_is_replaced_once(postgres_dsn: str) -> None:
+    """Of writers that saw the same version one wins; memory and Postgres have what was committed last."""
+    async with Kit(postgres_dsn) as kit:
+        slot = slot_of("t", "u")
+
+        async def put(version: int | None, **document: Any) -> int:
+            wanted = PreferencesPut("t", "u", slot, json.dumps(document), version)
+            return (await kit.router.link.request(wanted)).count
+
+        with pytest.raises(RemoteError, match="version_conflict"):
+            await put(3)
+        assert await put(0, badge=False) == 1
+        done = await asyncio.gather(*(put(1, sound=f"s{n}") for n in range(5)), return_exceptions=True)
+        assert sorted(str(type(one).__name__) for one in done) == ["RemoteError"] * 4 + ["int"]
+        await asyncio.gather(*(put(None, types={"chat": n % 2 == 0}) for n in range(9)))
+        row = await kit.db.fetchrow("select version, document::text from preferences")
+        assert row["version"] == 11
+        wanted = json.loads(row["document"])["types"]["chat"]
+        (outcome,) = await kit.publish(make_event(type="chat"))
+        assert (outcome.status == "suppressed") is (not wanted)
 
 
 async def test_preferences_outlive_the_shard(postgres_dsn: str) -> None:

@@ -43,6 +43,7 @@ class FakeDemo:
         self.deaf = False
         self.preferences: dict[str, dict[str, Any]] = {}
         """What was stored, by user."""
+        self.preference_versions: dict[str, int] = defaultdict(int)
         self.preference_problem = ""
         """If set, PUT of preferences answers it."""
         self.files: dict[str, Path] = {}
@@ -168,8 +169,12 @@ class FakeDemo:
         if request.method == "PUT":
             if self.preference_problem:
                 return JSONResponse({"detail": self.preference_problem}, 422)
+            if request.headers["if-match"] != f'"{self.preference_versions[user]}"':
+                return JSONResponse({"detail": "another version"}, 412)
             self.preferences[user] = await request.json()
-        return JSONResponse({**DEFAULTS, **self.preferences.get(user, {})})
+            self.preference_versions[user] += 1
+        etag = f'"{self.preference_versions[user]}"'
+        return JSONResponse({**DEFAULTS, **self.preferences.get(user, {})}, headers={"ETag": etag})
 
     async def _explain(self, request: Request) -> JSONResponse:
         event = await request.json()

@@ -291,6 +291,20 @@ async def test_refused_preferences_are_shown_as_they_hold(fake: FakeDemo, browse
     assert "ana" not in fake.preferences
 
 
+async def test_preferences_changed_elsewhere_are_not_overwritten(fake: FakeDemo, browser: Chromium) -> None:
+    """Another device was faster: its document is shown, and this page's change is not saved over it."""
+    tab = await browser.open(f"{fake.url}?user=ana")
+    await tab.wait(f"{control('push')}?.checked && !{control('push')}.disabled")
+    fake.preferences["ana"] = {"channels": {"in_app": False}}
+    fake.preference_versions["ana"] += 1
+    await tab.click("[name=push]")
+    await tab.wait("document.getElementById('preferences-hint').textContent.startsWith('changed elsewhere')")
+    assert await tab.run(f"{control('push')}.checked && !{control('in_app')}.checked")
+    await tab.click("[name=push]")
+    await tab.wait(SAVED)
+    assert fake.preferences["ana"]["channels"] == {"in_app": False, "push": False}
+
+
 async def test_what_would_happen_is_told_in_words(fake: FakeDemo, browser: Chromium) -> None:
     """The dry run of the form's event is shown, and nothing is sent."""
     tab = await browser.open(f"{fake.url}?user=ana")

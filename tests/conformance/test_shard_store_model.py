@@ -15,7 +15,7 @@ import pytest
 
 from carillon.attention import ACTIVE, ALWAYS, ANY, AWAY, DEFERRED, DONE, HELD, KEEP, RECEIVED, SEEN, SILENT
 from carillon.clock import SystemClock
-from carillon.errors import FencedError
+from carillon.errors import FencedError, VersionError
 from carillon.ids import UserKey, Uuid7Source, slot_of
 from carillon.messages import Event, PushTarget
 from carillon.settings import PostgresSettings
@@ -42,7 +42,7 @@ from tests.simulation.store import Database, ModelClusterStore, ModelShardStore
 USERS = [UserKey("t", name) for name in ("ann", "bob", "cat")]
 ACTS = [bytes([n]) * 16 for n in range(40)]
 SIGNALS = (ACTIVE, AWAY, DONE, KEEP, RECEIVED, SILENT)
-EXPECTED = (FencedError, KeysTakenError, PoisonError)
+EXPECTED = (FencedError, KeysTakenError, PoisonError, VersionError)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,10 @@ class Pair:
         key = self.rng.choice(USERS)
         if self.rng.random() < 0.2:
             document = self.rng.choice(("{}", '{"global": true}'))
-            await self.both("put_preferences", self.term(), key.tenant, key.user, document, self.now_ms)
+            version = self.rng.choice((None, None, 0, 1, 2))
+            await self.both(
+                "put_preferences", self.term(), key.tenant, key.user, document, self.now_ms, version
+            )
         asked = [(key, slot_of(*key), f"e-{key.user}")]
         records = await self.both("load_users", self.term(), asked, order=_tokens_sorted)
         for record in records or ():

@@ -183,7 +183,7 @@ async def test_user_without_stream(pool: Any) -> None:
     page = await feed.sync("acme", "nobody", NOW, epoch=None, since=0, rev=None, limit=10)
     assert (page.recovered, page.last_seq, page.notifications) == (True, 0, [])
     assert not (await feed.sync("acme", "nobody", NOW, epoch="x", since=3, rev=None, limit=10)).recovered
-    assert await feed.preferences("acme", "nobody") == {}
+    assert await feed.preferences("acme", "nobody") == ({}, 0)
     assert await feed.device("acme", "nobody", "d") is None
 
 

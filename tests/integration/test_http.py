@@ -506,6 +506,12 @@ async def test_devices_and_preferences(world: World) -> None:
     answer = await world.http.put("/api/notifications/preferences", json=document, headers=world.client())
     assert answer.json() == {**defaults, **document}
     assert json.loads(world.router.received[-1].document) == document
+    assert (answer.headers["etag"], world.router.received[-1].version) == ('"1"', None)
+    headers = {**world.client(), "If-Match": '"7"'}
+    await world.http.put("/api/notifications/preferences", json=document, headers=headers)
+    assert world.router.received[-1].version == 7
+    headers["If-Match"] = "seven"
+    problem(await world.http.put("/api/notifications/preferences", json={}, headers=headers), 422, "invalid")
     bad = {"quietHours": {"start": "25:00", "end": "07:00"}}
     told = problem(
         await world.http.put("/v1/users/ada/preferences", json=bad, headers=world.service()), 422, "invalid"
@@ -758,6 +764,7 @@ async def test_policy(own_world: World) -> None:
         "holdS": 60.0,
         "types": {"chat": {"holdS": 5}},
         "presence": {"watch": "nobody"},
+        "topics": {"subscribe": "nobody"},
     }
     assert (answer.status_code, answer.json()) == (200, complete)
     wrong = await world.http.put("/v1/policy", json={"holdS": -1}, headers=world.service())

@@ -20,7 +20,7 @@ from typing import Any
 from actors.slot_table import SlotTable
 from carillon.attention import ACKNOWLEDGED, ALWAYS, DEFERRED, DONE, HELD, SEEN, WITHDRAWN, on_signal
 from carillon.clock import Clock
-from carillon.errors import FencedError, StoreUnavailableError
+from carillon.errors import FencedError, StoreUnavailableError, VersionError
 from carillon.ids import SLOTS, UserKey, uuid_text
 from carillon.messages import Event, Member, PushTarget
 from carillon.notification import NotificationRow
@@ -163,6 +163,7 @@ class Database:
         self.acts: dict[tuple[bytes, bytes], tuple[str, int]] = {}  # (notification, act): kind, version
         self.policies: dict[str, dict[str, Any] | None] = {}  # by tenant
         self.preferences: dict[UserKey, str] = {}
+        self.preference_versions: dict[UserKey, int] = {}
         self._next_delivery = 1
         self._next_stream = 1
 
@@ -856,12 +857,20 @@ class ModelShardStore(ModelAmendments):
 
         return await self._db.run(statement)
 
-    async def put_preferences(self, term: int, tenant: str, user: str, document: str, now_ms: int) -> None:
-        def statement() -> None:
+    async def put_preferences(
+        self, term: int, tenant: str, user: str, document: str, now_ms: int, version: int | None = None
+    ) -> int:
+        def statement() -> int:
             self._fence(term)
-            self._db.preferences[UserKey(tenant, user)] = document
+            key = UserKey(tenant, user)
+            present = self._db.preference_versions.get(key, 0)
+            if version is not None and version != present:
+                raise VersionError(f"version {version} of the preferences is not the present one", "If-Match")
+            self._db.preferences[key] = document
+            self._db.preference_versions[key] = present + 1
+            return present + 1
 
-        await self._db.run(statement)
+        return await self._db.run(statement)
 
     async def change_preferences(
         self,
@@ -874,8 +883,12 @@ class ModelShardStore(ModelAmendments):
         def statement() -> str:
             self._fence(term)
             key = UserKey(tenant, user)
-            self._db.preferences[key] = json.dumps(change(json.loads(self._db.preferences.get(key, "{}"))))
-            return self._db.preferences[key]
+            before = json.loads(self._db.preferences.get(key, "{}"))
+            after = change(before)
+            if after != before:
+                self._db.preferences[key] = json.dumps(after)
+                self._db.preference_versions[key] = self._db.preference_versions.get(key, 0) + 1
+            return json.dumps(after)
 
         return await self._db.run(statement)
 

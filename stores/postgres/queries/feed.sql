@@ -150,8 +150,8 @@ from devices d
 where d.tenant = $1 and d.user_id = $2 and d.device_id = $3;
 
 -- name: preferences
--- The stored document. $1 tenant, $2 user.
-select p.document::text as document from preferences p where p.tenant = $1 and p.user_id = $2;
+-- The stored document and its version. $1 tenant, $2 user.
+select p.document::text as document, p.version from preferences p where p.tenant = $1 and p.user_id = $2;
 
 -- name: ping
 -- Does Postgres answer, and is the schema there?

@@ -577,9 +577,16 @@ delete from devices where tenant = $1 and user_id = $2 and device_id = $3 return
 select document::text from preferences where tenant = $1 and user_id = $2 for update;
 
 -- name: put_preferences
-insert into preferences as p (tenant, user_id, document, updated_at) values ($1, $2, $3::jsonb, to_timestamp($4))
+-- $1 tenant, $2 user, $3 document, $4 now, $5 the version to replace, 0 for none, null for any. No row: another
+-- version is there.
+insert into preferences as p (tenant, user_id, document, updated_at)
+select $1, $2, $3::jsonb, to_timestamp($4)
+where coalesce($5::bigint, 0) = 0
+   or exists (select from preferences k where k.tenant = $1 and k.user_id = $2)
 on conflict (tenant, user_id) do update
-    set document = excluded.document, version = p.version + 1, updated_at = excluded.updated_at;
+    set document = excluded.document, version = p.version + 1, updated_at = excluded.updated_at
+    where $5::bigint is null or p.version = $5
+returning version;
 
 -- name: log_out
 -- A token is refused until it ends by itself; those that have ended go. $1 stream, $2 token, $3 its end (seconds).
