@@ -337,6 +337,14 @@ class IngressSettings:
     tls_key_file: str = setting("", "PEM file of the certificate's key.")
     request_timeout_s: float = setting(10.0, "Deadline of a request, retries inside it.", low=0.1, unit="s")
     max_request_bytes: int = setting(8 * 1024 * 1024, "Longest request body (413 beyond).", low=1024)
+    import_batch: int = setting(
+        500, "Events of an import stored at a time; the next are read meanwhile.", low=1, high=1000
+    )
+    import_line_bytes: int = setting(65_536, "Longest line of an import; a longer one fails.", low=1024)
+    import_failures: int = setting(100, "Failed lines that the answer of an import tells.", low=0)
+    import_patience_s: float = setting(
+        60.0, "An import waits so long for what cannot store its events now.", low=0.0, unit="s"
+    )
     preview_s: float = setting(
         2.0, "The preview of a segment counts for so long, then it estimates.", low=0.05, unit="s"
     )

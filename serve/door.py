@@ -25,7 +25,7 @@ from typing import Any, Final
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serve.app import HOT_PATH, IngressApp
-from serve.http import STREAM_PATH, Response
+from serve.http import PATIENT, STREAM_PATH, Response
 from serve.stream import EventStream
 
 _HOT_URL: Final = HOT_PATH.encode()
@@ -122,6 +122,8 @@ class DoorProtocol(HttpToolsProtocol):
             now: monotonic time; called from time to time, costs nothing in between.
         """
         cycle = self.cycle
+        if self.scope is not None and PATIENT in self.scope:
+            return
         if cycle is not None and not (cycle.more_body or cycle.response_complete or self.flow.write_paused):
             self._looked = None  # it is our turn
             return

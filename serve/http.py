@@ -30,6 +30,8 @@ _PROBLEM: Final = CONTENT_TYPE.encode()
 
 
 STREAM_PATH: Final = "/api/stream"
+PATIENT: Final = "carillon.patient"
+"""Key of the scope of requests whose handler watches the caller's patience itself: they may take long."""
 BEHIND_SERVE: Final = "carillon.behind_serve"
 """Key of the scope of requests that came by Serve's route: Serve's own middleware adds X-Request-Id to the
 answer (and one to the request if there is none); a second one would make "a, a" of it."""
@@ -195,6 +197,16 @@ class Request:
     async def body(self) -> bytes:
         """The body, read once. Raises ProblemError (413)."""
         return await read_body(self._receive, self.headers, self.limit)
+
+    async def pieces(self) -> AsyncGenerator[bytes]:
+        """The body as it comes, without a bound. Raises ClientGoneError: the caller hung up."""
+        while True:
+            message = await self._receive()
+            if message["type"] != "http.request":
+                raise ClientGoneError("the caller hung up")
+            yield message.get("body", b"")
+            if not message.get("more_body"):
+                return
 
     async def gone(self) -> None:
         """Return once the caller has hung up; for requests whose body nobody reads."""

@@ -13,6 +13,7 @@ def all_routes() -> tuple[Route, ...]:
         client,
         dead_letters,
         demo,
+        event_import,
         events,
         explain,
         inbound,
@@ -30,6 +31,7 @@ def all_routes() -> tuple[Route, ...]:
 
     modules = (
         events,
+        event_import,
         amend,
         explain,
         schedules,

@@ -55,7 +55,7 @@ async def dry_run(
 ) -> Response:
     """What `publish` would do, and why; nothing is stored or sent."""
     try:
-        parsed = await _parse(services, body, key, tenant, deadline)
+        parsed = await parse_events(services, body, key, tenant, deadline)
     except NotPlainError:
         told = FieldError("topic", "absent with dryRun: a plan is for users", "a topic")
         raise refused("a plan is made for users, not for a topic", [told], "not_supported") from None
@@ -77,9 +77,10 @@ async def admit(services: Services, caller: ApiKeyRecord, requests: int) -> None
         raise ProblemError(problem("rate_limited", detail, retry_after_s=wait_s))
 
 
-async def _parse(
+async def parse_events(
     services: Services, body: bytes, key: bytes | None, tenant: str, deadline: float
 ) -> ParsedEvents:
+    """Read a body. Raises ProblemError: it is refused as a whole."""
     text_key = None if key is None else key.decode("utf-8", "replace")
     try:
         return services.parser.parse(body, tenant, services.clock.now_ms(), text_key)
@@ -110,7 +111,7 @@ async def publish(
         ProblemError: the request as a whole is refused.
     """
     try:
-        parsed = await _parse(services, body, key, tenant, deadline)
+        parsed = await parse_events(services, body, key, tenant, deadline)
     except NotPlainError as wanted:
         if caller is not None and caller.rate_per_s is not None:
             await admit(services, caller, 1)

@@ -1,0 +1,293 @@
+"""`POST /v1/events/import`: a stream of events of any length, one JSON object a line.
+
+The body is read as fast as its events are stored: while one batch is on its way the next is read, then
+nothing is until the first has its outcomes. TCP tells the sender.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from typing import Any, Final
+
+import msgspec
+
+from carillon.errors import CarillonError
+from carillon.event_rules import Text, text_error
+from carillon.events import ProblemError, refused
+from carillon.events import Request as ParsedEvents
+from carillon.lines import TOO_LONG, LineSplitter
+from carillon.messages import Outcome
+from carillon.problems import Problem, problem, problem_document, problem_of
+from serve.http import PATIENT, ClientGoneError, Request, Response, json_response
+from serve.routes.bodies import known_query
+from serve.routes.events import outcome_problem, parse_events, publish_some
+from serve.routing import SERVICE, Query, Route
+from serve.schemas import WHOLE, obj, ref
+from serve.services import Services
+
+log = logging.getLogger(__name__)
+
+MAX_KEY: Final = 200
+_KEY: Final = Text(1, MAX_KEY)
+_AGAIN: Final = frozenset({"busy", "unavailable", "store_unavailable"})
+"""Failures that pass: the events are sent again, and nothing more is read meanwhile."""
+_encode: Final = msgspec.json.Encoder().encode
+_any: Final = msgspec.json.Decoder(msgspec.Raw).decode
+_object: Final = msgspec.json.Decoder(dict[str, Any]).decode
+
+
+class _Import:
+    """One import under way."""
+
+    def __init__(self, services: Services, request: Request, key: str | None) -> None:
+        self.services = services
+        self.request = request
+        self.settings = services.settings.ingress
+        self.key = key
+        self.lines = 0
+        self.failed = 0
+        self.replayed = 0
+        self.statuses: dict[str, int] = {}
+        self.failures: list[tuple[int, Problem]] = []
+        self._fresh: list[tuple[int, Problem]] = []
+
+    def fail(self, line: int, told: Problem) -> None:
+        self.failed += 1
+        self._fresh.append((line, told))
+
+    def answer(self, *, complete: bool, read: int) -> Response:
+        request_id = self.request.request_id.decode()
+        headers = () if complete else ((b"connection", b"close"),)
+        return json_response(
+            {
+                "complete": complete,
+                "lines": read,
+                "events": self.lines,
+                "accepted": sum(self.statuses.values()),
+                "replayed": self.replayed,
+                "failed": self.failed,
+                "statuses": self.statuses,
+                "failures": [
+                    {"line": line, "error": problem_document(told, request_id)}
+                    for line, told in self.failures
+                ],
+            },
+            200,
+            headers,
+        )
+
+    async def run(self, batch: list[tuple[int, bytes]]) -> None:
+        """Store the events of some lines, and keep the first failures in the order of the lines."""
+        await self.store(batch)
+        fresh, self._fresh = self._fresh, []
+        room = self.settings.import_failures - len(self.failures)
+        self.failures += sorted(fresh, key=lambda one: one[0])[: max(0, room)]
+
+    async def store(self, batch: list[tuple[int, bytes]]) -> None:
+        """Store the events of some lines; what becomes of each is counted."""
+        self.lines += len(batch)
+        good: list[tuple[int, bytes]] = []
+        for number, line in batch:
+            told = self._unreadable(line)
+            if told is None:
+                good.append((number, self._keyed(number, line)))
+            else:
+                self.fail(number, told)
+        if not good:
+            return
+        deadline = self._deadline()
+        services, tenant = self.services, self.request.tenant
+        try:
+            body = b"[" + b",".join(line for _, line in good) + b"]"
+            parsed = await parse_events(services, body, None, tenant, deadline)
+        except ProblemError as exc:
+            if len(good) == 1:
+                self.fail(good[0][0], exc.problem)
+                return
+            for one in good:  # what is wrong with one of them is no reason to refuse the others
+                self.lines -= 1
+                await self.store([one])
+            return
+        except CarillonError as exc:
+            self._fail_all(good, exc)
+            return
+        try:
+            await self._publish(parsed, [number for number, _ in good])
+        except CarillonError as exc:
+            self._fail_all(good, exc)
+
+    def _fail_all(self, lines: list[tuple[int, bytes]], error: CarillonError) -> None:
+        for number, _ in lines:
+            self.fail(number, problem_of(error))
+
+    async def _publish(self, parsed: ParsedEvents, numbers: list[int]) -> None:
+        assert parsed.slots is not None
+        services, tenant = self.services, self.request.tenant
+        if parsed.variants:
+            await services.templates.note_variants(tenant, parsed)
+        await self._admit(len(parsed.events))
+        patience = services.clock.monotonic() + self.settings.import_patience_s
+        outcomes: list[Outcome] = []
+        if parsed.later:
+            outcomes = await publish_some(services, parsed, tenant, self._deadline())
+        elif parsed.events:
+            outcomes = await services.backend.publish(parsed.events, self._deadline())
+            while True:
+                again = [
+                    at for at, one in enumerate(outcomes) if one.status == "failed" and one.code in _AGAIN
+                ]
+                if not again or services.clock.monotonic() >= patience:
+                    break
+                await asyncio.sleep(max(0.05, *(outcomes[at].retry_after_s for at in again)))
+                for at in again:
+                    parsed.events[at].retry = True
+                told = await services.backend.publish([parsed.events[at] for at in again], self._deadline())
+                for at, one in zip(again, told, strict=True):
+                    outcomes[at] = one
+        for number, slot in zip(numbers, parsed.slots, strict=True):
+            refusal = slot.refused if slot.event < 0 else outcome_problem(outcomes[slot.event])
+            if refusal is not None:
+                self.fail(number, refusal)
+                continue
+            outcome = outcomes[slot.event]
+            self.replayed += outcome.replayed
+            self.statuses[outcome.status] = self.statuses.get(outcome.status, 0) + 1
+
+    async def _admit(self, events: int) -> None:
+        """Wait until the key's rate lets so many pass."""
+        caller = self.request.caller
+        if caller is None or caller.rate_per_s is None or not events:
+            return
+        limits = self.services.limits
+        while wait_s := await limits.take(caller.key_id, caller.rate_per_s, caller.burst, events):
+            await asyncio.sleep(wait_s)
+
+    def _deadline(self) -> float:
+        return self.services.clock.monotonic() + self.settings.request_timeout_s
+
+    def _unreadable(self, line: bytes) -> Problem | None:
+        if line == TOO_LONG:
+            return problem("too_large", f"expected a line of at most {self.settings.import_line_bytes} bytes")
+        try:
+            line.decode()
+            _any(line)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+            return problem("malformed", f"the line is not JSON: {exc}")
+        return None
+
+    def _keyed(self, number: int, line: bytes) -> bytes:
+        """The line with the key that the header gives it, unless it has one."""
+        if self.key is None or line[:1] != b"{" or line == b"{}":
+            return line
+        if b'"idempotencyKey"' in line and _object(line).get("idempotencyKey") is not None:
+            return line
+        return line[:-1] + b',"idempotencyKey":' + _encode(f"{self.key}#{number}") + b"}"
+
+
+async def import_events(services: Services, request: Request) -> Response:
+    """POST /v1/events/import."""
+    known_query(request)
+    raw = request.header(b"idempotency-key")
+    key = None if raw is None else raw.decode("utf-8", "replace")
+    wrong = None if key is None else text_error("Idempotency-Key", key, _KEY)
+    if wrong is not None:
+        raise refused(f"expected Idempotency-Key to be {wrong.expected}, got {wrong.got}", [wrong])
+    request.scope[PATIENT] = True  # the door lets it take its time; here every piece has to come in time
+    settings = services.settings.ingress
+    one = _Import(services, request, key)
+    lines = LineSplitter(settings.import_line_bytes)
+    waiting: list[tuple[int, bytes]] = []
+    sent: asyncio.Task[None] | None = None
+    complete = True
+
+    async def store(batch: list[tuple[int, bytes]]) -> asyncio.Task[None]:
+        if sent is not None:
+            await sent
+        return asyncio.ensure_future(one.run(batch))
+
+    try:
+        async for piece in _pieces(request, settings.peer_timeout_s):
+            if piece is None or services.draining:
+                complete = False
+                break
+            waiting += lines.feed(piece)
+            while len(waiting) >= settings.import_batch:
+                batch, waiting = waiting[: settings.import_batch], waiting[settings.import_batch :]
+                sent = await store(batch)
+        if complete:
+            waiting += lines.finish()
+        while waiting:
+            batch, waiting = waiting[: settings.import_batch], waiting[settings.import_batch :]
+            sent = await store(batch)
+        if sent is not None:
+            await sent
+    except ClientGoneError:
+        log.info("an import of %s ended after line %d: its sender hung up", request.tenant, lines.number)
+        raise
+    finally:
+        if sent is not None:
+            # What is on its way is stored or not; nobody is left to be told of a failure.
+            await asyncio.gather(sent, return_exceptions=True)
+    return one.answer(complete=complete, read=lines.number)
+
+
+async def _pieces(request: Request, patience_s: float) -> AsyncGenerator[bytes | None]:
+    """The body as it comes; None: nothing came for so long."""
+    pieces = request.pieces()
+    while True:
+        try:
+            async with asyncio.timeout(patience_s):
+                piece = await anext(pieces, None)
+        except TimeoutError:
+            yield None
+            return
+        if piece is None:
+            return
+        yield piece
+
+
+_ANSWER: Final = obj(
+    {
+        "complete": {"type": "boolean"}, "lines": WHOLE, "events": WHOLE, "accepted": WHOLE,
+        "replayed": WHOLE, "failed": WHOLE, "statuses": {"type": "object", "additionalProperties": WHOLE},
+        "failures": {
+            "type": "array",
+            "items": obj({"line": WHOLE, "error": ref("Problem")}, ["line", "error"]),
+        },
+    },
+    ["complete", "lines", "events", "accepted", "replayed", "failed", "statuses", "failures"],
+)  # fmt: skip
+
+ROUTES: Final = (
+    Route(
+        "POST", "/v1/events/import", import_events, SERVICE, "Send a stream of events", scope="events:write",
+        doc="Body: lines of JSON (application/x-ndjson), each an event for one user, of any number. Read as "
+        "fast as they are stored. A line that fails does not fail the others; the first "
+        "`ingress.import_failures` are told.",
+        headers=(
+            Query(
+                "Idempotency-Key",
+                {"type": "string", "minLength": 1, "maxLength": MAX_KEY, "pattern": "^[!-~]+$"},
+                "A line without `idempotencyKey` gets `<key>#<line number>`: the file may be sent again.",
+            ),
+        ),
+        answer=_ANSWER,
+        answer_example={
+            "complete": True, "lines": 3, "events": 3, "accepted": 2, "replayed": 0, "failed": 1,
+            "statuses": {"stored": 2},
+            "failures": [
+                {
+                    "line": 2,
+                    "error": {
+                        "type": "urn:carillon:problem:malformed", "title": "The request is not readable",
+                        "status": 400, "detail": "the line is not JSON", "code": "malformed",
+                        "temporary": False, "requestId": "1", "errors": [],
+                    },
+                }
+            ],
+        },
+        problems=(422, 429), tag="Events",
+    ),
+)  # fmt: skip
