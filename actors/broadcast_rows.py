@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from actors.shard_policies import NO_RULES
 from actors.shard_users import read_preferences
@@ -58,16 +58,17 @@ class Decider:
     def __init__(self, settings: ShardSettings) -> None:
         self._lease_ms = round(settings.delivery_lease_s * 1000)
         self._window_ms = round(settings.ack_window_s * 1000)
-        self._read: OrderedDict[str, Preferences | None] = OrderedDict()
+        self._read: OrderedDict[tuple[str, str | None], Preferences | None] = OrderedDict()
 
-    def preferences(self, text: str | None) -> Preferences | None:
-        """A document, read once for all who share it."""
+    def preferences(self, text: str | None, zone: str | None) -> Preferences | None:
+        """A document of users in a time zone, read once for all who share both."""
         if text is None:
             return None
-        if text in self._read:
-            self._read.move_to_end(text)
-            return self._read[text]
-        found = self._read[text] = read_preferences(text)
+        key = text, zone
+        if key in self._read:
+            self._read.move_to_end(key)
+            return self._read[key]
+        found = self._read[key] = read_preferences(text, zone)
         if len(self._read) > KEPT:
             self._read.popitem(last=False)
         return found
@@ -87,12 +88,12 @@ class Decider:
             contexts: of all users, with their streams.
         """
         proto = words.event
-        plans: dict[tuple[tuple[str, ...], str | None], tuple[Plan, int, str | None]] = {}
+        plans: dict[tuple[Any, ...], tuple[Plan, int, str | None]] = {}
         made: list[Made] = []
         for one in users:
             context = contexts[one.user]
             assert context.stream_id is not None
-            key = context.providers, context.preferences
+            key = context.providers, context.preferences, context.zone
             decided = plans.get(key)
             if decided is None:
                 decided = plans[key] = self._decide(proto, context, policy, now_ms)
@@ -122,8 +123,10 @@ class Decider:
     ) -> tuple[Plan, int, str | None]:
         providers = frozenset(context.providers)
         verdict = None
-        preferences = self.preferences(context.preferences)
+        preferences = self.preferences(context.preferences, context.zone)
         if preferences is not None or policy.rules is not None:
+            if preferences is None and context.zone is not None:
+                preferences = self.preferences("{}", context.zone)
             verdict = judge(event, preferences, policy.rules or NO_RULES, now_ms)
         found = plan(
             event,

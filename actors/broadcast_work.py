@@ -83,6 +83,7 @@ class Work:
         self.term = term
         self.slots = slots
         self.size = shared.settings.broadcast.chunk_min
+        self.gone: set[str] = set()  # users that were erased since it was read whom it is for
         self._shared = shared
         self._ids = NotificationIds(one.id, one.started_ms)
         self._pending: list[tuple[int, str]] | None = None
@@ -109,7 +110,7 @@ class Work:
             self._live = await self._connected()
         if self._live:
             batch = self._live[: shared.settings.broadcast.live_batch]
-            await self._over_lane(batch)
+            await self._over_lane(self._left(batch))
             del self._live[: len(batch)]
             return True
         pending = [(slot, last) for slot, last in self._pending if shared.owns(slot)]
@@ -119,7 +120,7 @@ class Work:
         page = await shared.store.users(self.one.tenant, self.one.recipients, pending, self.size)
         marks, rest = walked(pending, page, self.size)
         full = len(page) == self.size
-        await self._page(page, marks)
+        await self._page(self._left(page), marks)
         self._pending = rest
         took_ms = (shared.clock.monotonic() - started) * 1000
         shared.stats.observe_ms("broadcast_chunk_ms", took_ms)
@@ -144,13 +145,17 @@ class Work:
             return found
         return await self._shared.store.among(tenant, self.one.recipients, found)
 
+    def _left(self, users: Sequence[SlotUser]) -> Sequence[SlotUser]:
+        """Users without those that were erased meanwhile: to notify one would make it anew."""
+        return [one for one in users if one.user not in self.gone] if self.gone else users
+
     # -- users in use here ------------------------------------------------------------------------------
 
     async def _over_lane(self, users: Sequence[SlotUser]) -> list[Failure]:
         """Append for users in memory, as every event is; those who cannot be notified."""
         shared = self._shared
         words, failures = await self._words(users)
-        failed = {one.user for one in failures}
+        failed = {one.user for one in failures} | self.gone
         proto = words.event
         events = [
             Event(
@@ -203,28 +208,35 @@ class Work:
         # What a user has had of a limit is kept with the user in memory.
         everybody = rules is not None and rules.limits is not None
         rest: Sequence[SlotUser] = page
+        words: Words | None = None
         while True:
             known = [u for u in rest if everybody or shared.users.known(UserKey(tenant, u.user))]
-            if not known:
+            if not known and words is not None:
                 break
+            if not known:
+                # Rendered before anybody is held: that may take seconds.
+                words, refused = await self._words(rest)
+                failures += refused
+                failed = {one.user for one in refused}
+                rest = [one for one in rest if one.user not in failed]
+                continue
             most = shared.settings.broadcast.live_batch
             for at in range(0, len(known), most):
                 failures += await self._over_lane(known[at : at + most])
             mine = set(known)
             rest = [one for one in rest if one not in mine]
+        rest = self._left(rest)
         # From here to `hold` nothing waits: nobody of `rest` comes into memory between.
         held = {UserKey(tenant, one.user): one.slot for one in rest}
         shared.users.hold(held)
         try:
-            await self._write(rest, marks, failures)
+            await self._write(rest, words, marks, failures)
         finally:
             shared.users.release(held)
 
-    async def _write(self, users: Sequence[SlotUser], marks: Sequence[Mark], failures: list[Failure]) -> None:
-        words, refused = await self._words(users)
-        failures += refused
-        failed = {one.user for one in failures}
-        users = [one for one in users if one.user not in failed]
+    async def _write(
+        self, users: Sequence[SlotUser], words: Words, marks: Sequence[Mark], failures: list[Failure]
+    ) -> None:
         contexts, users = await self._contexts(users)
         try:
             await self._chunk(users, contexts, words, marks, failures)
@@ -261,6 +273,7 @@ class Work:
         shared = self._shared
         names = [one.user for one in users]
         found = await shared.store.contexts(self.one.tenant, names)
+        users = self._left(users)
         without = [one for one in users if found[one.user].stream_id is None]
         if without:
             made = await shared.store.make_streams(

@@ -211,7 +211,7 @@ class Shard:
         self._accounts = Accounts(
             self._config.name, self._store, self._users, self._sessions, self._clock, self._settings,
             term=self._term, owns=self._owns, slots=lambda: self._slots, mirror=mirror,
-            fenced=self._was_fenced,
+            erased=self._broadcasts.erased, fenced=self._was_fenced,
         )  # fmt: skip
         self._policies.start()
         self._writer.start()

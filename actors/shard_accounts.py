@@ -35,6 +35,7 @@ class Accounts:
         name: of the shard.
         term, owns, slots: as in `Writer` and `Outbox`.
         mirror: of presence in Redis; None: there is none.
+        erased: told of users in the turn in which they were erased.
         fenced: called when the term turns out to be over.
     """
 
@@ -51,6 +52,7 @@ class Accounts:
         owns: Callable[[int], bool],
         slots: Callable[[], Sequence[int]],
         mirror: Mirror | None,
+        erased: Callable[[UserKey], None],
         fenced: Callable[[], None],
     ) -> None:
         self._name = name
@@ -63,6 +65,7 @@ class Accounts:
         self._owns = owns
         self._slots = slots
         self._mirror = mirror
+        self._told = erased
         self._fenced = fenced
         self._store_: UserStore | None = None
         self._topics_: TopicStore | None = None
@@ -149,6 +152,7 @@ class Accounts:
             if user is not None:
                 self._sessions.end_user(user, 4001, "this user was erased")
             self._users.erased(key)
+            self._told(key)
             if self._mirror is not None:
                 self._mirror.forget(key)
         if open_ is None:

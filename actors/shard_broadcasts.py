@@ -16,7 +16,7 @@ from actors.templates import Templates
 from carillon.broadcasts import SCHEDULED, pause_ms
 from carillon.clock import Clock
 from carillon.errors import CarillonError, FencedError
-from carillon.ids import uuid_text
+from carillon.ids import UserKey, uuid_text
 from carillon.metrics import Stats
 from carillon.settings import Settings
 from stores.postgres.broadcasts import BroadcastStore, NotRunningError
@@ -72,6 +72,7 @@ class Broadcasts:
         self._due_now = due_now
         self._fenced = fenced
         self._works: dict[bytes, Work] = {}
+        self._erased: set[UserKey] = set()  # since the look that is under way began
         self._task: asyncio.Task[None] | None = None
         self._prune_at = 0.0
         self._looked_at = 0.0
@@ -108,6 +109,15 @@ class Broadcasts:
             except Exception:
                 log.exception("looking for broadcasts failed")
 
+    def erased(self, key: UserKey) -> None:
+        """A user was erased: what was read of whom to notify before that is no reason to make it anew."""
+        if self._task is None:
+            return
+        self._erased = self._erased | {key}
+        for work in self._works.values():
+            if work.one.tenant == key.tenant:
+                work.gone.add(key.user)
+
     # -- what there is to do ----------------------------------------------------------------------------
 
     def _looked_long_ago(self) -> bool:
@@ -117,6 +127,7 @@ class Broadcasts:
         """Read which broadcasts run; those that are new, or whose slots are others now, begin here."""
         term, slots = self._term(), self._slots()
         self._looked_at = self._clock.monotonic()
+        self._erased.clear()
         found = await self._store.active(self._clock.now_ms()) if slots else []
         works: dict[bytes, Work] = {}
         for one in found:
@@ -132,6 +143,8 @@ class Broadcasts:
                 await self._store.estimate(one)
             works[one.id] = Work(self._shared, one, term, slots)
         self._works = works
+        for key in self._erased:
+            self.erased(key)
         self._stats.gauge("broadcasts_running", len(works))
 
     async def _round(self) -> None:

@@ -113,6 +113,8 @@ class Context:
     """None: the user has no stream yet."""
     providers: tuple[str, ...]
     preferences: str | None
+    zone: str | None = None
+    """Time zone of the user's profile."""
 
 
 def paging_queries() -> dict[str, str]:
@@ -345,7 +347,7 @@ class BroadcastStore:
         """What decides about users."""
         async with acquired(self._pool, self._timeout_s) as connection:
             rows = await connection.fetch(self.sql["contexts"], tenant, users)
-        return {row[0]: Context(row[1], tuple(row[2]), row[3]) for row in rows}
+        return {row[0]: Context(row[1], tuple(row[2]), row[3], row[4]) for row in rows}
 
     async def make_streams(
         self, shard: str, term: int, tenant: str, users: Sequence[SlotUser], epochs: Sequence[str]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -13,6 +14,7 @@ import pytest
 from carillon.broadcasts import NotificationIds, parse_recipients
 from carillon.clock import SystemClock
 from carillon.ids import Uuid7Source, slot_of
+from carillon.messages import UserErase
 from stores.postgres.broadcasts import BroadcastRecord, BroadcastStore, NewBroadcast
 from stores.postgres.pool import open_pool
 from tests.actors.shard_kit import Kit, make_event
@@ -410,3 +412,69 @@ async def test_who_attaches_meanwhile_misses_nothing(world: World) -> None:
     await world.ended(raw)
     for conn in range(1, 201):
         await eventually(lambda conn=conn: world.kit.gateway.seqs(conn) == [1], what=f"connection {conn}")
+
+
+async def test_the_time_zone_of_a_profile_counts(world: World) -> None:
+    """Quiet hours that name no time zone are those of where the profile says the user is, as for every event."""
+    await world.people(3)
+    now = datetime.now(UTC)
+    window = {
+        "start": f"{now - timedelta(hours=2):%H:%M}",
+        "end": f"{now + timedelta(hours=2):%H:%M}",
+    }
+    for user in ("u0001", "u0002"):
+        await world.pool.execute(
+            "insert into preferences (tenant, user_id, document) values ('t', $1, $2)",
+            user, json.dumps({"quietHours": window}),
+        )  # fmt: skip
+        await world.pool.execute(
+            "insert into devices (tenant, user_id, device_id, platform, provider, token_kind, token)"
+            " values ('t', $1, 'd', 'ios', 'apns', 'token', $1)", user,
+        )  # fmt: skip
+    await world.pool.execute(
+        "insert into profiles (tenant, user_id, slot, timezone) values ('t', 'u0002', $1, 'Etc/GMT-8')",
+        slot_of("t", "u0002"),
+    )
+    counts = (await world.ended(await world.send())).counts
+    assert (counts.stored, counts.deferred, counts.queued) == (3, 1, 1)
+    jobs = await eventually(lambda: world.kit.router.jobs)
+    assert [job.user for job in jobs] == ["u0002"]
+
+
+async def test_whom_a_broadcast_makes_anew_has_no_old_tokens(world: World) -> None:
+    """Tokens of before an erasure are refused, whoever made the user's next stream."""
+    await world.people(1)
+    issued_ms = clock.now_ms() - 1000
+    await world.kit.router.link.request(UserErase("t", "u0000", slot_of("t", "u0000")))
+    assert (await world.ended(await world.send(["u0000"]))).counts.stored == 1
+    world.kit.gateway.attach(1, "u0000", token_issued_ms=issued_ms)
+    await eventually(lambda: world.kit.gateway.closed.get(1, (0,))[0] == 4001)
+
+
+async def waiting(pool: Any, count: int) -> None:
+    """Wait until so many statements wait for rows."""
+
+    async def check() -> bool:
+        found = await pool.fetchval("select count(distinct pid) from pg_locks where not granted")
+        return found >= count
+
+    await eventually(check, what=f"{count} statements that wait")
+
+
+async def test_nobody_is_made_anew_by_a_list_that_was_read_before(world: World) -> None:
+    """Who is erased while a broadcast to a list runs is on that list no more; nothing is kept of the user."""
+    users = await world.people(60)
+    users.sort(key=lambda user: (slot_of("t", user), user))
+    async with world.pool.acquire() as connection:
+        held = connection.transaction()
+        await held.start()
+        await connection.execute("select from streams where user_id = $1 for update", users[0])
+        raw = await world.send(users)
+        await waiting(world.pool, 1)
+        last = UserErase("t", users[-1], slot_of("t", users[-1]))
+        erased = asyncio.ensure_future(world.kit.router.link.request(last))
+        await waiting(world.pool, 2)
+        await held.rollback()
+    await erased
+    await world.ended(raw)
+    assert await world.have() == dict.fromkeys(users[:-1], 1)

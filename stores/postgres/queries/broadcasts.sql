@@ -86,15 +86,18 @@ select slot, last_user, done from broadcast_slots where broadcast_id = $1 and sl
 select t.user_id, s.stream_id,
        array(select d.provider from devices d
              where d.tenant = $1 and d.user_id = t.user_id and d.disabled_at is null) as providers,
-       (select p.document::text from preferences p where p.tenant = $1 and p.user_id = t.user_id) as preferences
+       (select p.document::text from preferences p where p.tenant = $1 and p.user_id = t.user_id) as preferences,
+       (select p.timezone from profiles p where p.tenant = $1 and p.user_id = t.user_id) as zone
 from unnest($2::text[]) as t (user_id)
 left join streams s on s.tenant = $1 and s.user_id = t.user_id;
 
 -- name: make_streams
 -- Streams of users who have none. $1 shard, $2 term, $3 tenant, $4 users, $5 slots, $6 epochs.
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share)
-insert into streams (tenant, user_id, slot, epoch)
-select $3, t.user_id, t.slot, t.epoch
+insert into streams (tenant, user_id, slot, epoch, tokens_valid_from)  -- tokens of before an erasure are over
+select $3, t.user_id, t.slot, t.epoch,
+       (select max(e.erased_at) from erasures e
+        where e.tenant = $3 and e.user_hash = sha256(convert_to(t.user_id, 'UTF8')))
 from fence, unnest($4::text[], $5::smallint[], $6::text[]) as t (user_id, slot, epoch)
 on conflict (tenant, user_id) do nothing
 returning user_id, stream_id;

@@ -60,10 +60,17 @@ gone_failures as (
 left_broadcasts as (
     update broadcasts b
     set audience = jsonb_set(b.audience::jsonb, '{userIds}', (b.audience::jsonb -> 'userIds') - $2::text)::text,
-        state = case when b.state in ('scheduled', 'running', 'paused')
-                          and jsonb_array_length((b.audience::jsonb -> 'userIds') - $2::text) = 0
-                     then 'cancelled' else b.state end
-    where b.tenant = $1 and b.audience like '%"userIds"%' and (b.audience::jsonb -> 'userIds') ? $2::text
+        state = case when o.over then 'cancelled' else b.state end,
+        ended_at = case when o.over then to_timestamp($5) else b.ended_at end,
+        resumed_at = case when o.over then null else b.resumed_at end,
+        ran_ms = b.ran_ms + case when o.over
+            then coalesce((extract(epoch from to_timestamp($5) - b.resumed_at) * 1000)::bigint, 0) else 0 end
+    from (select broadcast_id,
+                 state in ('scheduled', 'running', 'paused')
+                     and jsonb_array_length((audience::jsonb -> 'userIds') - $2::text) = 0 as over
+          from broadcasts
+          where tenant = $1 and audience like '%"userIds"%' and (audience::jsonb -> 'userIds') ? $2::text) as o
+    where b.broadcast_id = o.broadcast_id
     returning 1
 ),
 found as (
