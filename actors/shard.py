@@ -198,6 +198,7 @@ class Shard:
             term=self._term, owns=self._owns, run=self._sessions.run, reach=self._reach,
             policy=self._policies.of, planned=self._planned, withdrawn=self._outbox.due_now,
             stopped=self._outbox.stop, expires=self._expiry.watch, fenced=self._was_fenced,
+            erased=lambda user: self._sessions.end_user(user, 4001, "this user was erased"),
         )  # fmt: skip
         self._schedules = Schedules(
             self._store, self._clock, self._stats, self._settings, name=self._config.name,
@@ -211,7 +212,7 @@ class Shard:
         self._accounts = Accounts(
             self._config.name, self._store, self._users, self._sessions, self._clock, self._settings,
             term=self._term, owns=self._owns, slots=lambda: self._slots, mirror=mirror,
-            erased=self._broadcasts.erased, fenced=self._was_fenced,
+            erased=self._broadcasts.erased, uncertain=self._writer.suspect, fenced=self._was_fenced,
         )  # fmt: skip
         self._policies.start()
         self._writer.start()

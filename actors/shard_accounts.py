@@ -11,7 +11,14 @@ from actors.shard_sessions import Sessions
 from actors.shard_users import User, UserCache
 from carillon import profiles
 from carillon.clock import Clock
-from carillon.errors import CarillonError, FencedError, NotFoundError, NotOwnerError, NotPermittedError
+from carillon.errors import (
+    CarillonError,
+    FencedError,
+    NotFoundError,
+    NotOwnerError,
+    NotPermittedError,
+    StoreUnavailableError,
+)
 from carillon.ids import UserKey
 from carillon.messages import ClientTopic, Done, ProfilePut, UserErase
 from carillon.policy import TopicRule
@@ -36,6 +43,7 @@ class Accounts:
         term, owns, slots: as in `Writer` and `Outbox`.
         mirror: of presence in Redis; None: there is none.
         erased: told of users in the turn in which they were erased.
+        uncertain: told of users in memory of whom it is not known whether they were.
         fenced: called when the term turns out to be over.
     """
 
@@ -53,6 +61,7 @@ class Accounts:
         slots: Callable[[], Sequence[int]],
         mirror: Mirror | None,
         erased: Callable[[UserKey], None],
+        uncertain: Callable[[User], None],
         fenced: Callable[[], None],
     ) -> None:
         self._name = name
@@ -66,6 +75,7 @@ class Accounts:
         self._slots = slots
         self._mirror = mirror
         self._told = erased
+        self._uncertain = uncertain
         self._fenced = fenced
         self._store_: UserStore | None = None
         self._topics_: TopicStore | None = None
@@ -145,7 +155,12 @@ class Accounts:
             raise NotOwnerError(f"slot {slot} is not here")
         now_ms = self._clock.now_ms()
         term = self._term()
-        open_ = await self._store.erase(self._name, term, *key, slot, now_ms, now_ms - AGAIN_MS)
+        try:
+            open_ = await self._store.erase(self._name, term, *key, slot, now_ms, now_ms - AGAIN_MS)
+        except StoreUnavailableError:
+            if (known := self._users.peek(key)) is not None:
+                self._uncertain(known)
+            raise
         user = self._users.peek(key)
         if open_ is not None:
             # In the turn of the commit: whatever comes from now on finds nobody in memory and loads the user.

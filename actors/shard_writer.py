@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
@@ -79,6 +80,7 @@ class Writer:
         withdrawn: called when pushes are to be taken back, or to replace others.
         stopped: called with what is not to be pushed any more, and why.
         expires: called with users of whom something expires, and when.
+        erased: called with users who turn out to have been erased.
         fenced: called when the term turns out to be over.
     """
 
@@ -99,6 +101,7 @@ class Writer:
         withdrawn: Callable[[], None],
         stopped: Callable[[bytes, str], None],
         expires: Callable[[User, int], None],
+        erased: Callable[[User], None],
         fenced: Callable[[], None],
     ) -> None:
         self._expires = expires
@@ -121,6 +124,7 @@ class Writer:
         self._policy = policy
         self._window_ms = round(settings.ack_window_s * 1000)
         self._planned = planned
+        self._was_erased = erased
         self._fenced = fenced
         self._queue: deque[Entry] = deque()
         self._parked = 0
@@ -295,6 +299,11 @@ class Writer:
             for entry in batch:
                 self._fail(entry, UnavailableError(f"append failed: {type(exc).__name__}"))
 
+    def suspect(self, user: User) -> None:
+        """Somebody else's write about this user may have been committed: look before going on."""
+        self._suspect((user,))
+        self._wake.set()
+
     def _suspect(self, users: Iterable[User | None]) -> None:
         """A write of these users failed without a word whether it was committed: look before going on."""
         self._suspects.update({user.key: user for user in users if user is not None})
@@ -304,7 +313,7 @@ class Writer:
         batch = [user for user in list(self._suspects.values())[:LOAD_BATCH] if self._owns(user.slot)]
         try:
             records = await self._store.load_users(
-                self._term(), [(user.key, user.slot, user.epoch) for user in batch]
+                self._term(), [(user.key, user.slot, os.urandom(6).hex()) for user in batch]
             )
         except CarillonError as exc:
             log.info("%d users wait for a look at their streams: %s", len(self._suspects), exc)
@@ -316,6 +325,9 @@ class Writer:
         known = {user.key: user for user in batch}
         for record in records:
             user = known[record.key]
+            if record.stream_id != user.stream_id:
+                self._forget_erased(user)
+                continue
             if (record.seq, record.rev) == (user.seq, user.rev):
                 continue
             user.seq, user.rev = record.seq, record.rev
@@ -435,9 +447,14 @@ class Writer:
     def _erased(self, entry: Entry) -> None:
         """The user was erased since it was loaded: loaded anew, the event's next try finds another stream."""
         assert entry.user is not None
-        if self._users.peek(entry.user.key) is entry.user:
-            self._users.forget(entry.user.key)
+        self._forget_erased(entry.user)
         self._fail(entry, UnavailableError("the user was erased while the event was on its way"))
+
+    def _forget_erased(self, user: User) -> None:
+        """No event will ever reach a session of the old stream: it ends."""
+        if self._users.peek(user.key) is user:
+            self._users.forget(user.key)
+        self._was_erased(user)
 
     def _stored_outcome(self, entry: Entry, notification: bytes, seq: int) -> Outcome:
         assert entry.user is not None

@@ -415,7 +415,7 @@ async def test_who_attaches_meanwhile_misses_nothing(world: World) -> None:
 
 
 async def test_the_time_zone_of_a_profile_counts(world: World) -> None:
-    """Quiet hours that name no time zone are those of where the profile says the user is, as for every event."""
+    """Quiet hours that name no time zone are those of where the profile says the user is."""
     await world.people(3)
     now = datetime.now(UTC)
     window = {

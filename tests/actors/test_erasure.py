@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from carillon.errors import RemoteError
+from carillon.errors import RemoteError, StoreUnavailableError
 from carillon.ids import slot_of
 from carillon.messages import ProfilePut, UserErase
 from stores.postgres.pool import open_pool
@@ -142,3 +142,38 @@ async def test_events_on_their_way(postgres_dsn: str) -> None:
             " where n.id is null"
         )
         assert dangling == []
+
+
+async def test_a_session_whose_user_is_gone_ends(postgres_dsn: str) -> None:
+    """A stream that was erased unnoticed is noticed by the next event: no device waits at it in silence."""
+    async with Kit(postgres_dsn, grace_s=60, clean_close_grace_s=60) as kit:
+        await kit.gateway.attach_ready(1, token_issued_ms=clock.now_ms())
+        pool = await open_pool(kit.settings.postgres, 1)
+        try:
+            now_ms = clock.now_ms()
+            assert await UserStore(pool).erase("shard-a", 1, "t", "u", SLOT, now_ms, now_ms)
+        finally:
+            await pool.close()
+        (outcome,) = await kit.publish(make_event())
+        assert (outcome.status, outcome.code) == ("failed", "unavailable")
+        await eventually(lambda: kit.gateway.closed.get(1, (0,))[0] == 4001)
+
+
+async def test_an_erasure_whose_answer_is_lost(postgres_dsn: str) -> None:
+    """It is looked whether the user is gone: its sockets close then, the next stream has another epoch."""
+    async with Kit(postgres_dsn, grace_s=60, clean_close_grace_s=60) as kit:
+        welcome = await kit.gateway.attach_ready(1, token_issued_ms=clock.now_ms())
+        store = kit.shard._accounts._store
+        erase = store.erase
+
+        async def lost(*args: Any) -> None:
+            await erase(*args)
+            raise StoreUnavailableError("the answer was lost")
+
+        store.erase = lost  # type: ignore[assignment]
+        with pytest.raises(RemoteError) as caught:
+            await kit.router.link.request(ERASE)
+        assert caught.value.code == "store_unavailable"
+        await eventually(lambda: kit.gateway.closed.get(1, (0,))[0] == 4001)
+        assert await kit.db.fetchval("select epoch from streams where user_id = 'u'") != welcome["epoch"]
+        assert (await kit.publish(make_event()))[0].seq == 1
