@@ -20,6 +20,7 @@ from typing import Any, Final
 import asyncpg
 import msgspec
 
+from actors.archive_job import ArchiveJob
 from actors.config import ActorConfig
 from actors.link import Link, LinkServer
 from actors.member import advertised_host
@@ -141,6 +142,8 @@ class Coordinator:
         self._run(self._tick_for_ever())
         self._run(self._save_for_ever())
         self._run(self._maintain_for_ever())
+        if self.config.settings.postgres.dsn:  # a simulation has no database
+            self._run(ArchiveJob(self.config.settings, self._clock).run_for_ever())
         if self._supervisor is not None:
             self._run(self._watch_nodes(self._supervisor))
         log.info("coordinator epoch %d serves at %s:%d", self.epoch, self._address.host, port)

@@ -34,8 +34,8 @@ class User:
 
     __slots__ = (
         "document", "epoch", "expired", "invisible_since_ms", "key", "last_seen_ms", "local",
-        "next_expiry_ms", "pins", "preferences", "providers", "receipt", "rev", "revoked", "seq", "session",
-        "slot", "spent", "stream_id", "unread", "valid_from_ms", "wakes_ms", "zone",
+        "next_expiry_ms", "pins", "preferences", "providers", "pruned", "receipt", "rev", "revoked", "seq",
+        "session", "slot", "spent", "stream_id", "unread", "valid_from_ms", "wakes_ms", "zone",
     )  # fmt: skip
 
     def __init__(self, record: UserRecord, slot: int) -> None:
@@ -49,6 +49,7 @@ class User:
         self.expired = record.expired
         self.next_expiry_ms = record.next_expiry_ms  # not later than the next unread row's
         self.wakes_ms = 0  # of `actors.shard_expiry`
+        self.pruned = (record.pruned_seq, record.pruned_rev)
         self.providers: frozenset[str] = frozenset()
         self.receipt = 0  # the part of receipts that says where the user has targets
         self.take_targets(record.targets)
@@ -83,7 +84,7 @@ class User:
 
     def head(self) -> Head:
         """Position as committed; unread as shown."""
-        return Head(self.epoch, self.seq, self.rev, self.shown_unread())
+        return Head(self.epoch, self.seq, self.rev, self.shown_unread(), *self.pruned)
 
     def presence(self, now_ms: int) -> tuple[str, int | None]:
         """Status and when last seen (ms), as others may see it."""

@@ -23,6 +23,7 @@ CarillonError
 │   ├── LinkTimeoutError     no answer before the deadline; the request may or may not have run
 │   ├── LinkFrameError       a frame broke the framing rules
 │   └── RemoteError          the peer answered with an error
+├── ArchiveError             a part of the archive is missing, damaged, or cannot be written
 └── ClusterError             bring-up, placement or an embedded service failed
 
 Fields are positional and stay in `args`: Ray rebuilds an exception as `cls(*args)`, and keyword-only
@@ -205,6 +206,12 @@ class RemoteError(LinkError):
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"
+
+
+class ArchiveError(CarillonError):
+    """A part of the archive is missing, damaged or not what its manifest says, or cannot be written."""
+
+    code = "archive"
 
 
 class ClusterError(CarillonError):

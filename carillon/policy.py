@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from carillon import retention
 from carillon.audience import NAME
 from carillon.decision import TenantRules
 from carillon.errors import InvalidInputError
@@ -156,7 +157,7 @@ def complete(
         "types": (document or {}).get("types", {}),
         "presence": (document or {}).get("presence", {"watch": presence.watch}),
         "topics": (document or {}).get("topics", {"subscribe": "nobody"}),
-    } | {name: document[name] for name in RULES if document and name in document}
+    } | {name: document[name] for name in (*RULES, retention.MEMBER) if document and name in document}
 
 
 def validate(document: Any, callback_hosts: str | None = None) -> str:
@@ -209,6 +210,12 @@ def _rules(prefix: str, some: dict[str, Any]) -> list[FieldError]:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not 0 <= value <= most:
                 errors.append(FieldError(path, f"seconds from 0 to {most}", shown(value)))
+        elif name == retention.MEMBER and not prefix:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 <= value <= retention.MAX_DAYS or value != int(value):
+                errors.append(
+                    FieldError(path, f"days from 0 (for ever) to {retention.MAX_DAYS}", shown(value))
+                )
         elif name == "presence" and not prefix:
             errors.extend(_presence_errors(value))
         elif name == "topics" and not prefix:

@@ -67,6 +67,7 @@ _TABLE: Final[dict[str, tuple[int, str]]] = {
     "token_expired": (401, "The token has expired"),
     "not_permitted": (403, "Not permitted"),
     "not_found": (404, "Not found"),
+    "archived": (404, "Archived to files"),
     "method_not_allowed": (405, "Method not allowed"),
     "in_progress": (409, "The first request with this idempotency key is still running"),
     "exists": (409, "It exists already"),

@@ -75,19 +75,20 @@ class Session:
     """
 
     __slots__ = (
-        "_away_deadline", "_began_seq", "_devices", "_limits", "_pushes", "_status", "_unacked",
+        "_away_deadline", "_began_seq", "_devices", "_limits", "_pruned", "_pushes", "_status", "_unacked",
         "attachments", "epoch", "grace_deadline", "last_seen_ms", "recent", "rev", "seq", "unread",
         "user_json",
     )  # fmt: skip
 
     def __init__(self, user: str, head: Head, limits: SessionLimits) -> None:
         self.user_json = user_json_of(user)
-        self.epoch, self.seq, self.rev, self.unread = head
+        self.epoch, self.seq, self.rev, self.unread = head[:4]
         self.attachments: list[Attachment] = []
         self.grace_deadline = 0.0
         self.last_seen_ms: int | None = None
         self._limits = limits
         self.recent = Recent(limits.recent_window, head.rev)
+        self._pruned = head[4:]  # as of then: what was pruned since shows when it is read
         self._unacked: dict[int, bytes] = {}  # seq -> id, in seq order per insertion
         self._status = "offline"
         self._pushes: PushWatch | None = None
@@ -371,7 +372,8 @@ class Session:
     def heal(self, head: Head) -> list[Effect]:
         """The stream moved without this session (another writer): everybody replays from the store."""
         effects: list[Effect] = []
-        self.epoch, self.seq, self.rev, self.unread = head
+        self.epoch, self.seq, self.rev, self.unread = head[:4]
+        self._pruned = head[4:]
         self.recent.clear(head.rev)
         self._began_seq = head.seq
         for attachment in self.attachments:
@@ -593,6 +595,10 @@ class Session:
         full = len(rows) >= request.limit and rows[-1].seq <= self.seq
         # Beyond the head: committed, but `deliver` has yet to tell. Shown now it would be written twice.
         rows = [row for row in rows if row.seq <= self.seq]
+        last = rows[-1].seq if rows else attachment.cursor_seq
+        # Numbers have no gaps: a hole, or rows missing at the end, were pruned.
+        if last - attachment.cursor_seq != len(rows) or (not full and last < request.head_seq):
+            return self._lost(attachment, now_ms)
         shown = [
             row
             for row in rows
@@ -622,14 +628,20 @@ class Session:
         return effects
 
     def changes_loaded(
-        self, attachment: Attachment, rows: Sequence[NotificationRow], request: LoadChanges, now_ms: int
+        self,
+        attachment: Attachment,
+        rows: Sequence[NotificationRow] | None,
+        request: LoadChanges,
+        now_ms: int,
     ) -> list[Effect]:
-        """Answer to LoadChanges."""
+        """Answer to LoadChanges. None: some of what was asked for is pruned."""
         effects: list[Effect] = []
         replay = attachment.replay
         if replay is None or attachment.loading is not request or attachment not in self.attachments:
             return effects
         attachment.loading = None
+        if rows is None:
+            return self._lost(attachment, now_ms)
         full = len(rows) >= request.limit
         if full and rows[0].rev == rows[-1].rev:
             # One change of more rows than a page (read-all): read all of it at once.
@@ -690,13 +702,27 @@ class Session:
         )
         return Send((attachment,), frame, attachment.cursor_seq, attachment.cursor_rev, epoch=self.epoch)
 
+    def _lost(self, attachment: Attachment, now_ms: int) -> list[Effect]:
+        """Something between a replay's position and the head was pruned: a WELCOME says so, at the head."""
+        attachment.replay = None
+        attachment.cursor_seq = attachment.acked_seq = self.seq
+        attachment.cursor_rev = self.rev
+        effects: list[Effect] = [self._welcome(attachment, False, now_ms)]
+        self._advance(attachment, effects)
+        return effects
+
     def _take_position(self, attachment: Attachment, epoch: str, last_seq: int, last_rev: int | None) -> bool:
         """Set the cursor to a client's position; False if nothing can be replayed from there."""
         if epoch != self.epoch or last_seq > self.seq or last_seq < 0:
             return False
         attachment.cursor_seq = attachment.acked_seq = last_seq
         attachment.cursor_rev = self.rev if last_rev is None else max(0, min(last_rev, self.rev))
-        return True
+        seq, rev = self._pruned
+        if (last_seq >= seq and attachment.cursor_rev >= rev) or self._in_log(attachment):
+            return True  # nothing of it is gone, or not from here
+        attachment.cursor_seq = attachment.acked_seq = self.seq
+        attachment.cursor_rev = self.rev
+        return False
 
     def _resume(
         self,
@@ -745,9 +771,7 @@ class Session:
         """Bring an attachment from its cursor towards the head, and to LIVE once it is there."""
         attachment.wait_deadline = 0.0
         attachment.loading = None
-        if attachment.cursor_rev < self.recent.since or attachment.cursor_seq < self.recent.oldest_seq(
-            self.seq
-        ):
+        if not self._in_log(attachment):
             attachment.phase = Phase.REPLAYING
             attachment.replay = ReplayStart(attachment.cursor_seq, self.rev, False)
             self._load(attachment, effects)
@@ -775,3 +799,9 @@ class Session:
         else:
             attachment.loading = LoadNotifications(attachment, attachment.cursor_seq, limit, self.seq)
         effects.append(attachment.loading)
+
+    def _in_log(self, attachment: Attachment) -> bool:
+        """Whether the recent window holds everything after an attachment's cursor."""
+        return attachment.cursor_rev >= self.recent.since and attachment.cursor_seq >= self.recent.oldest_seq(
+            self.seq
+        )

@@ -27,3 +27,7 @@ class Head(NamedTuple):
     seq: int
     rev: int
     unread: int
+    pruned_seq: int = 0
+    """Notifications up to here may be gone: who has seen both missed nothing."""
+    pruned_rev: int = 0
+    """Changes up to here may be gone."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ T = TypeVar("T")
 
 WATCH: tuple[str, ...] = ("nobody", "tenant", "callback")
 """Who may watch whose presence (carillon/policy.py)."""
+_TIME_OF_DAY = re.compile(r"([01]\d|2[0-3]):[0-5]\d", re.ASCII)
 WHEN_AWAY = ("in_app", "both", "push_after")
 """What may be done while every device of a connected user is hidden or idle (carillon/policy.py)."""
 
@@ -690,6 +692,76 @@ class InboundSettings:
 
 
 @dataclass(frozen=True)
+class ArchiveSettings:
+    """Retention, and the archive that what is older moves to."""
+
+    retention_days: int = setting(
+        90,
+        "Notifications that were read move to the archive once their month is older than so many days; "
+        "0: never. A tenant's policy may say otherwise (retentionDays).",
+        low=0,
+        high=36_500,
+        unit="days",
+    )
+    root: str = setting(
+        "",
+        "Where the archive lies: a folder that the coordinator's node sees, or a URL of fsspec "
+        "(s3://bucket/path); empty: `archive` in cluster.runtime_dir.",
+    )
+    run_at: str = setting("03:00", "When the daily run begins (UTC, HH:MM); empty: never by itself.")
+    poll_s: float = setting(
+        60.0, "How often the coordinator looks whether a run or an erasure is due.", low=0.05, unit="s"
+    )
+    batch_rows: int = setting(500, "Notifications of one step, hence of one transaction.", low=1, high=10_000)
+    batch_bytes: int = setting(
+        4_194_304, "A step ends early when its notifications are so long together.", low=1024, unit="bytes"
+    )
+    pause_s: float = setting(
+        0.2,
+        "Pause after each step, or as long as the step took if that is longer; 0: none.",
+        low=0.0,
+        unit="s",
+    )
+    part_bytes: int = setting(
+        33_554_432,
+        "Parts of a month are merged until they hold so much JSON; also what a merge holds in memory.",
+        low=1024,
+        unit="bytes",
+    )
+    level: int = setting(9, "Zstandard's level of compression.", low=1, high=19)
+    revisit_days: float = setting(
+        30.0,
+        "A month whose unread rows were kept is looked at again after so long.",
+        low=0.0,
+        unit="days",
+    )
+    restored_days: float = setting(
+        30.0, "A restored month stays in the tables for so long.", low=0.0, unit="days"
+    )
+    exposures_days: int = setting(
+        365,
+        "Who got which variant of a template is forgotten after so many days; 0: never.",
+        low=0,
+        unit="days",
+    )
+    audit_days: int = setting(0, "Records of the audit go after so many days; 0: never.", low=0, unit="days")
+    lock_wait_s: float = setting(
+        0.05,
+        "Longest wait for the lock under which a partition is exchanged: others queue behind it.",
+        low=0.001,
+        high=10.0,
+        unit="s",
+    )
+    lock_tries: int = setting(
+        100, "Tries for that lock before the partition is left for the next run.", low=1
+    )
+    lock_pause_s: float = setting(1.0, "Pause between two such tries.", low=0.0, unit="s")
+    merge_rows: int = setting(
+        1_000_000, "Old months of a year become one partition if they hold at most so many rows.", low=0
+    )
+
+
+@dataclass(frozen=True)
 class Settings:
     """The whole tree."""
 
@@ -707,6 +779,7 @@ class Settings:
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     inbound: InboundSettings = field(default_factory=InboundSettings)
     broadcast: BroadcastSettings = field(default_factory=BroadcastSettings)
+    archive: ArchiveSettings = field(default_factory=ArchiveSettings)
 
     def __post_init__(self) -> None:
         for section in dataclasses.fields(self):
@@ -738,6 +811,8 @@ class Settings:
                 "expected link.reconnect_max_s to be at least link.reconnect_min_s, got "
                 f"{self.link.reconnect_max_s} and {self.link.reconnect_min_s}"
             )
+        if self.archive.run_at and _TIME_OF_DAY.fullmatch(self.archive.run_at) is None:
+            raise SettingsError(f"expected archive.run_at to be HH:MM, got {self.archive.run_at!r}")
         if self.push.max_senders < self.push.min_senders:
             raise SettingsError(
                 "expected push.max_senders to be at least push.min_senders, got "

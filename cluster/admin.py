@@ -60,13 +60,14 @@ def _audited(
 
     async def both(store: TenantStore) -> T:
         done = await work(store)
-        await store.record_audit(tenant, f"cli:{_login()}", action, target, **detail)
+        await store.record_audit(tenant, f"cli:{login()}", action, target, **detail)
         return done
 
     return _with_store(settings, both)
 
 
-def _login() -> str:
+def login() -> str:
+    """Who runs this command."""
     try:
         return getpass.getuser()
     except (OSError, KeyError):  # a uid without a name

@@ -16,6 +16,7 @@ from carillon.api_keys import SCOPES
 from carillon.errors import CarillonError, SettingsError
 from carillon.settings import Settings, load_settings
 from cluster import broadcasts, dead_letters
+from cluster.archive_commands import add_commands as add_archive_commands
 from cluster.maintenance import KINDS
 from cluster.template_commands import add_commands as add_template_commands
 
@@ -37,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (*dead_letters.add_commands(commands), *broadcasts.add_commands(commands)):
         _data_dir(command)
     add_template_commands(commands, _command, _dsn)
+    add_archive_commands(commands, _command, _dsn)
     return parser
 
 
@@ -359,12 +361,13 @@ def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
 
 
 def _handlers() -> dict[str, Handler]:
-    from cluster import admin, remote, templates
+    from cluster import admin, archive, remote, templates
 
     return {
         "up": _up,
         **remote.HANDLERS,
         **admin.HANDLERS,
+        **archive.HANDLERS,
         **dead_letters.HANDLERS,
         **broadcasts.HANDLERS,
         **templates.HANDLERS,

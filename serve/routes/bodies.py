@@ -13,6 +13,7 @@ from carillon.ids import parse_uuid
 from carillon.messages import DevicePut
 from carillon.problems import FieldError, problem, shown
 from serve.http import Request
+from serve.services import Services
 
 MAX_LIST: Final = 1000
 _ID: Final = Text(1, 128)
@@ -48,6 +49,19 @@ def known_query(request: Request, *names: str) -> Mapping[str, str]:
             [FieldError(shown(unknown[0]), expected, "an unknown one")],
         )
     return query
+
+
+async def no_notification(services: Services, request: Request, raw: bytes) -> NotFoundError:
+    """What to answer about a notification that is not in the tables: perhaps it is archived."""
+    month = await services.feed.archived(request.tenant, raw)
+    expected, got = "the id of a notification", request.params["id"]
+    if month is None:
+        return NotFoundError("there is no such notification", "id", expected, got)
+    return NotFoundError(
+        f"there is no such notification here; what was read of {month} is archived to files, from which an "
+        "operator can restore it",
+        "id", expected, got, "archived",
+    )  # fmt: skip
 
 
 def path_notification(request: Request) -> bytes:

@@ -11,7 +11,6 @@ from carillon import explain
 from carillon.attention import Attention
 from carillon.clock import rfc3339
 from carillon.decision import unpack
-from carillon.errors import NotFoundError
 from carillon.events import Request as ParsedEvents
 from carillon.external import EXTERNAL, IN_APP
 from carillon.ids import uuid_text
@@ -20,7 +19,7 @@ from carillon.notification import decode_content, filed_away
 from carillon.problems import problem_document
 from serve.http import Request, Response, json_response
 from serve.routes.amend import HISTORY, history
-from serve.routes.bodies import path_notification
+from serve.routes.bodies import no_notification, path_notification
 from serve.routing import SERVICE, Route
 from serve.schemas import UUID, obj, ref
 from serve.services import Services
@@ -67,11 +66,10 @@ async def preview(services: Services, parsed: ParsedEvents, deadline: float, req
 
 async def get_explanation(services: Services, request: Request) -> Response:
     """GET /v1/notifications/{id}/explain."""
-    found = await services.feed.notification(request.tenant, path_notification(request))
+    raw = path_notification(request)
+    found = await services.feed.notification(request.tenant, raw)
     if found is None:
-        raise NotFoundError(
-            "there is no such notification", "id", "the id of a notification", request.params["id"]
-        )
+        raise await no_notification(services, request, raw)
     made = await services.broadcasts.broadcast_of(request.tenant, found.user, found.row.id)
     came = [] if made is None else [f"It came with the broadcast {uuid_text(made)}."]
     rules = _rules(found)

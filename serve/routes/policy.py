@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from carillon import policy
+from carillon import policy, retention
 from carillon.budget import MAX_COUNT, MAX_WINDOW_S
 from carillon.decision import DIGEST, FEED
 from carillon.events import ProblemError
@@ -66,6 +66,7 @@ _POLICY: Final = obj(
             "maxProperties": policy.MAX_TYPES,
             "additionalProperties": obj(_MEMBERS),
         },
+        retention.MEMBER: {"type": "number", "minimum": 0, "maximum": retention.MAX_DAYS, "multipleOf": 1},
         "presence": obj(
             {"watch": {"enum": list(WATCH)}, "url": {"type": "string", "maxLength": 2048}}, ["watch"]
         ),
@@ -105,6 +106,7 @@ _EXAMPLE: Final = {
     "forced": {"categories": {"security": True}},
     "limits": {"user": {"count": 30, "windowS": 3600}, "overflow": "digest"},
     "topics": {"subscribe": "prefix", "prefixes": ["public."]},
+    "retentionDays": 365,
 }
 _ANSWER: Final = {
     "whenAway": "push_after", "whenAwayDelayS": 30.0, "holdS": 60.0, "types": {},

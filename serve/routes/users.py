@@ -23,7 +23,14 @@ from carillon.problems import DocumentError, FieldError, problem, shown
 from serve.audit import audited
 from serve.http import Request, Response, json_response, whole_number
 from serve.routes.amend import HISTORY, etag, history, if_match
-from serve.routes.bodies import attempt_json, device_put, path_id, path_notification, valid_id
+from serve.routes.bodies import (
+    attempt_json,
+    device_put,
+    no_notification,
+    path_id,
+    path_notification,
+    valid_id,
+)
 from serve.routing import SERVICE, Query, Route
 from serve.schemas import INSTANT, SUCCESS, USER_ID, nullable, obj, ref
 from serve.services import Services
@@ -86,11 +93,10 @@ async def get_user_feed(services: Services, request: Request) -> Response:
 
 async def get_notification(services: Services, request: Request) -> Response:
     """GET /v1/notifications/{id}."""
-    found = await services.feed.notification(request.tenant, path_notification(request))
+    raw = path_notification(request)
+    found = await services.feed.notification(request.tenant, raw)
     if found is None:
-        raise NotFoundError(
-            "there is no such notification", "id", "the id of a notification", request.params["id"]
-        )
+        raise await no_notification(services, request, raw)
     row = found.row
     state = (
         "RETRACTED"

@@ -376,6 +376,13 @@ class FeedReader:
         async with acquired(self._pool, self._timeout_s) as connection:
             return await connection.fetchval(self._sql["owner"], uuid.UUID(bytes=notification_id), tenant)
 
+    async def archived(self, tenant: str, notification_id: bytes) -> str | None:
+        """The month ("2026-03") in whose archive a notification that is not here may be; None: in none."""
+        if "\0" in tenant:
+            return None
+        async with acquired(self._pool, self._timeout_s) as connection:
+            return await connection.fetchval(self._sql["archived"], tenant, uuid.UUID(bytes=notification_id))
+
     async def device(self, tenant: str, user: str, device: str) -> dict[str, Any] | None:
         """A push target by its columns (`registered_ms`, `disabled_ms` in ms), or None."""
         if "\0" in user or "\0" in device:

@@ -120,6 +120,10 @@ class UserRecord:
     """Time zone of the user's profile."""
     next_expiry_ms: int | None = None
     """When the next unread row expires; None: none will."""
+    pruned_seq: int = 0
+    """Notifications up to here may be gone from the tables (retention)."""
+    pruned_rev: int = 0
+    """Changes up to here may be gone."""
 
 
 @dataclass(slots=True)
@@ -490,6 +494,8 @@ class ShardStore(Amendments):
                 invisible_since_ms=r[12],
                 zone=r[13],
                 next_expiry_ms=r[14],
+                pruned_seq=r[15],
+                pruned_rev=r[16],
             )
             for r in rows
         }
@@ -1038,9 +1044,18 @@ class ShardStore(Amendments):
 
     async def changes_after(
         self, stream_id: int, after_rev: int, upto_seq: int, or_after_rev: int, limit: int
-    ) -> list[NotificationRow]:
-        """Changed rows with rev > after_rev and (seq <= upto_seq or rev > or_after_rev), by rev and seq."""
-        return await self._pool_rows("changes_after", stream_id, after_rev, upto_seq, or_after_rev, limit)
+    ) -> list[NotificationRow] | None:
+        """Changed rows with rev > after_rev and (seq <= upto_seq or rev > or_after_rev), by rev and seq.
+
+        None: changes after `after_rev` may have been pruned.
+        """
+        args = (stream_id, after_rev, upto_seq, or_after_rev, limit)
+        with translated():
+            async with self._open_pool().acquire(timeout=self._settings.connect_timeout_s) as connection:
+                rows = await connection.fetch(self._sql["changes_after"], *args)
+        if rows and rows[0]["pruned"]:
+            return None
+        return [row_of(r[:-1]) for r in rows if r["id"] is not None]
 
     async def _pool_rows(self, name: str, *args: Any) -> list[NotificationRow]:
         with translated():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -374,6 +375,22 @@ async def test_revoked_sessions(world: World) -> None:
     assert answer.json() == {"success": True}
     assert world.router.received == [SessionsRevoke("acme", "ada", slot_of("acme", "ada"))]
     problem(await world.http.get("/api/notifications", headers=headers), 401, "unauthenticated")
+
+
+async def test_what_is_archived_says_so(world: World) -> None:
+    """404 either way: `archived` if files of its tenant may hold it, `not_found` if they cannot."""
+    raw = bytes.fromhex("019cb0fe940670008000000000000006")
+    await world.pool.execute(
+        "insert into archive_parts (part, tenant, month, state, first_id, last_id, created_at)"
+        " values (gen_random_uuid(), 'acme', '2026-03', 'complete', $1, $1, now())",
+        uuid.UUID(bytes=raw),
+    )
+    for path in (f"/v1/notifications/{uuid_text(raw)}", f"/v1/notifications/{uuid_text(raw)}/explain"):
+        told = problem(await world.http.get(path, headers=world.service()), 404, "archived")
+        assert "what was read of 2026-03 is archived to files" in told["detail"]
+        problem(await world.http.get(path, headers=world.service(world.other_key)), 404, "not_found")
+        near = path.replace("000006", "000007")
+        problem(await world.http.get(near, headers=world.service()), 404, "not_found")
 
 
 async def test_tenants_never_meet(world: World) -> None:

@@ -33,6 +33,8 @@ class Feed:
         self._db = db
         self._key = key
         self.epoch = ""
+        self.pruned: frozenset[int] = frozenset()
+        """Nothing is archived in a simulation."""
 
     @property
     def stream(self) -> StreamRow | None:

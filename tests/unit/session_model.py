@@ -56,6 +56,9 @@ class Store:
         self.seq = self.rev = 0
         self.rows: list[NotificationRow] = []
         self.changed: set[int] = set()
+        self.pruned: set[int] = set()
+        self.known_pruned = (0, 0)
+        """What the stream's row said when it was last loaded: (pruned_seq, pruned_rev)."""
         self.time = 0
         self.badge_at: dict[int, int] = {0: 0}
         """By rev what a badge has to show there: the unread ones that can be seen."""
@@ -81,7 +84,21 @@ class Store:
 
     def head(self) -> Head:
         """Position as committed."""
-        return Head(self.epoch, self.seq, self.rev, self.unread)
+        return Head(self.epoch, self.seq, self.rev, self.unread, *self.known_pruned)
+
+    def pruned_to(self) -> tuple[int, int]:
+        """(pruned_seq, pruned_rev) of the stream's row."""
+        gone = [self.rows[seq - 1] for seq in self.pruned]
+        revs = [row.rev for row in gone if row.seq in self.changed]
+        return max([row.seq for row in gone], default=0), max(revs, default=0)
+
+    def prune(self, seq: int) -> bool:
+        """The row goes to the archive, if the user has dealt with it."""
+        row = self.rows[seq - 1]
+        if (row.read_ms or row.archived_ms or row.dismissed_ms or row.retracted_ms) is None:
+            return False
+        self.pruned.add(seq)
+        return True
 
     def append(self, expired: bool = False) -> New:
         """Commit a notification."""
@@ -103,7 +120,7 @@ class Store:
         hit: list[NotificationRow] = []
         for row in self.rows:
             wanted = row.seq <= upto if op == "read_all" else row.seq in seqs
-            if not wanted or row.retracted_ms is not None:
+            if not wanted or row.retracted_ms is not None or row.seq in self.pruned:
                 continue
             if op == "read_all" and (row.archived_ms is not None or row.dismissed_ms is not None):
                 continue
@@ -145,15 +162,18 @@ class Store:
             server_frames.notification_state(kind, raw, self.rev - (n < last)) for n, raw in enumerate(ids)
         ]
 
-    def answer(self, request: LoadNotifications | LoadChanges) -> list[NotificationRow]:
+    def answer(self, request: LoadNotifications | LoadChanges) -> list[NotificationRow] | None:
         """What the query of a load reads now."""
         if isinstance(request, LoadNotifications):
-            found = [r for r in self.rows if r.seq > request.after_seq]
+            found = [r for r in self.rows if r.seq > request.after_seq and r.seq not in self.pruned]
         else:
+            if self.pruned_to()[1] > request.after_rev:
+                return None
             found = [
                 r
                 for r in self.rows
                 if r.seq in self.changed
+                and r.seq not in self.pruned
                 and r.rev > request.after_rev
                 and (r.seq <= request.upto_seq or r.rev > request.or_after_rev)
             ]
@@ -258,7 +278,7 @@ class Client:
 
     def _fetch(self, upto_seq: int) -> None:
         for row in self.store.rows[:upto_seq]:
-            if not self.store.hidden(row.seq):
+            if not self.store.hidden(row.seq) and row.seq not in self.store.pruned:
                 self._put(json.loads(notification_json(row, USER_JSON)))
             else:
                 self.notes.pop(uuid_text(row.id), None)
@@ -308,7 +328,7 @@ class Client:
             if row.retracted_ms is not None:
                 assert note is None, f"seq {row.seq} was withdrawn and is still shown"
                 continue
-            if row.expires_ms is not None and note is None:
+            if (row.expires_ms is not None or row.seq in self.store.pruned) and note is None:
                 continue
             assert note is not None, f"seq {row.seq} is missing"
             states = {name for name in STATES if getattr(row, f"{name}_ms") is not None}

@@ -39,6 +39,7 @@ class Load:
     def __init__(self, request: LoadNotifications | LoadChanges) -> None:
         self.request = request
         self.rows: Any = None
+        self.read = False
 
 
 class Row:
@@ -369,14 +370,20 @@ class SessionMachine(RuleBasedStateMachine):
     @rule(which=pick)
     def store_reads(self, which: int) -> None:
         load = self.loads[which % len(self.loads)]
-        if load.rows is None:
-            load.rows = self.store.answer(load.request)
+        if not load.read:
+            load.rows, load.read = self.store.answer(load.request), True
+
+    @rule(which=pick, loaded=st.booleans())
+    def archive(self, which: int, loaded: bool) -> None:
+        """An old row that the user has dealt with leaves the store; sessions may know of it only later."""
+        if self.store.seq and self.store.prune(which % self.store.seq + 1) and loaded:
+            self.store.known_pruned = self.store.pruned_to()
 
     @precondition(lambda self: self.loads)
     @rule(which=pick)
     def store_answers(self, which: int) -> None:
         load = self.loads.pop(which % len(self.loads))
-        rows = self.store.answer(load.request) if load.rows is None else load.rows
+        rows = load.rows if load.read else self.store.answer(load.request)
         request = load.request
         if isinstance(request, LoadNotifications):
             effects = self.session.notifications_loaded(request.to, rows, request, NOW_MS)

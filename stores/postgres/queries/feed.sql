@@ -128,6 +128,11 @@ from amendments a
 where a.notification_id = $1
 order by a.at, a.version nulls last, a.act_id;
 
+-- name: archived
+-- Whether a notification that is not here may be in the archive, and in which month. $1 tenant, $2 id.
+select month from archive_parts
+where state = 'complete' and tenant = $1 and first_id <= $2 and last_id >= $2 limit 1;
+
 -- name: deliveries
 -- The external deliveries of a notification with their tries, as rows. $1 notification.
 select d.id, d.channel, d.state, d.attempts, d.reason, d.chain, d.step,

@@ -28,7 +28,8 @@ select b.tenant, b.user_id, b.stream_id, b.epoch, b.seq, b.rev,
        array(select r.token_id from revoked_tokens r where r.stream_id = b.stream_id and r.expires_at > now()),
        (select p.document::text from preferences p where p.tenant = b.tenant and p.user_id = b.user_id),
        (extract(epoch from b.invisible_since) * 1000)::bigint as invisible_since_ms,
-       (select p.timezone from profiles p where p.tenant = b.tenant and p.user_id = b.user_id), e.next_ms
+       (select p.timezone from profiles p where p.tenant = b.tenant and p.user_id = b.user_id), e.next_ms,
+       b.pruned_seq, b.pruned_rev
 from both_of b, fence,
     lateral (select count(*) filter (where n.expires_at <= now())::int as expired,
                     (extract(epoch from min(n.expires_at) filter (where n.expires_at > now())) * 1000)::bigint as next_ms
@@ -612,7 +613,14 @@ returning (extract(epoch from invisible_since) * 1000)::bigint;
 select %(row)s from notifications n where n.stream_id = $1 and n.seq > $2 order by n.seq limit $3;
 
 -- name: changes_after
--- Catching up on changes: $1 stream, $2 after rev, $3 up to seq, $4 or after rev, $5 limit.
-select %(row)s from notifications n
-where n.stream_id = $1 and n.changed and n.rev > $2 and (n.seq <= $3 or n.rev > $4)
-order by n.rev, n.seq limit $5;
+-- Catching up on changes: $1 stream, $2 after rev, $3 up to seq, $4 or after rev, $5 limit. One row at least says
+-- whether changes after $2 were pruned.
+select c.*, s.pruned_rev > $2 as pruned
+from streams s
+left join lateral (
+    select %(row)s from notifications n
+    where n.stream_id = $1 and n.changed and n.rev > $2 and (n.seq <= $3 or n.rev > $4)
+    order by n.rev, n.seq limit $5
+) c on true
+where s.stream_id = $1
+order by c.rev, c.seq;

@@ -73,6 +73,11 @@ left_broadcasts as (
     where b.broadcast_id = o.broadcast_id
     returning 1
 ),
+asked_archive as (  -- files are written anew without the user soon after (actors/archive_job.py)
+    insert into archive_erasures (tenant, user_id)
+    select $1, $2::text where exists (select from archive_parts p where p.tenant = $1)
+    on conflict (tenant, user_id) do update set asked_at = now()
+),
 found as (
     select (select count(*) from gone_stream) + (select count(*) from gone_devices)
          + (select count(*) from gone_preferences) + (select count(*) from gone_profile)
