@@ -33,7 +33,7 @@ async def edit(world: Transports, ident: str, **members: Any) -> httpx.Response:
 
 
 async def frame(socket: Any) -> dict[str, Any]:
-    return json.loads(await asyncio.wait_for(socket.recv(), 5.0))
+    return json.loads(await asyncio.wait_for(socket.recv(), 60.0))
 
 
 async def feed(world: Transports, **query: Any) -> list[dict[str, Any]]:
