@@ -57,14 +57,14 @@ async def deployed(ray_local: str, postgres_dsn: str, tmp_path: Path) -> AsyncIt
             "namespace": f"shell-{uuid.uuid4().hex[:8]}",
             "runtime_dir": str(tmp_path),
             "lease_renew_s": 0.25,
-            "lease_timeout_s": 12.0,  # a busy machine restarts a process in 2-6 s
+            "lease_timeout_s": 60.0,  # a busy machine restarts a process in 2-20 s
             "rebalance_delay_s": 0.1,
         },
     )
     made = Deployed(settings)
     made.spawn("coordinator", COORDINATOR, LonelyCoordinatorActor)
     yield made
-    await asyncio.to_thread(undeploy, settings.cluster.namespace, timeout_s=10)
+    await asyncio.to_thread(undeploy, settings.cluster.namespace, timeout_s=60)
 
 
 def is_running(pid: int) -> bool:
@@ -80,7 +80,7 @@ async def test_a_killed_shard_is_back_within_its_lease_with_its_slots(deployed: 
     """kill -9: Ray restarts it in place, it joins by itself under a new term, and no slot moves."""
     first = deployed.spawn("shard", "shard-x-0", PlainActor)
     deployed.spawn("shard", "shard-x-1", PlainActor)
-    await eventually(lambda: _owns(deployed, "shard-x-1", SLOTS // 2), timeout_s=30)
+    await eventually(lambda: _owns(deployed, "shard-x-1", SLOTS // 2), timeout_s=120)
     before = await deployed.members()
     pid = await first.pid.remote()
     began = time.monotonic()
@@ -90,7 +90,7 @@ async def test_a_killed_shard_is_back_within_its_lease_with_its_slots(deployed: 
         member = await deployed.member("shard-x-0")
         return member.get("joined", False) and member["incarnation"] != before["shard-x-0"]["incarnation"]
 
-    await eventually(is_back, timeout_s=20, what="the shard is back")
+    await eventually(is_back, timeout_s=120, what="the shard is back")
     took_s = time.monotonic() - began
     print(f"\nrestart of a killed shard: {took_s:.2f} s")
     assert took_s < deployed.settings.cluster.lease_timeout_s
@@ -113,7 +113,7 @@ async def test_a_killed_coordinator_is_back_with_the_same_map(deployed: Deployed
     deployed.spawn("shard", "shard-x-0", PlainActor)
     router = deployed.spawn("router", "router-x", PlainActor)
     await router.ready.remote()
-    await eventually(lambda: _owns(deployed, "shard-x-0", SLOTS), timeout_s=30)
+    await eventually(lambda: _owns(deployed, "shard-x-0", SLOTS), timeout_s=120)
     handle = find_actor(COORDINATOR, deployed.settings.cluster.namespace)
     assert handle is not None
     before = await handle.status.remote()
@@ -124,7 +124,7 @@ async def test_a_killed_coordinator_is_back_with_the_same_map(deployed: Deployed
         members = await deployed.members()
         return len(members) == 2 and all(member["joined"] for member in members.values())
 
-    await eventually(is_back, timeout_s=20, what="everybody has joined the new coordinator")
+    await eventually(is_back, timeout_s=120, what="everybody has joined the new coordinator")
     print(f"\nrestart of a killed coordinator, members joined: {time.monotonic() - began:.2f} s")
     after = await handle.status.remote()
     assert after["epoch"] == before["epoch"] + 1
@@ -149,7 +149,7 @@ async def test_an_actor_that_cannot_start_is_restarted_and_says_why(deployed: De
             return False
 
     began = time.monotonic()
-    await eventually(is_another, timeout_s=20, what="the next process")
+    await eventually(is_another, timeout_s=120, what="the next process")
     assert time.monotonic() - began > 1.0, "no tight loop"
 
 
@@ -160,7 +160,7 @@ async def test_undeploy_ends_every_actor_and_its_process(deployed: Deployed) -> 
     pids = await asyncio.gather(*[handle.pid.remote() for handle in handles])
     namespace = deployed.settings.cluster.namespace
     steps: list[str] = []
-    assert await asyncio.to_thread(undeploy, namespace, timeout_s=10, progress=steps.append) == 3
+    assert await asyncio.to_thread(undeploy, namespace, timeout_s=60, progress=steps.append) == 3
     assert any("router" in step for step in steps)
     assert actor_names(namespace) == []
     await eventually(lambda: not any(is_running(pid) for pid in pids), what="the processes are gone")

@@ -24,6 +24,6 @@ class LoopApart:
         self._thread.join()
         self._loop.close()
 
-    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = 60.0) -> T:
+    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = 280.0) -> T:
         """Run it to its end, from another thread."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)

@@ -23,7 +23,7 @@ from cluster.processes import alive, read_process
 from cluster.ray_env import ROOT
 from tests.support import eventually
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(600)
 
 
 async def value_of(dsn: str, query: str) -> object:
@@ -209,7 +209,7 @@ async def test_servers_do_not_outlive_their_owner(place: Path) -> None:
         owner.send_signal(signal.SIGKILL)
         owner.wait()
         owner.stdout.close()
-    await eventually(lambda: not any(alive(server) for server in servers), 20, "both servers end")
+    await eventually(lambda: not any(alive(server) for server in servers), 60, "both servers end")
 
 
 async def test_valkey_keeps_its_data(place: Path) -> None:

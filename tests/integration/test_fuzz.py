@@ -35,7 +35,7 @@ async def test_an_open_door_is_found(postgres_dsn: str, monkeypatch: pytest.Monk
     def believe(token: str, *_: Any) -> ClientIdentity:
         return ClientIdentity(claimed_tenant(token), "victim", 4_000_000_000_000, 0)
 
-    monkeypatch.setattr(arena_module, "LONGEST_S", 2.0)
+    monkeypatch.setattr(arena_module, "LONGEST_S", 8.0)
     async with Arena(postgres_dsn) as arena:
         monkeypatch.setattr(gateway, "verify", believe)
         with pytest.raises(Finding):
@@ -44,7 +44,7 @@ async def test_an_open_door_is_found(postgres_dsn: str, monkeypatch: pytest.Monk
 
 async def test_a_forgotten_limit_is_found(postgres_dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gateway that takes messages of any length is found out."""
-    monkeypatch.setattr(arena_module, "LONGEST_S", 2.0)
+    monkeypatch.setattr(arena_module, "LONGEST_S", 8.0)
     async with Arena(postgres_dsn) as arena:
         object.__setattr__(arena.world.gateways[0].limits, "max_message_bytes", 2**30)
         with pytest.raises(Finding, match=r"length|too long"):
