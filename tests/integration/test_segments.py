@@ -53,7 +53,7 @@ def test_both_evaluations_agree(postgres_dsn: str, cases: list[tuple[Any, list[A
 
 @pytest.fixture
 async def service(postgres_dsn: str) -> AsyncIterator[Service]:
-    async with ClientWorld(postgres_dsn) as world:
+    async with ClientWorld(postgres_dsn, ingress={"preview_s": 60.0}) as world:
         made = Service(world)
         try:
             yield made
