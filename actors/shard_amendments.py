@@ -153,16 +153,18 @@ class Amendments:
     def _edited(self, entry: AmendEntry, found: Standing, now_ms: int) -> EditRow | None:
         """What is to be written; None: nothing, or the entry was refused."""
         message = entry.message
-        refused = edits.refusal(found.version, found.expires_ms, found.retracted_ms, message.version, now_ms)
+        refused = edits.over(found.expires_ms, found.retracted_ms, now_ms)
         new: edits.Edited | None = None
         if refused is None:
             try:
                 new = edits.edited(found.content, found.expires_ms, message.patch)
             except InvalidInputError as exc:
                 refused = exc
+        if new is not None:
+            refused = edits.conflict(found.version, message.version)
         if refused is not None:
             finish([entry], refused)
-        if new is None:
+        if refused is not None or new is None:
             return None
         return EditRow(
             entry.user.stream_id, message.notification, message.act, message.actor,

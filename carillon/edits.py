@@ -139,19 +139,23 @@ def edited(content: str, expires_ms: int | None, patch: str) -> Edited | None:
     return Edited(made, expires_ms, [after.get(name) for name in PUSHED] != shown_before)
 
 
-def refusal(
-    version: int, expires_ms: int | None, retracted_ms: int | None, asked: int | None, now_ms: int
-) -> CarillonError | None:
-    """Why a notification is not edited; None: it may be.
-
-    Args:
-        version: the present one.
-        asked: the version that the caller means to edit; None: whichever there is.
-    """
+def over(expires_ms: int | None, retracted_ms: int | None, now_ms: int) -> CarillonError | None:
+    """Why a notification is not edited any more; None: it may be."""
     if retracted_ms is not None:
         return RetractedError(f"it was retracted at {rfc3339(retracted_ms)}")
     if expires_ms is not None and expires_ms <= now_ms:
         return ExpiredError(f"it has expired at {rfc3339(expires_ms)}")
+    return None
+
+
+def conflict(version: int, asked: int | None) -> CarillonError | None:
+    """Why the present version is not to be edited; None: it is.
+
+    Only for an edit that changes something: one that was made already (a try whose answer was lost) succeeds.
+
+    Args:
+        asked: the version that the caller means; None: whichever there is.
+    """
     if asked is not None and asked != version:
         return VersionError(
             f"expected version {asked}, but version {version} is the present one",

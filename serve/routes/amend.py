@@ -15,6 +15,7 @@ from carillon.ids import slot_of
 from carillon.messages import Amend, Amended
 from carillon.notification import notification_json, user_json_of
 from carillon.problems import DocumentError, problem
+from serve.audit import audited
 from serve.http import Header, Request, Response, json_response
 from serve.routes.bodies import path_notification
 from serve.routing import SERVICE, Query, Route
@@ -74,6 +75,20 @@ async def _amend(services: Services, request: Request, raw: bytes, op: str, patc
     return answer
 
 
+async def _cancel_schedule(services: Services, request: Request, raw: bytes) -> int | None:
+    """An event that is to be sent later is answered with the id of its schedule.
+
+    Returns:
+        When that was cancelled, now or before; None: there is none that can be.
+    """
+    now_ms = services.clock.now_ms()
+    if await services.schedules.cancel(request.tenant, raw, now_ms):
+        await audited(services, request, "schedule.cancel", request.params["id"])
+        return now_ms
+    known = await services.schedules.get(request.tenant, raw)
+    return known.updated_ms if known is not None and known.state == "cancelled" else None
+
+
 def _unknown(request: Request) -> NotFoundError:
     return NotFoundError(
         "there is no such notification", "id", "the id of a notification", request.params["id"][:80]
@@ -84,7 +99,13 @@ async def post_cancel(services: Services, request: Request) -> Response:
     """POST /v1/notifications/{id}/cancel."""
     raw = path_notification(request)
     await request.json_object(())
-    answer = await _amend(services, request, raw, "cancel", None)
+    try:
+        answer = await _amend(services, request, raw, "cancel", None)
+    except NotFoundError:
+        at_ms = await _cancel_schedule(services, request, raw)
+        if at_ms is None:
+            raise
+        answer = Amended(1, None, at_ms, 1)
     cancelled_ms, retracted_ms = answer.cancelled_ms, answer.retracted_ms
     return json_response(
         {
@@ -188,7 +209,8 @@ ROUTES: Final = (
         scope=_SCOPE,
         doc=(
             "Pushes that wait, are held or would be tried again are stopped, and no fallback follows. What "
-            "was shown stays, in the feed too. Again: the same answer."
+            "was shown stays, in the feed too. Also takes the id of an event that is to be sent later. "
+            "Again: the same answer."
         ),
         body=obj({}), body_required=False,
         answer=obj(

@@ -17,7 +17,8 @@ _ROW: Final = (
     "schedule_id, user_id, rule, event, single, state, fired, missed, result, "
     "(extract(epoch from next_at) * 1000)::bigint as next_ms, "
     "(extract(epoch from fired_at) * 1000)::bigint as fired_ms, "
-    "(extract(epoch from created_at) * 1000)::bigint as created_ms"
+    "(extract(epoch from created_at) * 1000)::bigint as created_ms, "
+    "(extract(epoch from updated_at) * 1000)::bigint as updated_ms"
 )
 
 
@@ -54,6 +55,7 @@ class ScheduleRecord:
     fired_ms: int | None
     result: str | None
     created_ms: int
+    updated_ms: int = 0
 
 
 @dataclass(slots=True)
@@ -207,4 +209,5 @@ def _record(row: asyncpg.Record) -> ScheduleRecord:
     return ScheduleRecord(
         row["schedule_id"].bytes, row["user_id"], row["rule"], row["event"], row["single"], row["state"],
         row["next_ms"], row["fired"], row["missed"], row["fired_ms"], row["result"], row["created_ms"],
+        row["updated_ms"],
     )  # fmt: skip

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from websockets.asyncio.client import connect
 
+from carillon.clock import rfc3339
 from carillon.errors import RemoteError
 from carillon.ids import slot_of, uuid_text
 from carillon.messages import Amend, Amended, DevicePut, PushOutcome, PushResult
@@ -190,6 +191,8 @@ async def test_what_an_edit_may_not(postgres_dsn: str) -> None:
         match = {"If-Match": '"1"'}
         late = await service(world, "PATCH", f"/v1/notifications/{ident}", json={"title": "b"}, headers=match)
         assert (late.status_code, late.json()["code"]) == (412, "version_conflict")
+        made = await service(world, "PATCH", f"/v1/notifications/{ident}", json={"title": "a"}, headers=match)
+        assert (made.status_code, made.json()["version"]) == (200, 2), "a try whose answer was lost"
         odd = await service(
             world, "PATCH", f"/v1/notifications/{ident}", json={}, headers={"If-Match": "abc"}
         )
@@ -202,6 +205,25 @@ async def test_what_an_edit_may_not(postgres_dsn: str) -> None:
         got = await service(world, "GET", f"/v1/notifications/{ident}")
         assert got.headers["etag"] == '"2"'
         assert await world.db.fetchval("select rev from streams") == 2
+
+
+async def test_what_was_to_be_sent_later_is_cancelled_by_its_id(postgres_dsn: str) -> None:
+    """The id that scheduleAt was answered with: its schedule ends; told twice: the same; unknown: 404."""
+    async with Transports(postgres_dsn) as world:
+        tomorrow = rfc3339(world.clock.now_ms() + 86_400_000)
+        later = await world.send("later", scheduleAt=tomorrow)
+        path = f"/v1/notifications/{later['id']}/cancel"
+        answer = await service(world, "POST", path)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["stopped"] == 1
+        assert (await service(world, "POST", path)).json() == answer.json()
+        kept = (await service(world, "GET", f"/v1/schedules/{later['id']}")).json()
+        assert kept["state"] == "cancelled"
+        sent = await world.send("later", scheduleAt="2020-01-01T00:00:00Z")
+        assert (await service(world, "POST", f"/v1/notifications/{sent['id']}/cancel")).status_code == 200
+        for op in ("retract", "cancel"):
+            unknown = f"/v1/notifications/{uuid.uuid4()}/{op}"
+            assert (await service(world, "POST", unknown)).status_code == 404
 
 
 # -- one shard, by hand -----------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ class Notes:
 
     def __init__(self) -> None:
         self.states: dict[str, set[str]] = {}
+        self.titles: dict[str, str] = {}
         self.seqs: dict[str, int] = {}
         self.stamps: list[tuple[int, int]] = []
         """(rev, count) as it was told."""
@@ -52,10 +53,19 @@ class Notes:
 
     def put(self, one: dict[str, Any]) -> None:
         self.seqs[one["id"]] = one["seq"]
+        self.titles[one["id"]] = one["title"]
         self.states.setdefault(one["id"], set()).update(name for name in STATES if one.get(name))
 
     def change(self, frame: dict[str, Any]) -> None:
         kind = check_server_frame(frame)
+        if kind == "NOTIFICATION_UPDATED":
+            if frame["notification"]["id"] in self.states:
+                self.put(frame["notification"])
+            return
+        if kind == "NOTIFICATION_RETRACTED":
+            self.states.pop(frame["notificationId"], None)
+            self.titles.pop(frame["notificationId"], None)
+            return
         if kind == "ALL_NOTIFICATIONS_READ":
             for key, states in self.states.items():
                 if self.seqs[key] <= frame["upToSeq"] and not states & {"archived", "dismissed"}:
@@ -88,6 +98,8 @@ class Device:
         self.live_at: int | None = None
         """Rev up to which it shows exactly what was; None while it catches up."""
         self.wrong: list[str] = []
+        self.left_out: set[int] = set()
+        """Seqs that it was never told: only what was retracted meanwhile."""
         self.task: asyncio.Task[None] | None = None
 
     async def come(self) -> None:
@@ -172,11 +184,15 @@ class Device:
         epoch, seq, rev = self.position
         if kind == "NEW_NOTIFICATION":
             one = frame["notification"]
-            if one["seq"] != seq + 1:
+            if one["seq"] <= seq:
                 self.wrong.append(f"{self.name}: seq {one['seq']} after {seq}")
+            self.left_out.update(range(seq + 1, one["seq"]))
             self.notes.put(one)
             at = one["rev"]
             self.position = (epoch, one["seq"], rev)
+        elif kind == "NOTIFICATION_UPDATED":
+            self.notes.change(frame)
+            at = frame["notification"]["rev"]
         else:
             self.notes.change(frame)
             at = frame["rev"]
@@ -212,10 +228,17 @@ class Paper:
                 return
 
 
+async def titles(world: Transports) -> dict[str, str]:
+    """Titles by id, from PostgreSQL."""
+    rows = await world.db.fetch("select id, content from notifications where retracted_at is null")
+    return {str(row["id"]): json.loads(f"{{{row['content']}}}")["title"] for row in rows}
+
+
 async def truth(world: Transports) -> tuple[dict[str, set[str]], int, int]:
     """States by id, rev and unread, from PostgreSQL."""
     rows = await world.db.fetch(
         "select id, read_at, seen_at, archived_at, dismissed_at, clicked_at from notifications"
+        " where retracted_at is null"
     )
     states = {str(row["id"]): {name for name in STATES if row[f"{name}_at"] is not None} for row in rows}
     head = await world.db.fetchrow("select rev, unread from streams")
@@ -237,7 +260,8 @@ async def stamps_are_true(world: Transports, stamps: list[tuple[int, int]]) -> N
 
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_devices_stay_in_step(postgres_dsn: str, seed: int) -> None:
-    """Any order of reads, archives, news, log-ins and losses ends with equal devices and true counts."""
+    """Any order of reads, archives, edits, retractions, news, log-ins and losses ends with equal devices and
+    true counts."""
     dice = Random(seed)
     shard = {"recent_window": dice.choice((0, 2, 50)), "replay_page": dice.choice((2, 3, 200))}
     async with Transports(postgres_dsn, shard={**shard, "resume_wait_s": 60.0, "grace_s": 0.2}) as world:
@@ -260,7 +284,9 @@ async def test_devices_stay_in_step(postgres_dsn: str, seed: int) -> None:
                         )
                     await world.lose_shard()
                 for task in http:
-                    assert (await task).status_code in (200, 202, 404)
+                    answer = await task
+                    gone = answer.status_code == 409 and answer.json()["code"] == "retracted"
+                    assert gone or answer.status_code in (200, 202, 404)
                 await rest(world, devices, paper, dice)
         finally:
             for device in devices:
@@ -272,7 +298,7 @@ async def step(world: Transports, dice: Random, devices: list[Device], http: lis
     device = dice.choice(devices)
     known = sorted({key for one in devices for key in one.notes.states}) or [str(uuid.uuid4())]
     some = [*dice.sample(known, min(len(known), dice.choice((1, 1, 2, 4)))), str(uuid.uuid4())]
-    kind = dice.randrange(12)
+    kind = dice.randrange(14)
     by_socket = dice.random() < 0.6
     if kind < 3:
         events = [{"userId": "ann", "type": "t", "title": "n"} for _ in range(dice.choice((1, 1, 3)))]
@@ -297,6 +323,14 @@ async def step(world: Transports, dice: Random, devices: list[Device], http: lis
             await device.say(type="MARK_ALL_READ", **body)
         else:
             http.append(asyncio.create_task(world.call("POST", "/api/notifications/read-all", json=body)))
+    elif kind >= 12:
+        headers = {"Authorization": f"Bearer {world.key}"}
+        if dice.random() < 0.3:
+            act = world.http.post(f"/v1/notifications/{some[0]}/retract", headers=headers)
+        else:
+            patch = {"title": f"edited {dice.randrange(1000)}"}
+            act = world.http.patch(f"/v1/notifications/{some[0]}", json=patch, headers=headers)
+        http.append(asyncio.create_task(act))
     elif device.there:
         await device.leave(clean=dice.random() < 0.5)
     else:
@@ -317,17 +351,21 @@ async def rest(world: Transports, devices: list[Device], paper: Paper, dice: Ran
 
     async def in_step() -> bool:
         states, _, _ = await truth(world)
-        return all(device.notes.states == states for device in devices)
+        shown = await titles(world)
+        return all(d.notes.states == states and d.notes.titles == shown for d in devices)
 
     await eventually(in_step, what="all devices in step")
     await paper.ask(dice.choice((1, 2, 200)))
     states, rev, unread = await truth(world)
+    gone = await world.db.fetch("select seq from notifications where retracted_at is not null")
     for device in devices:
         assert device.wrong == []
+        assert device.left_out <= {row["seq"] for row in gone}
         assert device.notes.states == states
         assert device.notes.badge == unread
         device.live_at = rev
     assert paper.notes.states == states
+    assert paper.notes.titles == await titles(world)
     assert paper.notes.badge == unread
     assert (await world.call("GET", "/api/notifications/unread-count")).json() == {
         "count": unread,

@@ -104,11 +104,13 @@ def test_a_notification_does_not_outgrow_its_bound() -> None:
 
 def test_why_an_edit_is_refused() -> None:
     """Retracted, expired, another version: each says so; the present version and none at all are fine."""
-    assert edits.refusal(3, 101, None, 3, 100) is None
-    assert edits.refusal(3, None, None, None, 100) is None
-    assert isinstance(edits.refusal(3, 100, 50, 2, 100), RetractedError)
-    assert isinstance(edits.refusal(3, 100, None, 2, 100), ExpiredError)
-    assert isinstance(edits.refusal(3, None, None, 2, 100), VersionError)
+    assert edits.over(101, None, 100) is None
+    assert edits.over(None, None, 100) is None
+    assert isinstance(edits.over(100, 50, 100), RetractedError)
+    assert isinstance(edits.over(100, None, 100), ExpiredError)
+    assert edits.conflict(3, 3) is None
+    assert edits.conflict(3, None) is None
+    assert isinstance(edits.conflict(3, 2), VersionError)
 
 
 @pytest.mark.parametrize(("text", "version"), [('"3"', 3), ('W/"17"', 17), ("*", None), ("2", 2)])

@@ -233,6 +233,15 @@ def test_what_is_asked_of_users(both: Both) -> None:
                 ],
             },
         ),
+        ("PATCH", "/v1/notifications/i"): (
+            200,
+            {"notification": {"id": "i", "seq": 1, "type": "t", "title": "new"}, "version": 2},
+        ),
+        ("POST", "/v1/notifications/i/retract"): (200, {"id": "i", "retractedAt": "later"}),
+        ("POST", "/v1/notifications/i/cancel"): (
+            200,
+            {"id": "i", "cancelledAt": "now", "retractedAt": None, "stopped": 1},
+        ),
         ("GET", "/v1/users/a/preferences"): (200, {"badge": True}),
         ("PUT", "/v1/users/a/preferences"): (200, {"badge": False}),
         ("POST", "/v1/users/a/sessions/revoke"): (200, {"success": True}),
@@ -262,6 +271,12 @@ def test_what_is_asked_of_users(both: Both) -> None:
     assert page.notifications[0].raw["addedLater"] == 1
     history = both.run(lambda p: p.notification("i"))
     assert (history.delivery_state, history.deliveries[0].tries[0].outcome) == ("SENT", "accepted")
+    assert (history.version, history.changes) == (1, [])
+    after = both.run(lambda p: p.edit("i", {"title": "new", "body": None}, version=1))
+    assert (after.notification.title, after.version) == ("new", 2)
+    assert json.loads(fake.requests[-1][3]) == {"title": "new", "body": None, "version": 1}
+    assert both.run(lambda p: p.retract("i")).retracted_at == "later"
+    assert both.run(lambda p: p.cancel("i")).stopped == 1
     assert both.run(lambda p: p.preferences("a")) == {"badge": True}
     assert both.run(lambda p: p.set_preferences("a", {"badge": False})) == {"badge": False}
     assert both.run(lambda p: p.revoke_sessions("a")) is None

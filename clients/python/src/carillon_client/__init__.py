@@ -32,15 +32,19 @@ from carillon_client.errors import (
     TransportError,
     UnavailableError,
     UnexpectedAnswerError,
+    VersionConflictError,
 )
 from carillon_client.models import (
+    Amendment,
     Broadcast,
     BroadcastCounts,
     BroadcastFailure,
     BroadcastPage,
     BroadcastUsers,
+    Cancelled,
     Change,
     Device,
+    Edited,
     Event,
     FeedPage,
     Notification,
@@ -50,6 +54,7 @@ from carillon_client.models import (
     Presence,
     PresenceDevice,
     Reset,
+    Retracted,
     SendReport,
     Sent,
     Token,
@@ -58,6 +63,7 @@ from carillon_client.publisher import Publisher
 from carillon_client.subscriber import Subscriber
 
 __all__ = [
+    "Amendment",
     "AsyncPublisher",
     "AuthenticationError",
     "BatchLimits",
@@ -66,10 +72,12 @@ __all__ = [
     "BroadcastFailure",
     "BroadcastPage",
     "BroadcastUsers",
+    "Cancelled",
     "CarillonError",
     "Change",
     "ClosedError",
     "Device",
+    "Edited",
     "Event",
     "FeedPage",
     "FieldError",
@@ -90,6 +98,7 @@ __all__ = [
     "Publisher",
     "QueueFullError",
     "Reset",
+    "Retracted",
     "RetryPolicy",
     "SendReport",
     "Sent",
@@ -102,4 +111,5 @@ __all__ = [
     "TransportError",
     "UnavailableError",
     "UnexpectedAnswerError",
+    "VersionConflictError",
 ]

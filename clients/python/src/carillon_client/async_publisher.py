@@ -29,12 +29,15 @@ from carillon_client.models import (
     Broadcast,
     BroadcastFailure,
     BroadcastPage,
+    Cancelled,
     Device,
+    Edited,
     Event,
     FeedPage,
     Notification,
     NotificationHistory,
     Presence,
+    Retracted,
     SendReport,
     Sent,
     Token,
@@ -347,8 +350,26 @@ class AsyncPublisher:
                 return
 
     async def notification(self, id: str) -> NotificationHistory:
-        """A notification with every try of every push."""
+        """A notification with every try of every push, and what was done to it since."""
         return await self._call(calls.notification(id))
+
+    async def edit(self, id: str, changes: Mapping[str, Any], *, version: int | None = None) -> Edited:
+        """Edit a notification everywhere it is shown.
+
+        Args:
+            changes: members by their name on the wire (title, body, link, imageUrl, icon, actions, data,
+                expiresAt) with their new values; None takes one away.
+            version: only if this is the present one. Raises VersionConflictError: it is not.
+        """
+        return await self._call(calls.edit(id, changes, version))
+
+    async def retract(self, id: str) -> Retracted:
+        """Withdraw a notification from feeds, devices and phones, for good."""
+        return await self._call(calls.retract(id))
+
+    async def cancel(self, id: str) -> Cancelled:
+        """Stop what is pending of a notification; what is shown stays."""
+        return await self._call(calls.cancel(id))
 
     async def preferences(self, user_id: str) -> dict[str, Any]:
         """The user's preferences document with every member."""

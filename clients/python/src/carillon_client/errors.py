@@ -7,6 +7,7 @@ CarillonError
     NotFoundError             404
     InvalidRequestError       400, 413, 422: correct the request; `errors` says where
       IdempotencyConflictError  the key was used with another body
+    VersionConflictError      412: another version is the present one
     UnavailableError          409 in_progress, 429, 5xx: the same request may succeed later
   TransportError            no answer: connection refused, reset, timed out
   UnexpectedAnswerError     an answer that is not Carillon's
@@ -97,6 +98,10 @@ class InvalidRequestError(ProblemError):
 
 class IdempotencyConflictError(InvalidRequestError):
     """422: the idempotency key was used within 24 h with another body."""
+
+
+class VersionConflictError(ProblemError):
+    """412: another version than the one named is the present one."""
 
 
 class UnavailableError(ProblemError):

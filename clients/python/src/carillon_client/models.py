@@ -310,6 +310,20 @@ class DeliveryRecord(_Wire, frozen=True):
     tries: list[DeliveryTry] = []
 
 
+class Amendment(_Wire, frozen=True):
+    """What a service did to a notification it had sent."""
+
+    act: str
+    """edit, retract or cancel."""
+    at: str
+    by: str
+    """The API key: "key:<key id>"."""
+    version: int | None = None
+    """That an edit made."""
+    former: dict[str, Any] | None = None
+    """What an edit replaced, as it was before."""
+
+
 class NotificationHistory(_Wire, frozen=True):
     """A notification and everything that was tried to deliver it."""
 
@@ -317,6 +331,37 @@ class NotificationHistory(_Wire, frozen=True):
     delivery_state: str
     """SENT, DELIVERED, READ or RETRACTED."""
     deliveries: list[DeliveryRecord] = []
+    version: int = 1
+    """Of its content: one more with each edit."""
+    retracted_at: str | None = None
+    cancelled_at: str | None = None
+    changes: list[Amendment] = []
+    """What services did to it, in order."""
+
+
+class Edited(_Wire, frozen=True):
+    """A notification after an edit."""
+
+    notification: Notification
+    version: int
+
+
+class Retracted(_Wire, frozen=True):
+    """A notification that was withdrawn."""
+
+    id: str
+    retracted_at: str
+
+
+class Cancelled(_Wire, frozen=True):
+    """What a cancellation stopped."""
+
+    id: str
+    cancelled_at: str | None = None
+    """None: it was retracted before."""
+    retracted_at: str | None = None
+    stopped: int = 0
+    """Pushes that will not be sent."""
 
 
 class BroadcastCounts(_Wire, frozen=True):

@@ -12,15 +12,19 @@ from carillon_client.core.codec import encode_json, encode_members, event_member
 from carillon_client.core.exchange import Call
 from carillon_client.errors import InvalidRequestError
 from carillon_client.models import (
+    Amendment,
     Broadcast,
     BroadcastFailure,
     BroadcastPage,
+    Cancelled,
     DeliveryRecord,
     Device,
+    Edited,
     Event,
     FeedPage,
     NotificationHistory,
     Presence,
+    Retracted,
     Token,
 )
 
@@ -129,9 +133,33 @@ def notification(id: str) -> Call[NotificationHistory]:
             notification=notification_of(document["notification"]),
             delivery_state=document["deliveryState"],
             deliveries=msgspec.convert(document.get("deliveries") or [], list[DeliveryRecord]),
+            version=document.get("version", 1),
+            retracted_at=document.get("retractedAt"),
+            cancelled_at=document.get("cancelledAt"),
+            changes=msgspec.convert(document.get("changes") or [], list[Amendment]),
         )
 
     return Call("GET", f"/v1/notifications/{_segment('id', id)}", parse)
+
+
+def edit(id: str, changes: Mapping[str, Any], version: int | None) -> Call[Edited]:
+    """PATCH /v1/notifications/{id}; told again it changes nothing more."""
+
+    def parse(document: Any) -> Edited:
+        return Edited(notification_of(document["notification"]), document["version"])
+
+    body = {**changes} if version is None else {**changes, "version": version}
+    return Call("PATCH", f"/v1/notifications/{_segment('id', id)}", parse, encode_json(body))
+
+
+def retract(id: str) -> Call[Retracted]:
+    """POST /v1/notifications/{id}/retract; it may be repeated."""
+    return Call("POST", f"/v1/notifications/{_segment('id', id)}/retract", _typed(Retracted), b"{}")
+
+
+def cancel(id: str) -> Call[Cancelled]:
+    """POST /v1/notifications/{id}/cancel; it may be repeated."""
+    return Call("POST", f"/v1/notifications/{_segment('id', id)}/cancel", _typed(Cancelled), b"{}")
 
 
 def get_preferences(user_id: str) -> Call[dict[str, Any]]:

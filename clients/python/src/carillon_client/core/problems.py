@@ -22,6 +22,7 @@ from carillon_client.errors import (
     TransportError,
     UnavailableError,
     UnexpectedAnswerError,
+    VersionConflictError,
 )
 
 RETRY_AFTER_MAX_S = 3600.0
@@ -32,6 +33,7 @@ _BY_STATUS: dict[int, type[ProblemError]] = {
     401: AuthenticationError,
     403: PermissionDeniedError,
     404: NotFoundError,
+    412: VersionConflictError,
     413: InvalidRequestError,
     422: InvalidRequestError,
     429: UnavailableError,
