@@ -77,7 +77,7 @@ async def test_only_who_missed_something_is_told(postgres_dsn: str, tmp_path: Pa
 
 async def test_a_resume_frame_is_told_as_well(postgres_dsn: str, tmp_path: Path) -> None:
     """The same for a position that comes as a frame, and for a socket whose attachment was lost."""
-    async with Kit(postgres_dsn, recent_window=1) as kit:
+    async with Kit(postgres_dsn, recent_window=1, resume_wait_s=60.0) as kit:
         welcome = await kit.gateway.attach_ready(1)
         events = [make_event() for _ in range(3)]
         await kit.publish(*events)

@@ -38,6 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "handshake_timeout_s": 3.0, "auth_timeout_s": 3.0, "close_timeout_s": 0.5, "frames_per_s": 1e6,
         "user_frames_per_s": 1e6, "max_errors_per_minute": 1_000_000,
     },
+    "shard": {"resume_wait_s": 60.0},  # a RESUME that is the first frame is never too late
 }  # fmt: skip
 
 
@@ -98,6 +99,8 @@ class Arena:
         self.secret = acme.client_secret
         self.port = int(self.world.gateways[0].url.rsplit(":", 1)[1].split("/")[0])
         self.bystander = await self._client(self.victim_token)
+        await self._bystander_frame()
+        await self.bystander.send('{"type":"PING"}')  # live from here on
         await self._bystander_frame()
         self.victim_ids = await self.publish(VICTIM, 5)
         seen = [(await self._bystander_frame())["notification"]["id"] for _ in self.victim_ids]
