@@ -156,7 +156,7 @@ async def test_everybody_goes_on_meanwhile(postgres_dsn: str, tmp_path: Path) ->
     """While months are archived and their partitions exchanged: users append, read, and change old
     notifications. Nothing fails, nothing is lost, what changed meanwhile is archived as it is then or
     stays."""
-    world = ArchiveWorld(postgres_dsn, tmp_path, batch_rows=20, lock_wait_s=20.0)
+    world = ArchiveWorld(postgres_dsn, tmp_path, batch_rows=20, lock_wait_s=10.0)
     await world.open()
     await world.tenant("acme")
     for month in (FEBRUARY, MARCH):
