@@ -12,10 +12,11 @@ import contextlib
 import functools
 import logging
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
+from actors.fair_queue import FairQueue
 from actors.shard_amendments import AMENDMENTS, Amendments
 from actors.shard_changes import ChangeEntry, Changes, finish
 from actors.shard_lane import Guard, Lane
@@ -126,8 +127,10 @@ class Writer:
         self._planned = planned
         self._was_erased = erased
         self._fenced = fenced
-        self._queue: deque[Entry] = deque()
+        self._queue: FairQueue[Entry] = FairQueue()
+        self._least_bound = min(settings.tenant_queue, settings.max_queue)  # below it there is room for all
         self._parked = 0
+        self._parked_of: Counter[str] = Counter()  # by tenant
         self._changes: deque[ChangeEntry] = deque()
         self._running_keys: dict[tuple[str, str], Entry] = {}
         self._delivery_ids: list[int] = []
@@ -148,8 +151,8 @@ class Writer:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         stopped = UnavailableError("the shard stops")
-        while self._queue:
-            self._fail(self._queue.popleft(), stopped)
+        for entry in self._queue.drained():
+            self._fail(entry, stopped)
         while self._changes:
             self._changes.popleft().done(stopped)
         for entry in self.lane.drained():
@@ -169,16 +172,11 @@ class Writer:
         if not self._owns(event.slot):
             done(Outcome(event.id, status="moved"))
             return
-        if self.queued() >= self._settings.max_queue:
-            done(
-                Outcome(
-                    event.id,
-                    status="failed",
-                    code="busy",
-                    detail="the append queue is full",
-                    retry_after_s=1.0,
-                )
-            )
+        tenant = event.tenant
+        queue = self._queue
+        waiting = len(queue.line) + queue.rest + self._parked
+        if waiting >= self._least_bound and (full := self._full_for(tenant)):
+            done(Outcome(event.id, status="failed", code="busy", detail=full, retry_after_s=1.0))
             return
         entry = Entry(event, done)
         if event.idempotency_key is not None and not self._claim_key(entry):
@@ -188,23 +186,36 @@ class Writer:
         if user is not None:
             entry.user = user
             user.pins += 1
-            self._queue.append(entry)
+            if tenant == queue.tenant:
+                queue.line.append(entry)
+            else:
+                queue.append(tenant, entry)
             self._wake.set()
             return
         self._parked += 1
+        self._parked_of[tenant] += 1
 
         def loaded(found: User | None, error: CarillonError | None) -> None:
             self._parked -= 1
+            self._parked_of[tenant] -= 1
+            if not self._parked:
+                self._parked_of.clear()
             if found is None:
                 assert error is not None
                 self._fail(entry, error)
                 return
             entry.user = found
             found.pins += 1
-            self._queue.append(entry)
+            self._queue.append(tenant, entry)
             self._wake.set()
 
         self._users.when_loaded(key, event.slot, loaded)
+
+    def _full_for(self, tenant: str) -> str:
+        """Why there is no room for another event of a tenant; "" if there is."""
+        if self._queue.waiting(tenant) + self._parked_of[tenant] >= self._settings.tenant_queue:
+            return "the tenant's share of the append queue is full"
+        return "the append queue is full" if self.queued() >= self._settings.max_queue else ""
 
     def preview(self, user: User, event: Event) -> dict[str, Any]:
         """What would become of an event now, and every rule behind it; nothing is done."""
@@ -268,9 +279,7 @@ class Writer:
                 if self._suspects:
                     await self._heal_suspects()
                 if queue:
-                    await self._batch(
-                        [queue.popleft() for _ in range(min(len(queue), self._settings.max_batch))]
-                    )
+                    await self._batch(queue.take(self._settings.max_batch))
                 if changes:
                     await self._change_round()
                 if lane and (behind := lane.take(len(queue))) is not None:

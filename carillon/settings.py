@@ -141,6 +141,11 @@ class ShardSettings:
 
     max_batch: int = setting(512, "Events of one append transaction.", low=1, high=5000)
     max_queue: int = setting(20_000, "Events waiting for append before new ones fail as busy.", low=1)
+    tenant_queue: int = setting(
+        15_000,
+        "Events of one tenant waiting for append before its new ones fail as busy; others have the rest.",
+        low=1,
+    )
     context_cache: int = setting(50_000, "User contexts kept in memory.", low=100)
     recent_window: int = setting(
         50, "Recent notifications kept per live session for resume.", low=0, high=1000
