@@ -21,11 +21,12 @@ from actors.shard_policies import Policies
 from actors.shard_users import UserCache
 from actors.shard_writer import Entry, Writer
 from actors.templates import Templates
+from carillon.audience import SEGMENT
 from carillon.broadcasts import Counts, Mark, NotificationIds, SlotUser, counted, next_size, walked
 from carillon.clock import Clock
 from carillon.errors import FencedError, StoreUnavailableError, UnavailableError
 from carillon.events import EventParser, NotPlainError, ProblemError
-from carillon.ids import UserKey, Uuid7Source
+from carillon.ids import SLOTS, UserKey, Uuid7Source
 from carillon.messages import Event
 from carillon.metrics import Stats
 from carillon.problems import Problem
@@ -83,6 +84,10 @@ class Work:
         self.term = term
         self.slots = slots
         self.size = shared.settings.broadcast.chunk_min
+        audience = one.recipients.audience
+        # All users of a slot are looked at, of whom perhaps few fit.
+        self._filtered = audience is not None and (audience.kind == SEGMENT or bool(audience.platforms))
+        self._slots_of_page = 8 if self._filtered else SLOTS
         self.gone: set[str] = set()  # users that were erased since it was read whom it is for
         self._shared = shared
         self._ids = NotificationIds(one.id, one.started_ms)
@@ -117,8 +122,11 @@ class Work:
         if not pending:
             return False
         started = shared.clock.monotonic()
+        pending, later = pending[: self._slots_of_page], pending[self._slots_of_page :]
         page = await shared.store.users(self.one.tenant, self.one.recipients, pending, self.size)
+        self._widen((shared.clock.monotonic() - started) * 1000)
         marks, rest = walked(pending, page, self.size)
+        rest += later
         full = len(page) == self.size
         await self._page(self._left(page), marks)
         self._pending = rest
@@ -144,6 +152,14 @@ class Work:
         if not found:
             return found
         return await self._shared.store.among(tenant, self.one.recipients, found)
+
+    def _widen(self, took_ms: float) -> None:
+        """Choose from how many slots the next page is read."""
+        target_ms = self._shared.settings.broadcast.chunk_ms
+        if took_ms < target_ms:
+            self._slots_of_page = min(self._slots_of_page * 2, SLOTS)
+        elif took_ms > 4 * target_ms and self._filtered:
+            self._slots_of_page = max(self._slots_of_page // 2, 1)
 
     def _left(self, users: Sequence[SlotUser]) -> Sequence[SlotUser]:
         """Users without those that were erased meanwhile: to notify one would make it anew."""

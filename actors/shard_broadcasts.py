@@ -15,7 +15,7 @@ from actors.shard_writer import Writer
 from actors.templates import Templates
 from carillon.broadcasts import SCHEDULED, pause_ms
 from carillon.clock import Clock
-from carillon.errors import CarillonError, FencedError
+from carillon.errors import CarillonError, FencedError, StoreUnavailableError
 from carillon.ids import UserKey, uuid_text
 from carillon.metrics import Stats
 from carillon.settings import Settings
@@ -140,7 +140,10 @@ class Broadcasts:
                 works[one.id] = known
                 continue
             if one.total is None:
-                await self._store.estimate(one)
+                try:
+                    await self._store.estimate(one)
+                except StoreUnavailableError as exc:  # it goes on all the same
+                    log.info("broadcast %s is not counted: %s", uuid_text(one.id), exc)
             works[one.id] = Work(self._shared, one, term, slots)
         self._works = works
         for key in self._erased:

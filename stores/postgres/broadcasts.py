@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -24,7 +25,7 @@ from carillon.broadcasts import (
     members,
     parse_recipients,
 )
-from carillon.errors import FencedError, IdempotencyConflictError, UnavailableError
+from carillon.errors import FencedError, IdempotencyConflictError, StoreUnavailableError, UnavailableError
 from carillon.ids import SLOTS
 from stores.postgres.audience import AudienceReader, audience_queries
 from stores.postgres.named import load_queries
@@ -41,6 +42,10 @@ _ROW: Final = ", ".join(
         ),
     ]
 )
+
+
+COUNT_S: Final = 2.0
+"""Longest count of an audience."""
 
 
 class NotRunningError(UnavailableError):
@@ -126,13 +131,12 @@ def paging_queries() -> dict[str, str]:
 
 
 def membership_queries() -> dict[str, str]:
-    """Which of some users are meant, by kind of audience: the page of one user that begins with each.
+    """Which of some users are meant, by kind of audience: the page of one user that holds no other.
 
     Parameters as of `paging_queries`, with users in place of the last ones and 1 for the limit.
     """
     return {
-        kind: _each(text, ">= p.last", "where u.user_id = p.last")
-        for kind, text in audience_queries().items()
+        kind: _each(text, "= p.last", "where u.user_id = p.last") for kind, text in audience_queries().items()
     }
 
 
@@ -261,15 +265,15 @@ class BroadcastStore:
         await self._execute("fail", UUID(bytes=broadcast), reason[:500], now_ms / 1000)
 
     async def estimate(self, one: ActiveBroadcast) -> int:
-        """Count its users, or estimate them if they are many, and keep that."""
+        """Count its users, or estimate them if they are many or cannot be counted soon, and keep that."""
         total = len(one.recipients.users)
         if one.recipients.audience is not None:
-            total = await self._count(one.tenant, one.recipients.audience, SAMPLED_SLOTS)
-            total = (
-                estimated(total)
-                if total > EXACT_BELOW
-                else await self._count(one.tenant, one.recipients.audience, SLOTS)
-            )
+            sampled = await self._count(one.tenant, one.recipients.audience, SAMPLED_SLOTS)
+            total = estimated(sampled)
+            if sampled <= EXACT_BELOW:
+                # Few may fit of very many who have to be looked at.
+                with contextlib.suppress(StoreUnavailableError):
+                    total = await self._count(one.tenant, one.recipients.audience, SLOTS)
         await self._execute("estimate", UUID(bytes=one.id), total)
         return total
 
@@ -283,7 +287,7 @@ class BroadcastStore:
         async with acquired(self._pool, self._timeout_s) as connection:
             found: int | None = await connection.fetchval(
                 f"select count(*) from ({text}) counted",  # noqa: S608  our own text
-                tenant, list(range(slots)), [""] * slots, 1 << 40, *_rest(audience),
+                tenant, list(range(slots)), [""] * slots, 1 << 40, *_rest(audience), timeout=COUNT_S,
             )  # fmt: skip
         return found or 0
 

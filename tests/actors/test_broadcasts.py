@@ -13,10 +13,12 @@ import pytest
 
 from carillon.broadcasts import NotificationIds, parse_recipients
 from carillon.clock import SystemClock
+from carillon.errors import StoreUnavailableError
 from carillon.ids import Uuid7Source, slot_of
 from carillon.messages import UserErase
 from stores.postgres.broadcasts import BroadcastRecord, BroadcastStore, NewBroadcast
 from stores.postgres.pool import open_pool
+from stores.postgres.segments import SegmentStore
 from tests.actors.shard_kit import Kit, make_event
 from tests.support import eventually
 
@@ -488,3 +490,35 @@ async def test_nobody_is_made_anew_by_a_list_that_was_read_before(world: World) 
     await erased
     await world.ended(raw)
     assert await world.have() == dict.fromkeys(users[:-1], 1)
+
+
+async def test_a_segment_of_few(world: World) -> None:
+    """Pages of a segment are read from some slots at a time: whom it fits has it, counted or not."""
+    await world.people(300)
+    tree = {"attributes.plan": "pro"}
+    await SegmentStore(world.pool).put("t", "pros", json.dumps({"filter": tree}), clock.now_ms())
+    few = ["u0003", "u0150", "u0299"]
+    await world.pool.execute(
+        "insert into profiles (tenant, user_id, slot, attributes)"
+        " select 't', u, s, '{\"plan\": \"pro\"}' from unnest($1::text[], $2::smallint[]) as x (u, s)",
+        few, [slot_of("t", user) for user in few],
+    )  # fmt: skip
+    await world.kit.gateway.attach_ready(1, few[0])
+    await world.kit.gateway.attach_ready(2, "u0001")
+    store = world.kit.shard._broadcasts._store
+    asked: list[int] = []
+    users = store.users
+
+    async def uncounted(one: Any) -> int:
+        raise StoreUnavailableError("this takes too long")
+
+    async def watched(tenant: str, recipients: Any, pending: Any, limit: int) -> Any:
+        asked.append(len(pending))
+        return await users(tenant, recipients, pending, limit)
+
+    store.estimate = uncounted
+    store.users = watched
+    record = await world.ended(await world.send({"segment": "pros"}))
+    assert (record.state, record.counts.stored, record.total) == ("done", 3, 3)
+    assert asked[0] == 8
+    assert {user for user, count in (await world.have()).items() if count} == set(few)
