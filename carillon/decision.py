@@ -8,7 +8,7 @@ leave it to the feed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -17,6 +17,7 @@ from carillon.budget import ALL, Limit, Limits, Spent
 from carillon.external import EXTERNAL, IN_APP, PUSH, PUSH_PROVIDERS
 from carillon.messages import Event
 from carillon.preferences import CHANNELS
+from carillon.quiet_hours import QuietHours
 from carillon.switches import EVENT, TENANT, USER, Fired, Preferences, Switches, remembered
 
 URGENT: Final = 3
@@ -34,12 +35,14 @@ class TenantRules(NamedTuple):
         forced: types and categories that users cannot switch; None: none.
         limits: None: nothing is limited.
         nobody: stands for a user who stored nothing.
+        closed: by type when nothing of it may leave the system, where the user is.
     """
 
     defaults: Preferences
     forced: Preferences
     limits: Limits | None
     nobody: Preferences
+    closed: Mapping[str, QuietHours] = {}
 
 
 def no_rules() -> TenantRules:
@@ -121,6 +124,8 @@ def weigh(
         rules.append(open_.priority)
     until_ms, silent, reason = None, False, None
     held = _held(open_, mine, tenant.defaults, now_ms, again)
+    if tenant.closed and kind in tenant.closed:
+        _outside(held, tenant.closed[kind], kind, mine, tenant.defaults, now_ms)
     if held:
         if urgent or open_.forced is not None:
             rules.append(Fired("urgent_passes", EVENT) if urgent else Fired("forced_passes", TENANT))
@@ -166,6 +171,29 @@ def _held(open_: Switches, user: Preferences, defaults: Preferences, now_ms: int
         if until_ms is not None:
             found.append(Fired("quiet_hours", source, None, (), until_ms))
     return found
+
+
+def _outside(
+    held: list[Fired], closed: QuietHours, kind: str, user: Preferences, defaults: Preferences, now_ms: int
+) -> None:
+    """Hold until the window of a type is open and the user's quiet hours are over.
+
+    Two that never are at the same time are looked at three times; then the event goes when the last one ends.
+    """
+    at_ms = (held[-1].until_ms if held else None) or now_ms
+    closed = user.local(closed)
+    quiet, source = user.quiet_of(defaults)
+    for _ in range(3):
+        until_ms = closed.until_ms(at_ms)
+        if until_ms is None:
+            return
+        held.append(Fired("type_window", TENANT, kind, (), until_ms))
+        at_ms = until_ms
+        until_ms = None if quiet is None else quiet.until_ms(at_ms)
+        if until_ms is None:
+            return
+        held.append(Fired("quiet_hours", source, None, (), until_ms))
+        at_ms = until_ms
 
 
 def _limits_of(limits: Limits, kind: str) -> Sequence[tuple[str, Limit]]:

@@ -38,6 +38,7 @@ RULES: Final[Mapping[str, str]] = {
     "forced_passes": "The tenant forces it: what would hold it back does not",
     "do_not_disturb": "The user does not want to be disturbed until {until}",
     "quiet_hours": "{whose} ask for quiet until {until}",
+    "type_window": "The tenant sends {about} at other hours: it waits until {until}",
     "digest": "{whose} ask for an {about} digest: pushes are told together at {until}",
     "rate_limit": "The limit {limit} is used up until {until}",
     "live": "The user is connected: it goes to the sockets",

@@ -622,6 +622,8 @@ class PushTarget(Struct, array_like=True):
     environment: str
     registered_ms: int
     """For the 410 rule: a target registered after the provider's timestamp is kept."""
+    platform: str = ""
+    """ios | android | web; empty: not told."""
 
 
 class PushJob(Struct, array_like=True):

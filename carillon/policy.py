@@ -15,13 +15,13 @@ from urllib.parse import urlsplit
 import msgspec
 
 from carillon import retention
-from carillon.audience import NAME
+from carillon.audience import NAME, platform_errors
 from carillon.decision import TenantRules
 from carillon.errors import InvalidInputError
 from carillon.event_rules import Text, is_array, is_object, text_error, tree_errors
 from carillon.problems import DocumentError, FieldError, shown
 from carillon.settings import WATCH, WHEN_AWAY, ShardSettings
-from carillon.tenant_rules import RULES, rules_of, rules_problems
+from carillon.tenant_rules import RULES, rules_of, rules_problems, window_errors
 from carillon.token_keys import check_jwks_url
 
 MAX_TYPES: Final = 200
@@ -47,11 +47,13 @@ class Policy:
         delay_ms: see `push_after`.
         hold_ms: how long after its creation a push that an active user acknowledged may still come, should
             the user look away without having seen it; 0: the acknowledgement ends it.
+        platforms: devices that get the push; empty: all.
     """
 
     when_away: str
     delay_ms: int
     hold_ms: int
+    platforms: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,7 @@ def _over(base: Policy, some: dict[str, Any]) -> Policy:
         some.get("whenAway", base.when_away),
         base.delay_ms if delay_s is None else round(delay_s * 1000),
         base.hold_ms if hold_s is None else round(hold_s * 1000),
+        frozenset(some.get("devices", ())),
     )
 
 
@@ -216,6 +219,10 @@ def _rules(prefix: str, some: dict[str, Any]) -> list[FieldError]:
                 errors.append(
                     FieldError(path, f"days from 0 (for ever) to {retention.MAX_DAYS}", shown(value))
                 )
+        elif name == "devices" and prefix:
+            errors.extend(platform_errors(path, value))
+        elif name == "window" and prefix:
+            errors.extend(window_errors(path, value))
         elif name == "presence" and not prefix:
             errors.extend(_presence_errors(value))
         elif name == "topics" and not prefix:

@@ -25,6 +25,8 @@ FAMILIES: Final = CHANNELS
 USER: Final = "user"
 TENANT: Final = "tenant"
 EVENT: Final = "event"
+_WINDOWS: Final = 8
+"""Windows of a tenant that a document remembers where the user is."""
 _MEMO: Final = 256
 """Verdicts a document remembers; beyond it they are worked out each time."""
 _PRIORITY: Final = {name: index for index, name in enumerate(PRIORITIES)} | {"critical": len(PRIORITIES) - 1}
@@ -88,7 +90,7 @@ class Preferences:
         self.quiet_set = "quietHours" in document
         self.quiet = self._quiet(document.get("quietHours"))
         self.floating = not part(document, "quietHours").get("timezone")
-        self.here: tuple[QuietHours, QuietHours] | None = None
+        self.here: dict[QuietHours, QuietHours] = {}
         until = document.get("doNotDisturbUntil")
         self.dnd_until_ms = 0 if until is None else expiry_ms(msgspec.convert(until, Instant))
         self.digest_set = "digest" in document
@@ -138,11 +140,20 @@ class Preferences:
         if self.quiet_set:
             return self.quiet, USER
         quiet = defaults.quiet
-        if quiet is not None and self.zoned and defaults.floating and self is not defaults:
-            if self.here is None or self.here[0] is not quiet:
-                self.here = quiet, QuietHours(quiet.start, quiet.end, self.zone, quiet.days)
-            quiet = self.here[1]
+        if quiet is not None and defaults.floating and self is not defaults:
+            quiet = self.local(quiet)
         return quiet, TENANT
+
+    def local(self, quiet: QuietHours) -> QuietHours:
+        """A window of local time where the user is; as it is given if that is not known."""
+        if not self.zoned:
+            return quiet
+        found = self.here.get(quiet)
+        if found is None:
+            if len(self.here) >= _WINDOWS:
+                self.here.clear()
+            found = self.here[quiet] = QuietHours(quiet.start, quiet.end, self.zone, quiet.days)
+        return found
 
     def _digest(self, word: Any) -> Digest | None:
         if word is None:

@@ -5,24 +5,35 @@ Defaults lie beneath the users' documents, forced rules above; limits say how of
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
+from zoneinfo import ZoneInfo
 
 from carillon.budget import MAX_COUNT, MAX_WINDOW_S, Limit, Limits
 from carillon.decision import DIGEST, FEED, TenantRules
 from carillon.event_rules import Text, is_object, text_error
 from carillon.preferences import MAX_ENTRIES, document_errors, rules_errors
 from carillon.problems import FieldError, shown
+from carillon.quiet_hours import QuietHours, minutes_of
 from carillon.switches import Preferences, part
 
 RULES: Final = ("defaults", "forced", "limits")
 """The members."""
 
 _TYPE: Final = Text(1, 64)
+_LOCAL: Final = re.compile(r"([01][0-9]|2[0-3]):[0-5][0-9]")
+_UTC: Final = ZoneInfo("UTC")
+_DAYS: Final = frozenset(range(7))
 
 
 def rules_of(document: dict[str, Any]) -> TenantRules | None:
     """The rules of a valid policy document, None if it has none."""
-    if not any(document.get(name) for name in RULES):
+    closed = {
+        kind: QuietHours(minutes_of(some["window"]["end"]), minutes_of(some["window"]["start"]), _UTC, _DAYS)
+        for kind, some in part(document, "types").items()
+        if some.get("window")
+    }
+    if not closed and not any(document.get(name) for name in RULES):
         return None
     defaults, limits = part(document, "defaults"), part(document, "limits")
     of_user, of_types = limits.get("user"), part(limits, "types")
@@ -38,7 +49,22 @@ def rules_of(document: dict[str, Any]) -> TenantRules | None:
         Preferences(part(document, "forced")),
         limited,
         Preferences({}, defaults.get("timezone")),
+        closed,
     )
+
+
+def window_errors(path: str, some: Any) -> list[FieldError]:
+    """What is wrong with the window of a type."""
+    if not is_object(some) or set(some) != {"start", "end"}:
+        return [FieldError(path, "{start, end}", shown(some))]
+    errors = [
+        FieldError(f"{path}/{name}", "a local time HH:MM", shown(value))
+        for name, value in some.items()
+        if not (isinstance(value, str) and _LOCAL.fullmatch(value))
+    ]
+    if not errors and some["start"] == some["end"]:
+        errors.append(FieldError(f"{path}/end", "another time than start", some["end"]))
+    return errors
 
 
 def _limit(some: dict[str, Any]) -> Limit:

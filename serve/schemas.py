@@ -55,7 +55,7 @@ def ref(name: str) -> Schema:
 INSTANT: Final[Schema] = {"type": "string", "format": "date-time"}
 WHOLE: Final[Schema] = {"type": "integer", "minimum": 0}
 _FLAG: Final[Schema] = {"type": "boolean"}
-_LOCAL_TIME: Final[Schema] = {"type": "string", "pattern": r"^([01]\d|2[0-3]):[0-5]\d$"}
+LOCAL_TIME: Final[Schema] = {"type": "string", "pattern": r"^([01]\d|2[0-3]):[0-5]\d$"}
 _SOUND: Final[Schema] = {"anyOf": [_FLAG, text(1, 64)]}
 USER_ID: Final = text(1, 128)
 UUID: Final[Schema] = {"type": "string", "format": "uuid"}
@@ -326,8 +326,8 @@ COMPONENTS: Final[dict[str, Schema]] = {
                     {"type": "null"},
                     obj(
                         {
-                            "start": _LOCAL_TIME,
-                            "end": _LOCAL_TIME,
+                            "start": LOCAL_TIME,
+                            "end": LOCAL_TIME,
                             "timezone": {"type": "string", "examples": ["Europe/Vienna"]},
                             "days": {"type": "array", "maxItems": 7, "items": {"enum": list(DAYS)}},
                             "enabled": _FLAG,
@@ -387,7 +387,7 @@ COMPONENTS: Final[dict[str, Schema]] = {
         "anyOf": [
             {"enum": list(DIGESTS)},
             obj(
-                {"frequency": {"enum": list(DIGESTS)}, "at": _LOCAL_TIME, "day": {"enum": list(DAYS)}},
+                {"frequency": {"enum": list(DIGESTS)}, "at": LOCAL_TIME, "day": {"enum": list(DAYS)}},
                 ["frequency"],
             ),
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from carillon import policy, retention
+from carillon.audience import PLATFORMS
 from carillon.budget import MAX_COUNT, MAX_WINDOW_S
 from carillon.decision import DIGEST, FEED
 from carillon.events import ProblemError
@@ -14,7 +15,7 @@ from carillon.settings import WATCH, WHEN_AWAY
 from serve.audit import audited
 from serve.http import Request, Response, json_response
 from serve.routing import SERVICE, Route
-from serve.schemas import obj, ref, text
+from serve.schemas import LOCAL_TIME, obj, ref, text
 from serve.services import Services
 
 
@@ -64,7 +65,18 @@ _POLICY: Final = obj(
                 "pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$",
             },
             "maxProperties": policy.MAX_TYPES,
-            "additionalProperties": obj(_MEMBERS),
+            "additionalProperties": obj(
+                {
+                    **_MEMBERS,
+                    "devices": {
+                        "type": "array",
+                        "items": {"enum": list(PLATFORMS)},
+                        "minItems": 1,
+                        "maxItems": 3,
+                    },
+                    "window": obj({"start": LOCAL_TIME, "end": LOCAL_TIME}, ["start", "end"]),
+                }
+            ),
         },
         retention.MEMBER: {"type": "number", "minimum": 0, "maximum": retention.MAX_DAYS, "multipleOf": 1},
         "presence": obj(
@@ -101,7 +113,10 @@ _POLICY: Final = obj(
 _EXAMPLE: Final = {
     "whenAway": "push_after",
     "whenAwayDelayS": 20,
-    "types": {"chat.message": {"holdS": 30}},
+    "types": {
+        "chat.message": {"holdS": 30},
+        "offer": {"devices": ["ios", "android"], "window": {"start": "09:00", "end": "20:00"}},
+    },
     "defaults": {"quietHours": {"start": "22:00", "end": "07:00", "timezone": "Europe/Vienna"}},
     "forced": {"categories": {"security": True}},
     "limits": {"user": {"count": 30, "windowS": 3600}, "overflow": "digest"},

@@ -502,7 +502,7 @@ class ShardStore(Amendments):
         for t in targets:
             record = records.get(UserKey(t[0], t[1]))
             if record is not None:
-                record.targets.append(PushTarget(t[2], t[3], t[4], t[5], t[6], t[7], t[8]))
+                record.targets.append(PushTarget(*t[2:10]))
         return list(records.values())
 
     # -- the group commit -------------------------------------------------------------------------------
@@ -865,7 +865,7 @@ class ShardStore(Amendments):
                 )
         found: dict[UserKey, list[PushTarget]] = {key: [] for key in keys}
         for t in rows:
-            found[UserKey(t[0], t[1])].append(PushTarget(t[2], t[3], t[4], t[5], t[6], t[7], t[8]))
+            found[UserKey(t[0], t[1])].append(PushTarget(*t[2:10]))
         return found
 
     async def record_outcomes(

@@ -17,6 +17,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
+
 from actors.slot_table import SlotTable
 from carillon.attention import ACKNOWLEDGED, ALWAYS, DEFERRED, DONE, HELD, SEEN, WITHDRAWN, on_signal
 from carillon.clock import Clock
@@ -844,7 +846,8 @@ class ModelShardStore(ModelAmendments):
                 if t == tenant and same and (u, device) != (user, target.device):
                     del self._db.devices[t, u, device]
                     evicted.append(u)
-            self._db.devices[tenant, user, target.device] = target
+            named = msgspec.structs.replace(target, platform=platform)
+            self._db.devices[tenant, user, target.device] = named
             self._db.disabled.discard((tenant, user, target.device))
             return [u for u in evicted if u != user]
 

@@ -41,7 +41,7 @@ async def three(socket: Socket) -> None:
     await socket.read()
 
 
-@pytest.mark.parametrize("command", [[], ["send"], ["tail"], ["presence"]])
+@pytest.mark.parametrize("command", [[], ["send"], ["import"], ["tail"], ["presence"]])
 def test_help_helps(command: list[str], tmp_path: Path) -> None:
     """Every --help has a description and at least one example or the exit status."""
     done = run(*command, "--help", folder=tmp_path)

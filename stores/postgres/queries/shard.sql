@@ -51,7 +51,7 @@ from unnest($1::bigint[]) as t (stream_id),
 -- name: load_targets
 -- Push targets of users. $1 tenants, $2 users.
 select d.tenant, d.user_id, d.device_id, d.provider, d.token_kind, d.token, d.app_id, d.environment,
-       (extract(epoch from d.registered_at) * 1000)::bigint as registered_ms
+       (extract(epoch from d.registered_at) * 1000)::bigint as registered_ms, d.platform
 from unnest($1::text[], $2::text[]) as a (tenant, user_id)
 join devices d using (tenant, user_id)
 where d.disabled_at is null

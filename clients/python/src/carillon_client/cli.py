@@ -1,4 +1,4 @@
-"""The command line: `carillon send`, `carillon tail`, `carillon presence`.
+"""The command line: `carillon send`, `carillon import`, `carillon tail`, `carillon presence`.
 
 Exit status: 0 done; 1 it failed (one sentence on stderr says why); 2 the command line is wrong; 3 some of
 many events were not sent; 130 interrupted (Ctrl-C ends `tail` with 0: that is its normal end).
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -61,6 +62,21 @@ def build_parser() -> argparse.ArgumentParser:
     send.add_argument("--data", metavar="JSON", type=_json_object, help="an object of yours")
     send.add_argument("--idempotency-key", metavar="KEY", help="the same key within 24 h has one effect")
     _common(send, "url", "key")
+
+    importing = commands.add_parser(
+        "import",
+        help="send a file of events",
+        description="Send the events of a file, one JSON object a line, as fast as they are stored. After an "
+        "interruption run it again: what was stored is not stored twice within 24 h.",
+        epilog="Example: carillon import events.ndjson",
+    )
+    importing.add_argument(
+        "file", metavar="FILE", type=Path, help="lines of JSON, each with userId, type, title"
+    )
+    importing.add_argument(
+        "--idempotency-key", metavar="KEY", help="names the file (default: a hash of its content)"
+    )
+    _common(importing, "url", "key")
 
     tail = commands.add_parser(
         "tail",
@@ -147,7 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = build_parser().parse_args(arguments)
     try:
         config = read_config(parsed, os.environ, Path.cwd())
-        return {"send": _send, "tail": _tail, "presence": _presence}[parsed.command](parsed, config)
+        commands = {"send": _send, "import": _import, "tail": _tail, "presence": _presence}
+        return commands[parsed.command](parsed, config)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -253,6 +270,42 @@ def _error(one: NotSent) -> dict[str, Any]:
         "temporary": error.temporary,
         "maybeSent": getattr(error, "maybe_sent", False),
     }
+
+
+# -- import ---------------------------------------------------------------------------------------------
+
+
+def _import(parsed: argparse.Namespace, config: Config) -> int:
+    file: Path = parsed.file
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        key = parsed.idempotency_key or f"import-{hashlib.file_digest(content, 'sha256').hexdigest()[:32]}"
+    bar = sys.stderr.isatty()
+
+    def progress(sent: int) -> None:
+        print(f"\r{sent * 100 // max(1, size):3d} % of {size:,} bytes", end="", file=sys.stderr, flush=True)
+
+    with Publisher(config.url, config.need_key(), retry=RetryPolicy(deadline_s=parsed.timeout)) as publisher:
+        told = publisher.import_events(
+            lambda: file.open("rb"), idempotency_key=key, sent=progress if bar else None
+        )
+    if bar:
+        print(file=sys.stderr)
+    if parsed.json:
+        _print(_compact(told))
+    else:
+        statuses = ", ".join(f"{count:,} {_plain(name)}" for name, count in told.statuses.items())
+        again = f", {told.replayed:,} of them before" if told.replayed else ""
+        _print(f"{told.accepted:,} of {told.events:,} events accepted{again} ({statuses or 'none'})")
+    for one in told.failures:
+        print(f"carillon: line {one.line}: {_plain(str(one.error.get('detail')))}", file=sys.stderr)
+    if told.failed > len(told.failures):
+        print(f"carillon: {told.failed - len(told.failures):,} more lines failed", file=sys.stderr)
+    if not told.complete:
+        print(
+            f"carillon: the server stopped reading after line {told.lines:,}: run it again", file=sys.stderr
+        )
+    return 3 if told.failed or not told.complete else 0
 
 
 # -- presence -------------------------------------------------------------------------------------------

@@ -417,6 +417,30 @@ class BroadcastPage(_Wire, frozen=True):
     next_cursor: str | None = None
 
 
+class FailedLine(_Wire, frozen=True):
+    """A line of an import that was not stored."""
+
+    line: int
+    error: dict[str, Any]
+    """The problem: `code`, `detail`, `errors`, ..."""
+
+
+class ImportReport(_Wire, frozen=True):
+    """What came of an import."""
+
+    complete: bool
+    """False: the server stopped reading behind `lines`."""
+    lines: int
+    events: int
+    accepted: int
+    replayed: int
+    """Of those accepted: they were there already."""
+    failed: int
+    statuses: dict[str, int] = {}
+    failures: list[FailedLine] = []
+    """The first of them."""
+
+
 class BroadcastFailure(_Wire, frozen=True):
     """A user whom a broadcast could not reach."""
 

@@ -20,6 +20,7 @@ from carillon_client.core.delivery import (
     items_to_many,
 )
 from carillon_client.core.exchange import Call, CallMachine, Machine, RetryPolicy, Wait
+from carillon_client.core.importing import IMPORT_TIMEOUT_S, IMPORT_TRIES, counted, parts, report_of
 from carillon_client.errors import CarillonError, ClosedError
 from carillon_client.http_shell import arguments_of, client_options, response_of, transport_error
 from carillon_client.models import (
@@ -31,6 +32,7 @@ from carillon_client.models import (
     Edited,
     Event,
     FeedPage,
+    ImportReport,
     Notification,
     NotificationHistory,
     NotSent,
@@ -231,6 +233,52 @@ class Publisher:
     def revoke_sessions(self, user_id: str) -> None:
         """Tokens issued before now become invalid; the user's sockets are closed with 4001."""
         self._call(calls.revoke_sessions(user_id))
+
+    # -- many events --------------------------------------------------------------------------------
+
+    def import_events(
+        self,
+        open_lines: Callable[[], Iterable[bytes]],
+        *,
+        idempotency_key: str,
+        sent: Callable[[int], None] | None = None,
+    ) -> ImportReport:
+        """Send lines of JSON, each an event for one user, as fast as they are stored.
+
+        Args:
+            open_lines: gives the lines from the first on; called again if the connection broke.
+            idempotency_key: names the lines as a whole: what was stored before is not stored again.
+            sent: told how many bytes were sent so far.
+
+        Raises:
+            CarillonError: it was refused, or the last of `retry.max_attempts` tries (else 5) failed.
+        """
+        if self._client.is_closed:
+            raise ClosedError("the publisher is closed")
+        for attempt in range(1, (self._retry.max_attempts or IMPORT_TRIES) + 1):
+            last = attempt == (self._retry.max_attempts or IMPORT_TRIES)
+            try:
+                answer = self._client.post(
+                    "/v1/events/import",
+                    content=counted(parts(open_lines()), sent),
+                    headers={"Content-Type": "application/x-ndjson", "Idempotency-Key": idempotency_key},
+                    timeout=IMPORT_TIMEOUT_S,
+                )
+            except httpx.RequestError as exc:
+                error: CarillonError = transport_error(exc)
+                wait_s = 0.0
+            else:
+                told = response_of(answer)
+                found = report_of(told.status, dict(told.headers), told.body)
+                if isinstance(found, ImportReport) and (found.complete or last):
+                    return found
+                if isinstance(found, ImportReport):
+                    continue
+                error, wait_s = found
+            if last:
+                raise error
+            clock.sleep(self._retry.pause_s(attempt, wait_s, clock.chance()))
+        raise AssertionError("unreachable")
 
     # -- broadcasts ---------------------------------------------------------------------------------
 
