@@ -17,7 +17,7 @@ from carillon.notification import notification_json, user_json_of
 from carillon.problems import DocumentError, problem
 from serve.audit import audited
 from serve.http import Header, Request, Response, json_response
-from serve.routes.bodies import path_notification
+from serve.routes.bodies import no_notification, path_notification
 from serve.routing import SERVICE, Query, Route
 from serve.schemas import COMPONENTS, INSTANT, UUID, WHOLE, obj, ref
 from serve.services import Services
@@ -64,7 +64,7 @@ async def _amend(services: Services, request: Request, raw: bytes, op: str, patc
     """Have the owner of the user do it. Raises NotFoundError: the tenant has no such notification."""
     user = await services.feed.owner(request.tenant, raw)
     if user is None:
-        raise _unknown(request)
+        raise await no_notification(services, request, raw)
     actor = "key:unknown" if request.caller is None else f"key:{request.caller.key_id}"
     message = Amend(
         request.tenant, user, slot_of(request.tenant, user), op, raw, uuid.uuid4().bytes, actor,
@@ -87,12 +87,6 @@ async def _cancel_schedule(services: Services, request: Request, raw: bytes) -> 
         return now_ms
     known = await services.schedules.get(request.tenant, raw)
     return known.updated_ms if known is not None and known.state == "cancelled" else None
-
-
-def _unknown(request: Request) -> NotFoundError:
-    return NotFoundError(
-        "there is no such notification", "id", "the id of a notification", request.params["id"][:80]
-    )
 
 
 async def post_cancel(services: Services, request: Request) -> Response:
@@ -140,7 +134,7 @@ async def patch_notification(services: Services, request: Request) -> Response:
     answer = await _amend(services, request, raw, "edit", patch)
     found = await services.feed.notification(request.tenant, raw)
     if found is None:
-        raise _unknown(request)
+        raise await no_notification(services, request, raw)
     shown = notification_json(found.row, user_json_of(found.user))
     return json_response(
         {"notification": msgspec.Raw(shown.encode()), "version": answer.version},

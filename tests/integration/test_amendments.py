@@ -124,7 +124,8 @@ async def test_a_retraction_leaves_nothing(postgres_dsn: str) -> None:
     """Gone from sockets, feed, search, sync and count; told twice it says the same; GET knows who did it."""
     async with Transports(postgres_dsn) as world:
         kept, gone = await world.send("kept"), await world.send("wrong recipient")
-        await feed(world), await counted(world)
+        await feed(world)
+        await counted(world)
         socket = await world.socket()
         answer = await service(world, "POST", f"/v1/notifications/{gone['id']}/retract")
         assert answer.status_code == 200, answer.text
@@ -316,6 +317,29 @@ async def test_what_waits_is_stopped(postgres_dsn: str, op: str) -> None:
         expected = ["WELCOME", "NEW_NOTIFICATION"] + ["NOTIFICATION_RETRACTED"] * 3 * (op == "retract")
         await kit.gateway.seen(1, len(expected))
         assert [f["type"] for f in kit.gateway.frames[1]] == expected
+
+
+async def test_a_push_that_is_about_to_leave_stays(postgres_dsn: str) -> None:
+    """Retracted between the commit of its event and the look-up of where to push: no job is made."""
+    async with Kit(postgres_dsn) as kit:
+        await kit.router.link.request(device("phone"))
+        held, load = asyncio.Event(), kit.shard._store.load_targets
+
+        async def slowly(keys: Any) -> Any:
+            await held.wait()
+            return await load(keys)
+
+        kit.shard._store.load_targets = slowly  # type: ignore[method-assign]
+        event = make_event()
+        await kit.publish(event)
+        await amend(kit, "retract", event.id)
+        held.set()
+
+        async def ended() -> bool:
+            return [row[:2] for row in await states(kit)] == [("push", "cancelled")]
+
+        await eventually(ended, what="the end of its row")
+        assert kit.router.jobs == []
 
 
 async def test_a_cancelled_notification_falls_back_no_more(postgres_dsn: str) -> None:
