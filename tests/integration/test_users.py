@@ -277,7 +277,7 @@ async def refused(service: Service, token: str) -> bool:
 
 
 UNUSED = {"erasures", "search_documents", "archive_erasures"}
-"""Named by no user's id; filled by a trigger when somebody searches; what an erasure leaves to the archive."""
+"""Named by no id; filled by a trigger when somebody searches; what an erasure leaves to the archive."""
 
 
 async def test_no_table_is_forgotten(service: Service) -> None:
