@@ -61,6 +61,7 @@ from carillon.messages import (
     DeviceDelete,
     DevicePut,
     DeviceVisibility,
+    DigestChange,
     Done,
     Event,
     Logout,
@@ -173,6 +174,7 @@ class Shard:
         self._outbox = Outbox(
             self._store, self._users, self._acks, self._clock, self._stats, self._settings,
             term=self._term, slots=lambda: self._slots, policies=self._policies, send_jobs=self._send_jobs,
+            settled=self._settled, templates=lambda: self._schedules.templates,
             fenced=self._was_fenced,
         )  # fmt: skip
         self._replays = Replays(
@@ -332,7 +334,7 @@ class Shard:
             self._sessions.forget_slots(self._users.forget_slots(before - owned))
         if owned - before:
             self._presence.slots_taken(owned - before)
-            self._outbox.due_now()
+            self._outbox.slots_came()
 
     def _reach(self, user: User) -> tuple[Reach, int]:
         session = user.session
@@ -344,6 +346,9 @@ class Shard:
         if left_s <= 0:
             return Reach.OFFLINE, 0
         return Reach.GRACE, self._clock.now_ms() + round(left_s * 1000)
+
+    async def _settled(self) -> None:
+        await self._writer.settled()
 
     def _planned(self, user: User, event: Event, seq: int, row: OutboxRow) -> None:
         session = user.session
@@ -596,7 +601,11 @@ class Shard:
             async with self._preference_locks.setdefault(user.key, asyncio.Lock()):
                 return await self._change_preferences(user, message, now_ms)
         if kind is ProfilePut:
-            return await self._accounts.put_profile(user, message)
+            done = await self._accounts.put_profile(user, message)
+            await self._outbox.digests.rearrange(user)  # it may say another time zone
+            return done
+        if kind is DigestChange:
+            return await self._outbox.digests.change(user, message)
         if kind is PresenceMode:
             await self._set_mode(user, message.mode)
             return Done()
@@ -625,6 +634,7 @@ class Shard:
         # Whoever holds the user now: it may have been loaded anew meanwhile.
         for known in {user, self._users.get(user.key) or user}:
             known.take_preferences(document)
+        await self._outbox.digests.rearrange(user)
         return Done(version)
 
     async def _set_mode(self, user: User, mode: str) -> None:
@@ -704,5 +714,5 @@ _SESSION_MESSAGES = frozenset(
     (ClientAck, ClientReady, ClientResume, ClientVisibility, ClientWatch, SocketDrained, Detach)
 )
 _DOCUMENT_MESSAGES = frozenset(
-    (DevicePut, DeviceDelete, PreferencesPut, Unsubscribe, SessionsRevoke, Logout, PresenceMode, ProfilePut)
-)
+    (DevicePut, DeviceDelete, PreferencesPut, Unsubscribe, SessionsRevoke, Logout, PresenceMode)
+) | {ProfilePut, DigestChange}

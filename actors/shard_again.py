@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
 
+from actors.shard_digests import Digests, collecting, spend
 from actors.shard_policies import NO_RULES, Policies
-from actors.shard_users import User, UserCache, read_preferences
+from actors.shard_users import UserCache, read_preferences
 from carillon.again import ACTIVE, CANCEL, HOLD, Held, decide_again, merge
 from carillon.attention import DEFERRED, WITHDRAWN, Attention
-from carillon.budget import Spent
 from carillon.decision import Verdict, weigh
+from carillon.digest import EXPIRED, FLUSHED, FLUSHED_BY_USER
 from carillon.external import EXTERNAL
 from carillon.metrics import Stats
 from carillon.settings import ShardSettings
@@ -37,6 +38,7 @@ class DecidedAgain:
         policies: Policies,
         stats: Stats,
         settings: ShardSettings,
+        digests: Digests,
         *,
         term: Callable[[], int],
         hold: Callable[[list[ReleaseRow]], None],
@@ -47,6 +49,7 @@ class DecidedAgain:
         self._policies = policies
         self._stats = stats
         self._window_ms = round(settings.ack_window_s * 1000)
+        self._digests = digests
         self._term = term
         self._hold = hold
         self._cancel = cancel
@@ -55,21 +58,30 @@ class DecidedAgain:
         """Hold, cancel or merge what rules no longer let go as planned; returns what is left to send."""
         claimed = list(claimed)
         await self._policies.ensure({row.key.tenant for row in claimed})
+        if collecting(claimed):
+            await self._digests.complete(claimed, now_ms)
         rest: list[Claimed] = []
         back: list[ReleaseRow] = []
         ended: list[SettleRow] = []
         free: dict[int, tuple[Claimed, Verdict]] = {}
+        collected: dict[int, tuple[Claimed, Verdict]] = {}
         for row in claimed:
             held = row.gate == DEFERRED
+            if row.collected() and row.expires_ms is not None and row.expires_ms <= now_ms:
+                ended.append(SettleRow(row.delivery, row.attempt, "cancelled", now_ms, EXPIRED, onward=False))
+                continue
             verdict = self._verdict(row, held, now_ms)
             if verdict is None:
                 rest.append(row)
                 continue
+            wanted_now = row.reason in (FLUSHED, FLUSHED_BY_USER)
+            if row.reason == FLUSHED_BY_USER:
+                verdict = verdict._replace(until_ms=None)
             again = decide_again(
                 verdict,
                 row.channel,
                 row.gate,
-                present=self._present(row, now_ms),
+                present=not wanted_now and self._present(row, now_ms),
                 acknowledged=row.acknowledged,
             )
             if again.action == HOLD:
@@ -80,7 +92,9 @@ class DecidedAgain:
                 ended.append(
                     SettleRow(row.delivery, row.attempt, "cancelled", now_ms, again.reason, onward=onward)
                 )
-            elif held and row.attempt == 1:
+            elif row.collected():
+                collected[row.delivery] = row, verdict
+            elif held and row.attempt == 1 and row.digest is None:
                 free[row.delivery] = row, verdict
             else:
                 rest.append(row)
@@ -89,6 +103,10 @@ class DecidedAgain:
             self._hold(back)
         if ended:
             await self._cancel(ended, now_ms)
+        if collected:
+            for row, verdict in await self._digests.tell(collected, now_ms):
+                spend(self._users.get(row.key), verdict, now_ms)
+                rest.append(row)
         if free:
             rest += await self._tell_together(free, now_ms)
         return rest
@@ -145,17 +163,8 @@ class DecidedAgain:
             carriers.append(row)
             claimed = [(other, free[other][0].attempt) for other in others]
             rows.append(CarrierRow(delivery, row.attempt, row.stream_id, row.slot, row.channel, claimed))
-            user = self._users.get(row.key)
-            if user is not None and verdict.spends:
-                _spend(user, verdict, now_ms)
+            spend(self._users.get(row.key), verdict, now_ms)
         merged = await self._store.merge(self._term(), rows, now_ms)
         for row in carriers:
             row.merged = merged.get(row.delivery, row.merged)
         return carriers
-
-
-def _spend(user: User, verdict: Verdict, now_ms: int) -> None:
-    if user.spent is None:
-        user.spent = Spent()
-    for name, limit in verdict.spends:
-        user.spent.spend(name, limit, now_ms)

@@ -11,15 +11,17 @@ import contextlib
 import heapq
 import logging
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 from actors.link import Link
 from actors.shard_acks import Acknowledgements
 from actors.shard_again import DecidedAgain
+from actors.shard_digests import Digests
 from actors.shard_policies import Policies
 from actors.shard_returns import Returns
 from actors.shard_users import User, UserCache
+from actors.templates import Templates
 from carillon.attention import DEFERRED, HELD, SEEN, WITHDRAWN, at_due
 from carillon.clock import Clock
 from carillon.errors import CarillonError, FencedError, StoreUnavailableError
@@ -36,6 +38,9 @@ log = logging.getLogger(__name__)
 
 MAX_WAITING = 200_000
 """Live deliveries whose push is watched in memory; beyond it the periodic sweep finds them."""
+
+MAX_MOMENTS = 10_000
+"""Moments remembered at which something that rules hold is due; beyond it the periodic sweep finds them."""
 
 WITHDRAW = "withdraw"
 """Channel of rows that take back what was pushed."""
@@ -72,6 +77,8 @@ class Outbox:
         acks: written before due rows are claimed: they cancel some.
         slots: gives the slots owned now.
         policies: of tenants, for what is decided again.
+        settled: awaits the batch that the writer has in flight.
+        templates: gives the tenants' templates.
         send_jobs: hands jobs to a router; False if there is none.
         fenced: called when the term turns out to be over.
     """
@@ -88,6 +95,8 @@ class Outbox:
         term: Callable[[], int],
         slots: Callable[[], Sequence[int]],
         policies: Policies,
+        settled: Callable[[], Awaitable[None]],
+        templates: Callable[[], Templates],
         send_jobs: Callable[[Push], bool],
         fenced: Callable[[], None],
     ) -> None:
@@ -105,6 +114,8 @@ class Outbox:
         self._fenced = fenced
         self._waiting: dict[bytes, int] = {}  # live and unacknowledged: notification -> due, ascending
         self._timers: list[int] = []  # other known due times
+        self._moments: set[int] = set()  # those among them at which something is due that rules hold
+        self._look_ms = 0.0  # when to look for more of them that another process left to us
         self._fresh: list[tuple[User, Event, int, OutboxRow]] = []
         self._flights: dict[int, _Flight] = {}
         self._outcomes: list[tuple[Link, int, PushOutcome]] = []
@@ -118,8 +129,12 @@ class Outbox:
         self._returns = Returns(
             store, clock, settings.push, term=term, released=self._released, fenced=fenced
         )  # fmt: skip
+        self.digests = Digests(
+            store, policies, clock, stats, settings, term=term, settled=settled, templates=templates,
+            due=self._due_at,
+        )  # fmt: skip
         self._again = DecidedAgain(
-            store, users, policies, stats, settings.shard, term=term, hold=self._returns.add,
+            store, users, policies, stats, settings.shard, self.digests, term=term, hold=self._returns.add,
             cancel=lambda rows, now_ms: self._settle([], rows, [], [], now_ms),
         )  # fmt: skip
 
@@ -165,7 +180,7 @@ class Outbox:
             self._fresh.append((user, event, seq, row))
             self._fresh_wake.set()
         elif row.gate == DEFERRED:
-            return  # hours away, and for many users at once: the sweep finds it
+            self._due_at(row.due_ms)
         elif live and row.gate != SEEN and len(self._waiting) < MAX_WAITING:
             self._waiting[event.id] = row.due_ms
             if len(self._waiting) == 1:
@@ -207,8 +222,21 @@ class Outbox:
         self._wake.set()
 
     def due_now(self) -> None:
-        """Something is due: a push whose user looked away, or what was due in slots that came to us."""
+        """Something is due: a push whose user looked away."""
         heapq.heappush(self._timers, 0)
+        self._wake.set()
+
+    def slots_came(self) -> None:
+        """What was due in them is, and what rules hold in them will be."""
+        self._look_ms = 0.0
+        self.due_now()
+
+    def _due_at(self, due_ms: int) -> None:
+        """Something that rules hold is due then, perhaps hours away and for many users: noted once."""
+        if due_ms in self._moments or len(self._moments) >= MAX_MOMENTS:
+            return
+        self._moments.add(due_ms)
+        heapq.heappush(self._timers, due_ms)
         self._wake.set()
 
     # -- the sweep --------------------------------------------------------------------------------------
@@ -230,7 +258,7 @@ class Outbox:
             now_ms = self._clock.now_ms()
             due = self._clock.monotonic() - last_full >= self._settings.shard.sweep_s
             while self._timers and self._timers[0] <= now_ms:
-                heapq.heappop(self._timers)
+                self._moments.discard(heapq.heappop(self._timers))
                 due = True
             while self._waiting:
                 raw, at_ms = next(iter(self._waiting.items()))
@@ -243,12 +271,26 @@ class Outbox:
             last_full = self._clock.monotonic()
             try:
                 await self._sweep()
+                if now_ms >= self._look_ms:
+                    await self._look_ahead(now_ms)
             except FencedError:
                 self._fenced()
             except StoreUnavailableError as exc:
                 log.info("the outbox waits: %s", exc)
             except Exception:
                 log.exception("sweeping the outbox failed")
+
+    async def _look_ahead(self, now_ms: int) -> None:
+        """Note when the next is due that rules hold, whoever planned it; once that has passed, look again."""
+        slots = self._slots()
+        moment = await self._store.digests.next_moment(slots, now_ms)
+        if slots is not self._slots():
+            return  # others came meanwhile
+        if moment is None:
+            self._look_ms = float("inf")
+        else:
+            self._look_ms = moment
+            self._due_at(moment)
 
     async def _sweep(self) -> None:
         """Claim what is due and send it. Acknowledgements in memory are written first: they cancel rows."""
@@ -526,6 +568,14 @@ class Outbox:
 def job_of(row: Claimed, members: dict[str, Any], provider: str, targets: list[PushTarget]) -> PushJob:
     """The push of one claimed row at one provider; if it speaks for several, it says for how many."""
     title = text_of(members, row.channel, provider, "title") or ""
+    told = title if row.merged == 1 else f"{row.merged} new notifications"
+    body = text_of(members, row.channel, provider, "body") if row.merged == 1 else title
+    link = text_of(members, row.channel, provider, "link")
+    collapse_key = members.get("collapseKey") or uuid_text(row.notification)
+    if row.digest is not None:
+        collapse_key = uuid_text(row.notification)  # its own, whatever its items have
+        if row.words is not None:
+            told, body, link = row.words
     return PushJob(
         delivery=row.delivery,
         attempt=row.attempt,
@@ -535,14 +585,17 @@ def job_of(row: Claimed, members: dict[str, Any], provider: str, targets: list[P
         notification=row.notification,
         seq=row.seq,
         type=row.type,
-        title=title if row.merged == 1 else f"{row.merged} new notifications",
-        body=text_of(members, row.channel, provider, "body") if row.merged == 1 else title,
-        link=text_of(members, row.channel, provider, "link"),
-        collapse_key=members.get("collapseKey") or uuid_text(row.notification),
+        title=told,
+        body=body,
+        link=link,
+        collapse_key=collapse_key,
         priority=row.priority,
         badge=max(0, row.unread),
         expires_ms=None if row.channel == WITHDRAW else row.expires_ms,
         targets=targets,
         provider=provider,
         withdraw=row.channel == WITHDRAW,
+        digest=row.digest if row.carrier is not None and row.digest is not None else b"",
+        count=row.merged,
+        notifications=[item.notification for item in row.told],
     )

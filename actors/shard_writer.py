@@ -26,10 +26,11 @@ from carillon.attention import DEFERRED, Attention
 from carillon.budget import Spent
 from carillon.clock import Clock, rfc3339
 from carillon.decision import Verdict, judge, pack
+from carillon.digest import OVERFLOW, digest_id, key_of
 from carillon.errors import CarillonError, FencedError, NotFoundError, UnavailableError
 from carillon.explain import circumstance, of_plan, read_receipt, told
 from carillon.external import IN_APP
-from carillon.ids import UserKey
+from carillon.ids import UserKey, uuid_text
 from carillon.messages import Event, Outcome
 from carillon.metrics import Stats
 from carillon.notification import target_of
@@ -139,6 +140,7 @@ class Writer:
         self.lane: Lane[Entry] = Lane(users, clock, Entry, self._wake.set)
         self._guard: Guard[Entry] | None = None
         self.single_at = 0.0  # monotonic; when single events were appended last
+        self._appending = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -157,6 +159,11 @@ class Writer:
             self._changes.popleft().done(stopped)
         for entry in self.lane.drained():
             self._fail(entry, stopped)
+
+    async def settled(self) -> None:
+        """Wait for the batch in flight: whatever was planned before now is in the store, or never will be."""
+        async with self._appending:
+            pass
 
     def queued(self) -> int:
         """Events waiting, those whose user is being loaded included."""
@@ -233,6 +240,7 @@ class Writer:
             "fallback": list(found.chain),
             "reason": found.reason,
             "pushDueAt": None if found.push_due_ms is None or found.push_now else rfc3339(found.push_due_ms),
+            "digest": _digest_told(user.key, event, found),
             "silent": found.silent,
             "archived": found.archived,
             "rules": told(rules),
@@ -298,7 +306,8 @@ class Writer:
 
     async def _batch(self, batch: list[Entry]) -> None:
         try:
-            await self._append(batch)
+            async with self._appending:
+                await self._append(batch)
         except asyncio.CancelledError:
             for entry in batch:
                 self._fail(entry, UnavailableError("the shard stops"))
@@ -505,6 +514,8 @@ class Writer:
                 user.spent = Spent()
             for name, limit in verdict.spends:
                 user.spent.spend(name, limit, now_ms)
+        if spend and found.digest == OVERFLOW and user.spent is not None:
+            user.spent.digest_ms = found.push_due_ms or 0
         return found
 
     def _attention(self, user: User, event: Event, now_ms: int) -> Attention:
@@ -545,6 +556,8 @@ class Writer:
                         decided.push_now, decided.push_due_ms, decided.gate, decided.hold_until_ms,
                         decided.reason, channel, ",".join(decided.chain), decided.step,
                     )  # fmt: skip
+                    if decided.digest is not None:
+                        row.digest = _digest_of(user.key, event, decided)
                     outbox.append(row)
                     pushes.append((user, event, row))
         for row in rows:
@@ -715,6 +728,24 @@ def _unread_after(rows: Sequence[AppendRow]) -> list[int]:
         after[row.stream_id] = found[-1] + (not row.archived)
     found.reverse()
     return found
+
+
+def _digest_of(user: UserKey, event: Event, decided: Plan) -> bytes:
+    assert decided.digest is not None
+    assert decided.push_due_ms is not None
+    return digest_id(key_of(user, event.category, decided.digest, decided.push_due_ms))
+
+
+def _digest_told(user: UserKey, event: Event, found: Plan) -> dict[str, Any] | None:
+    """The digest that a plan collects in, for an answer."""
+    if found.digest is None or found.push_due_ms is None:
+        return None
+    return {
+        "digestId": uuid_text(_digest_of(user, event, found)),
+        "category": key_of(user, event.category, found.digest, 0).category,
+        "frequency": found.digest,
+        "dueAt": rfc3339(found.push_due_ms),
+    }
 
 
 def disturbs(found: Plan, reach: Reach) -> bool:

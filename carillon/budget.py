@@ -12,6 +12,8 @@ from typing import Final, NamedTuple
 
 MAX_COUNT: Final = 1000
 MAX_WINDOW_S: Final = 7 * 86_400
+COLLECT_S: Final = 10.0
+"""Shortest life of a digest of what exceeds limits, unless the tenant says otherwise."""
 ALL: Final = ""
 """Name of the limit over all types: the attention budget."""
 
@@ -31,20 +33,34 @@ class Limits(NamedTuple):
         user: over all types and channels of a user; None: not limited.
         types: per user and type.
         overflow: digest (told together as soon as there is room) or feed (in the feed alone).
+        collect_ms: a digest of what exceeds limits collects for so long at least.
     """
 
     user: Limit | None
     types: dict[str, Limit]
     overflow: str
+    collect_ms: int = round(COLLECT_S * 1000)
 
 
 class Spent:
-    """The moments at which one user was disturbed, by limit."""
+    """The moments at which one user was disturbed, by limit.
 
-    __slots__ = ("_moments",)
+    Attributes:
+        digest_ms: when the digest of what exceeds the limits is due.
+    """
+
+    __slots__ = ("_moments", "digest_ms")
 
     def __init__(self) -> None:
         self._moments: dict[str, deque[int]] = {}
+        self.digest_ms = 0
+
+    def overflow_ms(self, free_ms: int, limit: Limit, now_ms: int, collect_ms: int) -> int:
+        """When the digest that takes what exceeds `limit` now is due: the open one, or a new one."""
+        if self.digest_ms > now_ms:
+            return self.digest_ms
+        # What comes a second later than the end of the window finds it still open.
+        return max(free_ms, now_ms + min(collect_ms, limit.window_ms))
 
     def free_ms(self, name: str, limit: Limit, now_ms: int) -> int:
         """When the limit lets another one pass: `now_ms` or later."""

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from carillon.budget import ALL, Limit, Limits, Spent
+from carillon.digest import OVERFLOW
 from carillon.external import EXTERNAL, IN_APP, PUSH, PUSH_PROVIDERS
 from carillon.messages import Event
 from carillon.preferences import CHANNELS
@@ -36,6 +37,7 @@ class TenantRules(NamedTuple):
         limits: None: nothing is limited.
         nobody: stands for a user who stored nothing.
         closed: by type when nothing of it may leave the system, where the user is.
+        digest_template: names the template that digests are told by; None: our own words.
     """
 
     defaults: Preferences
@@ -43,6 +45,7 @@ class TenantRules(NamedTuple):
     limits: Limits | None
     nobody: Preferences
     closed: Mapping[str, QuietHours] = {}
+    digest_template: str | None = None
 
 
 def no_rules() -> TenantRules:
@@ -62,6 +65,7 @@ class Verdict(NamedTuple):
         rules: those that fired beside `why`.
         spends: limits of which one is used up if anything goes out now.
         reason: in a word, why less happens than the event asks for; None: nothing less.
+        digest: the frequency of the digest that collects what leaves the system; None: none does.
     """
 
     off: frozenset[str]
@@ -72,6 +76,7 @@ class Verdict(NamedTuple):
     rules: tuple[Fired, ...]
     spends: Sequence[tuple[str, Limit]]
     reason: str | None
+    digest: str | None = None
 
 
 def family(channel: str) -> str:
@@ -122,7 +127,7 @@ def weigh(
     rules: list[Fired] = []
     if open_.priority is not None:
         rules.append(open_.priority)
-    until_ms, silent, reason = None, False, None
+    until_ms, silent, reason, digest = None, False, None, None
     held = _held(open_, mine, tenant.defaults, now_ms, again)
     if tenant.closed and kind in tenant.closed:
         _outside(held, tenant.closed[kind], kind, mine, tenant.defaults, now_ms)
@@ -133,6 +138,7 @@ def weigh(
             rules += held
             until_ms = held[-1].until_ms
             reason = held[0].rule
+            digest = held[0].about if reason == DIGEST else None
             silent = any(one.rule != DIGEST for one in held)
     off = open_.off
     spends: Sequence[tuple[str, Limit]] = ()
@@ -140,17 +146,23 @@ def weigh(
         spends = _limits_of(tenant.limits, kind)
         over = _over(spends, spent, now_ms)
         if over is not None:
-            rules.append(over)
+            rule, limit = over
+            rules.append(rule)
             silent, spends, reason = True, (), "rate_limit"
             if tenant.limits.overflow == FEED:
                 off |= _OUTSIDE
             else:
-                until_ms = over.until_ms
+                until_ms, digest = rule.until_ms, OVERFLOW
+                if not again and spent is not None and until_ms is not None:
+                    until_ms = spent.overflow_ms(until_ms, limit, now_ms, tenant.limits.collect_ms)
+                    rules.append(Fired("overflow", TENANT, None, (), until_ms))
     elif tenant.limits is not None and (urgent or open_.forced is not None):
         spends = _limits_of(tenant.limits, kind)
         if _over(spends, spent, now_ms) is not None:
             rules.append(Fired("urgent_passes", EVENT) if urgent else Fired("forced_passes", TENANT))
-    return Verdict(off, open_.why, priority, until_ms, silent, tuple(dict.fromkeys(rules)), spends, reason)
+    return Verdict(
+        off, open_.why, priority, until_ms, silent, tuple(dict.fromkeys(rules)), spends, reason, digest
+    )
 
 
 def _held(open_: Switches, user: Preferences, defaults: Preferences, now_ms: int, again: bool) -> list[Fired]:
@@ -203,17 +215,19 @@ def _limits_of(limits: Limits, kind: str) -> Sequence[tuple[str, Limit]]:
     return ((kind, of_type),) if limits.user is None else ((ALL, limits.user), (kind, of_type))
 
 
-def _over(spends: Sequence[tuple[str, Limit]], spent: Spent | None, now_ms: int) -> Fired | None:
+def _over(
+    spends: Sequence[tuple[str, Limit]], spent: Spent | None, now_ms: int
+) -> tuple[Fired, Limit] | None:
     """The limit that is used up for longest."""
     if spent is None:
         return None
-    found: Fired | None = None
+    found: tuple[Fired, Limit] | None = None
     latest = now_ms
     for name, limit in spends:
         free_ms = spent.free_ms(name, limit, now_ms)
         if free_ms > latest:
             latest = free_ms
-            found = Fired("rate_limit", TENANT, name or None, (), free_ms)
+            found = Fired("rate_limit", TENANT, name or None, (), free_ms), limit
     return found
 
 

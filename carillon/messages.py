@@ -243,6 +243,22 @@ class UserErase(Struct, array_like=True, tag=61):
     slot: int
 
 
+class DigestChange(Struct, array_like=True, tag=58):
+    """Request: send an open digest now, or take one item out of it. Reply: `Done` with how many notifications
+    that concerned, 0 if it was done before."""
+
+    tenant: str
+    user: str
+    slot: int
+    digest: bytes
+    op: str
+    """flush | remove."""
+    notification: bytes = b""
+    """The item to take out."""
+    by_user: bool = False
+    """The user asks, not a service: nothing that the user wants in general holds it."""
+
+
 class PlanQuery(Struct, array_like=True, tag=38):
     """Request: what would become of an event? Nothing of it is stored. Reply: `PlanReply`."""
 
@@ -655,6 +671,12 @@ class PushJob(Struct, array_like=True):
     """True: silent; takes back what was pushed with this collapse key."""
     sound: str = "default"
     """As the user wants it: "" none, "default", or the name of a sound of the app."""
+    digest: bytes = b""
+    """The digest that this push tells; empty: none."""
+    count: int = 1
+    """For how many notifications it speaks."""
+    notifications: list[bytes] = []
+    """Of a digest: the newest of them, newest first."""
 
 
 class Push(Struct, array_like=True, tag=40):
@@ -810,7 +832,7 @@ type_union = (
     | PushLeft | Join | Renew | ClusterMap | Leave | StatsQuery | StatsReply | Failure | Ping
     | DeviceAck | DeviceVisibility | DeviceTold | PresenceWatch | PresenceTold | WatchAnswer
     | PresenceMode | ClientMode
-    | PlanQuery | PlanReply | Unsubscribe | Amend | Amended
+    | PlanQuery | PlanReply | Unsubscribe | Amend | Amended | DigestChange
     | ProfilePut | UserErase | ClientTopic
 )  # fmt: skip
 Message = type_union

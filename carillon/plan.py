@@ -49,6 +49,7 @@ class Plan:
         silent: sockets show it without a sound.
         priority: with the user's override; None: as the event says.
         rules: what fired of preferences and tenant's rules.
+        digest: the frequency of the digest that what leaves the system waits in; None: in none.
     """
 
     status: str
@@ -64,6 +65,7 @@ class Plan:
     silent: bool = False
     priority: int | None = None
     rules: tuple[Fired, ...] = ()
+    digest: str | None = None
 
 
 _FEED_ONLY = Plan("stored", (IN_APP,))
@@ -185,7 +187,17 @@ def _ruled(
         channels = choice.channels if alone else (IN_APP, *choice.channels)
         status = "delivered" if live and not alone else "deferred"
         until_ms = verdict.until_ms
-        return Plan(status, channels, until_ms, False, DEFERRED, until_ms, verdict.reason, **common)
+        return Plan(
+            status,
+            channels,
+            until_ms,
+            False,
+            DEFERRED,
+            until_ms,
+            verdict.reason,
+            digest=verdict.digest,
+            **common,
+        )
     found = _decide(
         alone, verdict.priority, reach, choice.channels, now_ms, ack_window_ms, grace_end_ms, lease_ms,
         attention, policy,

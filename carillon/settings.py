@@ -432,6 +432,10 @@ class IngressSettings:
     retry_pause_s: float = setting(
         0.05, "Longest first wait between tries of a request (full jitter, doubled).", low=0.001, unit="s"
     )
+    digest_items: int = setting(
+        100, "Items of an open digest that are listed, the newest ones.", low=1, high=1000
+    )
+    digests_listed: int = setting(100, "Open digests of a user that are listed.", low=1, high=1000)
     search_walk: int = setting(
         1000,
         "Notifications that a search looks through one by one before it has the words of a feed indexed.",
@@ -466,6 +470,16 @@ class PushSettings:
     sender_concurrency: int = setting(500, "Requests in flight of one sender.", low=1, high=5000)
     timeout_s: float = setting(
         10.0, "A provider that does not answer in so long makes the try unknown.", low=0.05, unit="s"
+    )
+    digest_titles: int = setting(3, "Titles of items that the push of a digest shows.", low=1, high=20)
+    digest_ids: int = setting(
+        50, "Ids of items that the push of a digest carries, the newest ones.", low=1, high=80
+    )
+    digest_render_s: float = setting(
+        5.0,
+        "A tenant's template for digests has so long, else they go out in our own words.",
+        low=0.01,
+        unit="s",
     )
     ttl_s: float = setting(
         2_419_200.0, "Lifetime at the provider when the event names none (28 days).", low=0.0, unit="s"

@@ -1,4 +1,5 @@
-"""The members of a tenant's policy about its users' preferences: defaults, forced rules, limits.
+"""The members of a tenant's policy about its users' preferences: defaults, forced rules, limits,
+the words of digests.
 
 Defaults lie beneath the users' documents, forced rules above; limits say how often a user may be disturbed.
 """
@@ -9,15 +10,16 @@ import re
 from typing import Any, Final
 from zoneinfo import ZoneInfo
 
-from carillon.budget import MAX_COUNT, MAX_WINDOW_S, Limit, Limits
+from carillon.budget import COLLECT_S, MAX_COUNT, MAX_WINDOW_S, Limit, Limits
 from carillon.decision import DIGEST, FEED, TenantRules
 from carillon.event_rules import Text, is_object, text_error
 from carillon.preferences import MAX_ENTRIES, document_errors, rules_errors
 from carillon.problems import FieldError, shown
 from carillon.quiet_hours import QuietHours, minutes_of
 from carillon.switches import Preferences, part
+from carillon.templates import parse_reference
 
-RULES: Final = ("defaults", "forced", "limits")
+RULES: Final = ("defaults", "forced", "limits", "digests")
 """The members."""
 
 _TYPE: Final = Text(1, 64)
@@ -43,6 +45,7 @@ def rules_of(document: dict[str, Any]) -> TenantRules | None:
             _limit(of_user) if of_user else None,
             {kind: _limit(some) for kind, some in of_types.items()},
             limits.get("overflow", DIGEST),
+            round(limits.get("collectS", COLLECT_S) * 1000),
         )
     return TenantRules(
         Preferences(defaults),
@@ -50,6 +53,7 @@ def rules_of(document: dict[str, Any]) -> TenantRules | None:
         limited,
         Preferences({}, defaults.get("timezone")),
         closed,
+        part(document, "digests").get("template"),
     )
 
 
@@ -82,6 +86,8 @@ def rules_problems(document: dict[str, Any]) -> list[FieldError]:
             errors.append(FieldError(name, "an object", shown(some)))
         elif name == "limits":
             errors.extend(_limits(some))
+        elif name == "digests":
+            errors.extend(_digests(some))
         elif name == "forced":
             for name_of, rules in some.items():
                 path = f"forced/{shown(name_of)}"
@@ -112,8 +118,24 @@ def _limits(some: dict[str, Any]) -> list[FieldError]:
         elif name == "overflow":
             if value not in (DIGEST, FEED):
                 errors.append(FieldError(path, f"{DIGEST}|{FEED}", shown(value)))
+        elif name == "collectS":
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 <= value <= MAX_WINDOW_S:
+                errors.append(FieldError(path, f"seconds from 0 to {MAX_WINDOW_S}", shown(value)))
         else:
-            errors.append(FieldError(path, "user, types or overflow", "an unknown field"))
+            errors.append(FieldError(path, "user, types, overflow or collectS", "an unknown field"))
+    return errors
+
+
+def _digests(some: dict[str, Any]) -> list[FieldError]:
+    errors = [
+        FieldError(f"digests/{shown(name)}", "template", "an unknown field")
+        for name in some
+        if name != "template"
+    ]
+    if parse_reference(some.get("template")) is None:
+        got = shown(some["template"]) if "template" in some else "nothing"
+        errors.append(FieldError("digests/template", "the id of a template, perhaps @version", got))
     return errors
 
 

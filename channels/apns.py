@@ -32,7 +32,16 @@ from channels.http2 import (
     client_tls,
     secret_header,
 )
-from channels.ports import collapse_id, cut, fit, json_size, retry_after_s, stable_id, withdrawal
+from channels.ports import (
+    collapse_id,
+    cut,
+    fit,
+    json_size,
+    of_digest,
+    retry_after_s,
+    stable_id,
+    withdrawal,
+)
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +138,7 @@ def apns_payload(job: PushJob) -> bytes:
         }
         if link is not None:
             made["link"] = link
-        return made
+        return made | of_digest(job)
 
     texts = fit(cut(job.title, 255), job.body, job.link, lambda *texts: json_size(document(*texts)))
     return msgspec.json.encode(document(*texts))

@@ -42,7 +42,7 @@ from channels.http2 import (
     UnknownResultError,
     client_tls,
 )
-from channels.ports import collapse_id, cut, fit, json_size, retry_after_s, withdrawal
+from channels.ports import collapse_id, cut, fit, json_size, of_digest, retry_after_s, withdrawal
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,8 @@ def fcm_message(job: PushJob, target: PushTarget, now_ms: int, ttl_s: float) -> 
         data = {"notificationId": identifier, "seq": str(job.seq), "type": job.type}
         if link is not None:
             data["link"] = link
+        for name, value in of_digest(job).items():
+            data[name] = value if isinstance(value, str) else msgspec.json.encode(value).decode()
         return shown, data
 
     def size(*texts: Any) -> int:

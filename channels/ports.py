@@ -122,7 +122,19 @@ def retry_after_s(value: str | None, now_ms: int) -> float:
 
 def withdrawal(job: PushJob) -> dict[str, Any]:
     """What a silent push tells the app: take these off the screen."""
-    return {"type": "WITHDRAW", "notificationIds": [uuid_text(job.notification)]}
+    ids = job.notifications if job.digest else [job.notification]
+    return {"type": "WITHDRAW", "notificationIds": [uuid_text(raw) for raw in ids]}
+
+
+def of_digest(job: PushJob) -> dict[str, Any]:
+    """What the push of a digest tells the app beside its texts; {} for any other push."""
+    if not job.digest:
+        return {}
+    return {
+        "digestId": uuid_text(job.digest),
+        "count": job.count,
+        "notificationIds": [uuid_text(raw) for raw in job.notifications],
+    }
 
 
 def json_size(document: Any) -> int:

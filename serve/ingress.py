@@ -39,6 +39,7 @@ from stores.cached_feed import CachedFeed
 from stores.postgres.audience import AudienceReader
 from stores.postgres.broadcasts import BroadcastStore
 from stores.postgres.dead_letters import DeadLetterReader
+from stores.postgres.digests import DigestReader
 from stores.postgres.export import Exporter
 from stores.postgres.feed import FeedReader
 from stores.postgres.inbound import InboundStore
@@ -148,6 +149,7 @@ class Ingress:
                 TopicStore(self._pool, settings.postgres.connect_timeout_s),
                 SegmentStore(self._pool, settings.postgres.connect_timeout_s),
                 AudienceReader(self._pool, settings.postgres.connect_timeout_s),
+                DigestReader(self._pool, settings.postgres.connect_timeout_s),
                 connections=self.connections,
                 url=self.url,
                 cluster_tag=tag,

@@ -363,6 +363,19 @@ COMPONENTS: Final[dict[str, Schema]] = {
             "fallback": {"type": "array", "items": {"type": "string"}},
             "reason": {"type": ["string", "null"]},
             "pushDueAt": {"anyOf": [INSTANT, {"type": "null"}]},
+            "digest": {
+                "anyOf": [
+                    obj(
+                        {
+                            "digestId": UUID,
+                            "category": {"type": ["string", "null"]},
+                            "frequency": {"type": "string"},
+                            "dueAt": INSTANT,
+                        }
+                    ),
+                    {"type": "null"},
+                ]
+            },
             "silent": _FLAG,
             "archived": _FLAG,
             "rules": {"type": "array", "items": ref("FiredRule")},

@@ -17,6 +17,7 @@ from stores.cached_feed import CachedFeed
 from stores.postgres.audience import AudienceReader
 from stores.postgres.broadcasts import BroadcastStore
 from stores.postgres.dead_letters import DeadLetterReader
+from stores.postgres.digests import DigestReader
 from stores.postgres.export import Exporter
 from stores.postgres.feed import FeedReader
 from stores.postgres.inbound import InboundStore
@@ -80,6 +81,7 @@ class Services:
     topics: TopicStore
     segments: SegmentStore
     audiences: AudienceReader
+    digests: DigestReader
     in_flight: int = 0
     draining: bool = False
     connections: Connections | None = None

@@ -10,7 +10,7 @@ import msgspec
 from carillon import explain
 from carillon.attention import Attention
 from carillon.clock import rfc3339
-from carillon.decision import unpack
+from carillon.decision import DIGEST, unpack
 from carillon.events import Request as ParsedEvents
 from carillon.external import EXTERNAL, IN_APP
 from carillon.ids import uuid_text
@@ -129,12 +129,17 @@ def _delivery(one: dict[str, Any]) -> dict[str, Any]:
     due = rfc3339(one["due_ms"])
     state: str = _STATES[one["state"]].format(due=due)
     because = f" ({one['reason']})" if one["reason"] else ""
+    digest = one["digest"]
+    if digest is not None and one["carrier"] is None and one["state"] == "planned":
+        state = f"is collected in a digest due at {due}"
+        because = "" if one["reason"] == DIGEST else because
     return {
         "channel": one["channel"],
         "state": one["state"],
         "reason": one["reason"],
         "dueAt": due,
         "step": one["step"],
+        "digestId": None if digest is None else str(digest),
         "words": f"The {one['channel']} {state}{because}.",
     }
 

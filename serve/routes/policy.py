@@ -96,6 +96,7 @@ _POLICY: Final = obj(
         ),
         "defaults": ref("Preferences"),
         "forced": obj({"categories": ref("PreferenceRules"), "types": ref("PreferenceRules")}),
+        "digests": obj({"template": text(1, 74)}, ["template"]),
         "limits": obj(
             {
                 "user": _LIMIT,
@@ -106,6 +107,7 @@ _POLICY: Final = obj(
                     "additionalProperties": _LIMIT,
                 },
                 "overflow": {"enum": [DIGEST, FEED]},
+                "collectS": {"type": "number", "minimum": 0, "maximum": MAX_WINDOW_S},
             }
         ),
     }
@@ -122,6 +124,7 @@ _EXAMPLE: Final = {
     "limits": {"user": {"count": 30, "windowS": 3600}, "overflow": "digest"},
     "topics": {"subscribe": "prefix", "prefixes": ["public."]},
     "retentionDays": 365,
+    "digests": {"template": "digest"},
 }
 _ANSWER: Final = {
     "whenAway": "push_after", "whenAwayDelayS": 30.0, "holdS": 60.0, "types": {},

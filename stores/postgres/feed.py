@@ -355,7 +355,8 @@ class FeedReader:
         for t in tries:
             delivery = by_id.setdefault(
                 t["id"], {name: t[name] for name in ("channel", "state", "attempts", "reason", "due_ms",
-                                                     "created_ms", "updated_ms", "chain", "step")}
+                                                     "created_ms", "updated_ms", "chain", "step", "digest",
+                                                     "carrier")}
                 | {"tries": []}
             )  # fmt: skip
             if t["attempt"] is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -22,6 +23,7 @@ from carillon.messages import Event, PushTarget
 from carillon.notification import NotificationRow
 from carillon.settings import PostgresSettings
 from stores.postgres.amendments import RETRACT, Amendments
+from stores.postgres.digests import DigestStore, ToldItem
 from stores.postgres.named import load_queries
 from stores.postgres.pool import UNAVAILABLE, open_pool, translated
 
@@ -162,6 +164,8 @@ class OutboxRow:
     chain: str = ""
     """Channels that follow, joined by commas."""
     step: int = 0
+    digest: bytes | None = None
+    """The digest it waits in."""
 
 
 @dataclass(slots=True)
@@ -227,6 +231,20 @@ class Claimed:
     """With gate WITHDRAWN why nobody wants it any more: seen, retracted or cancelled."""
     zone: str | None = None
     """Time zone of the user's profile."""
+    reason: str | None = None
+    carrier: int | None = None
+    """The row that told it in its digest; None: it waits there still."""
+    digest: bytes | None = None
+    told: Sequence[ToldItem] = ()
+    """Of the row that tells a digest: the newest items, newest first."""
+    words: tuple[str, str | None, str | None] | None = None
+    """Title, body and link of a digest, in the tenant's words."""
+
+    def collected(self) -> bool:
+        """Whether it waits in a digest that was not told yet."""
+        return (
+            self.digest is not None and self.carrier is None and self.channel not in ("withdraw", "replace")
+        )
 
 
 @dataclass(slots=True)
@@ -342,10 +360,14 @@ class ShardStore(Amendments):
             name: text % {"row": ROW} if "%(row)s" in text else text
             for name, text in load_queries("shard").items()
         }
+        self.digests = DigestStore(
+            lambda: self.pool, shard, settings.connect_timeout_s,
+            # With all a push needs but the content: a digest shows that of a few items.
+            (self._sql["claimed"].replace("n.content,", "'' as content,"), _claimed),
+        )  # fmt: skip
         self._append_sql = {
-            (outbox, ruled): self._append_text(outbox, ruled)
-            for outbox in (False, True)
-            for ruled in (False, True)
+            (outbox, ruled, digests): self._append_text(outbox, ruled, digests)
+            for outbox, ruled, digests in itertools.product((False, True), repeat=3)
         }
         self._change_sql = {op: self._change_text("change", "$4", parts) for op, parts in OPERATIONS.items()}
         self._read_all_sql = self._change_text("read_all", "$3", OPERATIONS["read"])
@@ -362,12 +384,19 @@ class ShardStore(Amendments):
             "take_back": before + self._sql["take_back"] % {**parts, "streams": streams},
         }
 
-    def _append_text(self, outbox: bool, ruled: bool) -> str:
-        """The group commit of batches with or without outbox rows, and rules that fired."""
+    def _append_text(self, outbox: bool, ruled: bool, digests: bool) -> str:
+        """The group commit of batches with or without outbox rows, rules that fired, and rows of digests."""
         names = ("shown_array", "shown_name", "ruled", "ruled_values", "ruled_arrays", "ruled_names")
         parts = dict.fromkeys(names, "") | {"shown": "n", "planned": ""}
         if outbox:
-            parts["planned"] = f",\n{self._sql['append_planned']}"
+            number = 31 if ruled else 28
+            digest = {
+                "digest": ", digest",
+                "digest_value": ", d.digest",
+                "digest_array": f", ${number}::uuid[]",
+            }
+            planned = self._sql["append_planned"] % (digest if digests else dict.fromkeys(digest, ""))
+            parts["planned"] = f",\n{planned}"
         last = 27 if outbox else 14
         parts["receipt"] = f"${last}"
         if ruled:
@@ -595,8 +624,12 @@ class ShardStore(Amendments):
                 [row.event.created_ms / 1000 if row.archived else None for row in rows],
             ]
             priorities = [row.event.priority if row.priority is None else row.priority for row in rows]
+        digests: list[Any] = []
+        # What waits in a digest does so by a rule: other batches do not look.
+        if ruled and any(o.digest is not None for o in outbox):
+            digests = [[None if o.digest is None else UUID(o.digest) for o in outbox]]
         answer = await connection.fetch(
-            self._append_sql[bool(outbox), bool(ruled)],
+            self._append_sql[bool(outbox), bool(ruled), bool(digests)],
             self._shard,
             term,
             list(counts),
@@ -613,6 +646,7 @@ class ShardStore(Amendments):
             *planned,
             [row.receipt for row in rows],
             *ruled,
+            *digests,
         )
         if not answer:
             raise FencedError(f"term {term} of {self._shard} is over")
@@ -786,18 +820,7 @@ class ShardStore(Amendments):
                 if not ids:
                     return []
                 rows = await connection.fetch(self._sql["claimed"], [r[0] for r in ids])
-        return [
-            Claimed(
-                r["id"], r["attempts"], r["slot"], UserKey(r["tenant"], r["user_id"]), r["unread"],
-                r["notification_id"].bytes, r["seq"], r["type"], r["priority"], r["content"],
-                r["expires_ms"], r["sent_to"], r["gate"], r["acknowledged"],
-                r["hold_until_ms"] or 0, r["shown_on"], r["channel"], r["chain"], r["step"], r["since_ms"],
-                r["base_attempt"],
-                r["reached"], r["category"], r["merged"], r["preferences"], r["stream_id"], r["ended"],
-                r["zone"],
-            )
-            for r in rows
-        ]  # fmt: skip
+        return [_claimed(r) for r in rows]
 
     async def release(self, term: int, rows: Sequence[ReleaseRow], now_ms: int) -> int:
         """Give claimed rows back without counting the try; returns how many were still claimed by it."""
@@ -1081,6 +1104,17 @@ class Inside(NamedTuple):
         Awaitable[dict[int, tuple[int, int, int]]],
     ]
     draw_delivery_ids: Callable[[asyncpg.Connection, int], Awaitable[list[int]]]
+
+
+def _claimed(r: Any) -> Claimed:
+    return Claimed(
+        r["id"], r["attempts"], r["slot"], UserKey(r["tenant"], r["user_id"]), r["unread"],
+        r["notification_id"].bytes, r["seq"], r["type"], r["priority"], r["content"], r["expires_ms"],
+        r["sent_to"], r["gate"], r["acknowledged"], r["hold_until_ms"] or 0, r["shown_on"], r["channel"],
+        r["chain"], r["step"], r["since_ms"], r["base_attempt"], r["reached"], r["category"], r["merged"],
+        r["preferences"], r["stream_id"], r["ended"], r["zone"], r["reason"], r["carrier"],
+        None if r["digest"] is None else r["digest"].bytes,
+    )  # fmt: skip
 
 
 class StreamsErasedError(Exception):

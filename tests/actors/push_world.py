@@ -53,14 +53,14 @@ class World(Kit):
 
 
 @contextlib.asynccontextmanager
-async def world(dsn: str, **shard: Any) -> AsyncIterator[World]:
+async def world(dsn: str, push: dict[str, Any] | None = None, **shard: Any) -> AsyncIterator[World]:
     """Everything started; the pools talk to local providers."""
     fcm, apns = FcmServer(folder() / "fcm"), ApnsServer(folder() / "apns")
     values: dict[str, Any] = dict(
         write_demo_credentials(folder() / "settings", await fcm.start(), await apns.start())
     )
-    push = values | {"timeout_s": 3.0, "max_senders": 1, "backoff_s": 0.01, "max_attempts": 2}
-    kit = World(dsn, push=push, **shard)
+    given = values | {"timeout_s": 3.0, "max_senders": 1, "backoff_s": 0.01, "max_attempts": 2} | (push or {})
+    kit = World(dsn, push=given, **shard)
     kit.fcm, kit.apns = fcm, apns
     async with kit:
         kit.coordinator.forget("router-1")  # jobs go to the real one

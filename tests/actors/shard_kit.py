@@ -126,6 +126,7 @@ class Kit:
         push: dict[str, Any] | None = None,
         presence: dict[str, Any] | None = None,
         redis: dict[str, Any] | None = None,
+        clock: AheadClock | None = None,
         **shard: Any,
     ) -> None:
         self.dsn = dsn
@@ -138,7 +139,7 @@ class Kit:
             presence=presence or {},
             redis=redis or {},
         )
-        self.clock = AheadClock()
+        self.clock = clock or AheadClock()
         self.shards: list[Shard] = []
         self.links: list[Link] = []
 

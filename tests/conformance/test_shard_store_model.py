@@ -6,7 +6,9 @@ import asyncio
 import dataclasses
 import hashlib
 import inspect
+import operator
 import random
+import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -15,12 +17,14 @@ import pytest
 
 from carillon.attention import ACTIVE, ALWAYS, ANY, AWAY, DEFERRED, DONE, HELD, KEEP, RECEIVED, SEEN, SILENT
 from carillon.clock import SystemClock
+from carillon.digest import Item, Told, tell
 from carillon.errors import FencedError, VersionError
 from carillon.ids import UserKey, Uuid7Source, slot_of
 from carillon.messages import Event, PushTarget
 from carillon.settings import PostgresSettings
 from stores.postgres.amendments import Amended, EditRow
 from stores.postgres.cluster import ClusterStore, ShardRow
+from stores.postgres.digests import DigestStore
 from stores.postgres.shard_store import (
     OPERATIONS,
     AppendRow,
@@ -37,8 +41,10 @@ from stores.postgres.shard_store import (
     SignalRow,
     UserRecord,
 )
+from tests.simulation.digests import ModelDigestStore
 from tests.simulation.store import Database, ModelClusterStore, ModelShardStore
 
+DIGESTS = (bytes(15) + b"a", bytes(15) + b"b")
 USERS = [UserKey("t", name) for name in ("ann", "bob", "cat")]
 ACTS = [bytes([n]) * 16 for n in range(40)]
 SIGNALS = (ACTIVE, AWAY, DONE, KEEP, RECEIVED, SILENT)
@@ -47,7 +53,7 @@ EXPECTED = (FencedError, KeysTakenError, PoisonError, VersionError)
 
 @pytest.mark.parametrize(
     ("model", "real"),
-    [(ModelShardStore, ShardStore), (ModelClusterStore, ClusterStore)],
+    [(ModelShardStore, ShardStore), (ModelClusterStore, ClusterStore), (ModelDigestStore, DigestStore)],
 )
 def test_the_model_takes_the_same_calls(model: type, real: type) -> None:
     """Every public method of the model is one of the real store, with its parameters."""
@@ -88,7 +94,7 @@ class Pair:
         """Call `name` at both; answers or errors must agree. Returns the answer, None for an error."""
         answers = []
         for store in (self.real, self.model):
-            call: Callable[..., Awaitable[Any]] = getattr(store, name)
+            call: Callable[..., Awaitable[Any]] = operator.attrgetter(name)(store)
             try:
                 answer = await call(*args)
                 answers.append(order(answer) if order is not None else answer)
@@ -103,8 +109,9 @@ class Pair:
         """One call."""
         self.now_ms += self.rng.randrange(1, 2000)
         steps = (
-            self.append, self.append, self.append, self.change, self.change, self.acknowledge, self.claim,
-            self.amend, self.amend, self.settle, self.replay, self.look, self.targets, self.load,
+            self.append, self.append, self.append, self.append, self.change, self.change, self.acknowledge,
+            self.claim, self.amend, self.amend, self.settle, self.digest, self.digest, self.replay, self.look,
+            self.targets, self.load,
             self.log_out, self.dead_letters,
         )  # fmt: skip
         await self.rng.choice(steps)()
@@ -165,6 +172,9 @@ class Pair:
                 chain = rng.choice(("", "", "apns", "apns,push"))
                 row = OutboxRow(number, raw, stream, slot, claimed, due_ms, gate, hold_ms)
                 row.channel, row.chain = "fcm", chain
+                if rng.random() < 0.5 and rows[-1].decision is not None:
+                    row.digest, row.gate, row.claimed = rng.choice(DIGESTS), DEFERRED, False
+                    row.reason = "digest"
                 outbox.append(row)
         for row in rows:
             row.back += counts[row.stream_id]
@@ -253,6 +263,55 @@ class Pair:
         row = CarrierRow(delivery, attempt, d.note.stream.id, d.slot, d.channel, list(dict(others).items()))
         await self.both("merge", self.term(), [row], self.now_ms + 5000)
 
+    async def digest(self) -> None:
+        """Something is done with a digest."""
+        rng, now_ms = self.rng, self.now_ms + self.rng.choice((0, 5000))
+        if not self.streams:
+            return
+        stream, digest = rng.choice(list(self.streams.values())), rng.choice(DIGESTS)
+        which = rng.randrange(6)
+        if which == 0:
+            lease_ms = now_ms + 4000 + self.made
+            more = await self.both(
+                "digests.gather", self.term(), [(stream, digest)], now_ms, lease_ms,
+                order=lambda rows: sorted(rows, key=lambda c: c.delivery),
+            )  # fmt: skip
+            self.claimed += [(c.delivery, c.attempt) for c in more or ()]
+        elif which == 1:
+            await self.both("digests.flush", self.term(), stream, digest, "flushed", now_ms)
+        elif which == 2 and self.notes:
+            of, raw = rng.choice(self.notes)
+            await self.both("digests.remove", self.term(), of, digest, raw, now_ms)
+        elif which == 3:
+            slots = [slot_of(*key) for key in USERS if rng.random() < 0.7]
+            await self.both("digests.next_moment", slots, now_ms)
+            waiting = await self.both(
+                "digests.waiting", stream, order=lambda rows: sorted(rows, key=lambda w: w.delivery)
+            )
+            moves = [(w.delivery, rng.choice(DIGESTS), now_ms + 13 * w.delivery) for w in waiting[:2]]
+            if moves:
+                await self.both("digests.move", self.term(), moves, now_ms)
+        else:
+            await self.tell(now_ms)
+
+    async def tell(self, now_ms: int) -> None:
+        """Digests that were claimed are told, and what they told is read."""
+        held = [d for d in self.db.deliveries.values() if d.state == "sending" and d.digest is not None]
+        wrong = self.rng.random() < 0.1
+        rows = [(d.id, d.attempts + wrong) for d in held]
+        items = [Item(d.id, d.note.row.seq, (d.digest, d.channel)) for d in held]
+
+        def decide(ours: frozenset[int], dealt_with: frozenset[int]) -> list[Told]:
+            return tell([item for item in items if item.delivery in ours], dealt_with)
+
+        told = await self.both("digests.tell", self.term(), rows, decide, now_ms)
+        carriers = [
+            (d.id, d.note.stream.id, d.digest)
+            for d in (self.db.deliveries[one.carrier] for one in told or ())
+        ]
+        if carriers:
+            await self.both("digests.told", carriers, 3, 2)
+
     async def settle(self) -> None:
         rng, now_ms = self.rng, self.now_ms
         if not self.claimed:
@@ -336,11 +395,25 @@ class Pair:
         """The outbox, row by row."""
         rows = await self.sql.fetch(
             "select id, state, attempts, reason, gate, coalesce(shown_on, '{}'), channel, chain,"
-            " round(extract(epoch from due_at) * 1000)::bigint from deliveries order by id"
+            " round(extract(epoch from due_at) * 1000)::bigint, digest, carrier, coalesce(merged, 1)"
+            " from deliveries order by id"
         )
         model = sorted(self.db.deliveries.values(), key=lambda d: d.id)
         assert [tuple(r) for r in rows] == [
-            (d.id, d.state, d.attempts, d.reason, d.gate, d.shown_on, d.channel, d.chain, d.due_ms)
+            (
+                d.id,
+                d.state,
+                d.attempts,
+                d.reason,
+                d.gate,
+                d.shown_on,
+                d.channel,
+                d.chain,
+                d.due_ms,
+                None if d.digest is None else uuid.UUID(bytes=d.digest),
+                d.carrier,
+                d.merged,
+            )
             for d in model
         ]
 

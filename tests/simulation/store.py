@@ -46,6 +46,7 @@ from stores.postgres.shard_store import (
     UserRecord,
 )
 from tests.simulation.amendments import ModelAmendments
+from tests.simulation.digests import ModelDigestStore
 from tests.simulation.loop import NODE, Node, SimLoop
 
 PENDING = ("planned", "failed", "unknown")
@@ -120,6 +121,8 @@ class Delivery:
     replayed_ms: int | None = None
     merged: int = 1
     stale: bool = False
+    digest: bytes | None = None
+    carrier: int | None = None
 
 
 class Database:
@@ -281,6 +284,7 @@ class ModelShardStore(ModelAmendments):
     def __init__(self, db: Database, shard: str) -> None:
         self._db = db
         self._shard = shard
+        self.digests = ModelDigestStore(db, self._fence, self._claimed)
 
     async def open(self) -> None:
         await self._db.run(lambda: None)
@@ -398,7 +402,7 @@ class ModelShardStore(ModelAmendments):
             delivery = Delivery(
                 planned.id, db.notes[planned.notification], planned.slot, state, planned.due_ms,
                 int(planned.claimed), planned.reason, planned.gate, planned.hold_until_ms,
-                [], planned.channel, planned.chain, planned.step, now_ms,
+                [], planned.channel, planned.chain, planned.step, now_ms, digest=planned.digest,
             )  # fmt: skip
             db.deliveries[planned.id] = delivery
             db.of_note.setdefault(planned.notification, []).append(delivery)
@@ -537,7 +541,8 @@ class ModelShardStore(ModelAmendments):
                     note.row.delivered_ms = now_ms
                     new += 1
                 for delivery in self._db.of_note.get(t.notification, ()):
-                    self._follow(delivery, t, now_ms)
+                    if delivery.channel != "withdraw":
+                        self._follow(delivery, t, now_ms)
             return new
 
         return await self._db.run(statement)
@@ -627,31 +632,34 @@ class ModelShardStore(ModelAmendments):
             d.state, d.due_ms = "sending", lease_end_ms
             d.attempts += 1
             d.stale = False
-            sent_to = [
-                a.device
-                for (id_, _, _), a in self._db.attempts.items()
-                if id_ == d.id and a.outcome == "sent"
-            ]
-            n, e = d.note, d.note.event
-            reached: list[str] = []
-            if d.channel in ("withdraw", "replace"):
-                pushes = [o for o in self._db.of_note[n.row.id] if o.channel != "withdraw"]
-                reached = sorted({device for o in pushes for device in self._db.reached(o)})
-            ended = "cancelled" if n.cancelled_ms is not None else "seen"
-            if n.row.retracted_ms is not None:
-                ended = "retracted"
+            n = d.note
             self._told("claims", f"push {d.id} of {n.stream.key.user} seq {n.row.seq}, try {d.attempts}")
-            claimed.append(
-                Claimed(
-                    d.id, d.attempts, d.slot, n.stream.key, n.stream.unread, n.row.id, n.row.seq, e.type,
-                    e.priority, n.row.content, n.row.expires_ms, sent_to, d.gate,
-                    n.row.delivered_ms is not None, d.hold_until_ms or 0, list(d.shown_on),
-                    d.channel, d.chain, d.step, d.created_ms if d.replayed_ms is None else d.replayed_ms,
-                    d.base_attempt, reached, e.category, d.merged,
-                    self._db.preferences.get(n.stream.key), n.stream.id, ended,
-                )
-            )  # fmt: skip
+            claimed.append(self._claimed(d, n.row.content))
         return claimed
+
+    def _claimed(self, d: Delivery, content: str) -> Claimed:
+        sent_to = [
+            a.device for (id_, _, _), a in self._db.attempts.items() if id_ == d.id and a.outcome == "sent"
+        ]
+        n, e = d.note, d.note.event
+        reached: list[str] = []
+        if d.channel in ("withdraw", "replace"):
+            pushes = [o for o in self._db.of_note[n.row.id] if o.channel != "withdraw"]
+            reached = sorted({device for o in pushes for device in self._db.reached(o)})
+        ended = "cancelled" if n.cancelled_ms is not None else "seen"
+        if n.row.retracted_ms is not None:
+            ended = "retracted"
+        told = d
+        if d.channel in ("withdraw", "replace"):
+            told = next((o for o in self._db.of_note[n.row.id] if o.carrier == o.id), d)
+        return Claimed(
+            d.id, d.attempts, d.slot, n.stream.key, n.stream.unread, n.row.id, n.row.seq, e.type,
+            e.priority, content, n.row.expires_ms, sent_to, d.gate,
+            n.row.delivered_ms is not None, d.hold_until_ms or 0, list(d.shown_on),
+            d.channel, d.chain, d.step, d.created_ms if d.replayed_ms is None else d.replayed_ms,
+            d.base_attempt, reached, e.category, d.merged, self._db.preferences.get(n.stream.key),
+            n.stream.id, ended, None, d.reason, told.carrier, told.digest,
+        )  # fmt: skip
 
     async def release(self, term: int, rows: Sequence[ReleaseRow], now_ms: int) -> int:
         def statement() -> int:

@@ -135,7 +135,7 @@ where state = 'complete' and tenant = $1 and first_id <= $2 and last_id >= $2 li
 
 -- name: deliveries
 -- The external deliveries of a notification with their tries, as rows. $1 notification.
-select d.id, d.channel, d.state, d.attempts, d.reason, d.chain, d.step,
+select d.id, d.channel, d.state, d.attempts, d.reason, d.chain, d.step, d.digest, d.carrier,
        (extract(epoch from d.due_at) * 1000)::bigint as due_ms,
        (extract(epoch from d.created_at) * 1000)::bigint as created_ms,
        (extract(epoch from d.updated_at) * 1000)::bigint as updated_ms,

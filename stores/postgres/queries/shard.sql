@@ -86,17 +86,19 @@ union all
 select 0, term, 0, 0 from fence;
 
 -- name: append_planned
--- The part of `append` that writes outbox rows.
+-- The part of `append` that writes outbox rows. A batch with rows that wait in digests has their ids as its last
+-- parameter.
 planned as (
     insert into deliveries
         (id, notification_id, stream_id, slot, channel, state, due_at, attempts, created_at, updated_at, gate,
-         hold_until, reason, chain, step)
+         hold_until, reason, chain, step%(digest)s)
     select d.id, d.notification_id, d.stream_id, d.slot, d.channel, d.state, to_timestamp(d.due_s),
            (d.state = 'sending')::int, to_timestamp($20), to_timestamp($20), d.gate, to_timestamp(d.hold_s),
-           d.reason, d.chain, d.step
+           d.reason, d.chain, d.step%(digest_value)s
     from unnest($14::bigint[], $15::uuid[], $16::bigint[], $17::smallint[], $18::text[], $19::float8[],
-                $21::text[], $22::float8[], $23::text[], $24::text[], $25::text[], $26::smallint[])
-         as d (id, notification_id, stream_id, slot, state, due_s, gate, hold_s, reason, channel, chain, step)
+                $21::text[], $22::float8[], $23::text[], $24::text[], $25::text[], $26::smallint[]%(digest_array)s)
+         as d (id, notification_id, stream_id, slot, state, due_s, gate, hold_s, reason, channel, chain,
+               step%(digest)s)
     join moved m on m.stream_id = d.stream_id
 )
 
@@ -336,7 +338,8 @@ select d.id, d.attempts, d.slot, s.tenant, s.user_id, s.unread, n.id as notifica
              where d.channel in ('withdraw', 'replace') and p.notification_id = d.notification_id
                and p.channel <> 'withdraw'
                and a.outcome in ('sent', 'unknown')) as reached,
-       n.category, coalesce(d.merged, 1) as merged, d.stream_id, d.stream_id,
+       n.category, coalesce(d.merged, 1) as merged, d.stream_id, d.reason,
+       coalesce(d.carrier, told.id) as carrier, coalesce(d.digest, told.digest) as digest,
        (select p.document::text from preferences p where p.tenant = s.tenant and p.user_id = s.user_id) as preferences,
        case when n.retracted_at is not null then 'retracted' when n.cancelled_at is not null then 'cancelled'
             else 'seen' end as ended,
@@ -344,7 +347,13 @@ select d.id, d.attempts, d.slot, s.tenant, s.user_id, s.unread, n.id as notifica
 from unnest($1::bigint[]) as t (id)
 join deliveries d using (id)
 join streams s using (stream_id)
-join notifications n on n.id = d.notification_id;
+join notifications n on n.id = d.notification_id
+-- What a digest told is taken back, or replaced, as a whole.
+left join lateral (
+    select p.id, p.digest from deliveries p
+    where d.channel in ('withdraw', 'replace') and p.notification_id = d.notification_id and p.carrier = p.id
+    limit 1
+) told on true;
 
 -- name: release
 -- Claimed rows that nobody tried: planned again, the claim does not count as a try. A row claimed again since,

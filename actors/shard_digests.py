@@ -1,0 +1,240 @@
+"""Digests of a shard's users: what waited together is told together, once.
+
+A digest is due with the outbox rows that wait in it (carillon/digest.py). Before it is told the batch that
+the writer has in flight is awaited: what was planned a moment before the digest's time is in it, what is
+planned later belongs to the next one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any
+
+from actors.shard_policies import NO_RULES, Policies
+from actors.shard_users import User
+from actors.templates import Templates
+from carillon.budget import Spent
+from carillon.clock import Clock
+from carillon.decision import Verdict, weigh
+from carillon.digest import (
+    FLUSHED,
+    FLUSHED_BY_USER,
+    Item,
+    Told,
+    digest_id,
+    key_of,
+    latest_expiry,
+    params,
+    summary,
+    tell,
+)
+from carillon.errors import CarillonError, NotFoundError
+from carillon.ids import uuid_text
+from carillon.messages import DigestChange, Done
+from carillon.metrics import Stats
+from carillon.notification import decode_content
+from carillon.problems import Problem
+from carillon.settings import Settings
+from stores.postgres.shard_store import Claimed, ShardStore
+
+log = logging.getLogger(__name__)
+
+FLUSH = "flush"
+REMOVE = "remove"
+
+
+class Digests:
+    """Tells digests, and changes open ones.
+
+    Args:
+        term: the shard's present term.
+        settled: awaits the batch that is being written.
+        templates: gives the tenants' templates.
+        due: called with the moment (ms) at which rows are due now that were not.
+    """
+
+    def __init__(
+        self,
+        store: ShardStore,
+        policies: Policies,
+        clock: Clock,
+        stats: Stats,
+        settings: Settings,
+        *,
+        term: Callable[[], int],
+        settled: Callable[[], Awaitable[None]],
+        templates: Callable[[], Templates],
+        due: Callable[[int], None],
+    ) -> None:
+        self._store = store
+        self._policies = policies
+        self._clock = clock
+        self._stats = stats
+        self._settings = settings
+        self._term = term
+        self._settled = settled
+        self._templates = templates
+        self._due = due
+
+    # -- when they are due ------------------------------------------------------------------------------
+
+    async def complete(self, claimed: list[Claimed], now_ms: int) -> None:
+        """Make claimed rows whole: the rest of digests that are due, and what was told already."""
+        waiting = {(row.stream_id, row.digest) for row in claimed if row.collected()}
+        if waiting:
+            await self._settled()
+            lease_end_ms = now_ms + round(self._settings.shard.delivery_lease_s * 1000)
+            wanted = [(stream, digest) for stream, digest in waiting if digest is not None]
+            claimed += await self._store.digests.gather(self._term(), wanted, now_ms, lease_end_ms)
+        await self._show([row for row in claimed if row.carrier is not None])
+
+    async def tell(
+        self, free: dict[int, tuple[Claimed, Verdict]], now_ms: int
+    ) -> list[tuple[Claimed, Verdict]]:
+        """Of each digest and channel one push for all that may go; returns what is to be sent."""
+        items = [Item(d, row.seq, (row.digest, row.channel)) for d, (row, _) in free.items()]
+
+        def decide(ours: frozenset[int], dealt_with: frozenset[int]) -> list[Told]:
+            return tell((item for item in items if item.delivery in ours), dealt_with)
+
+        rows = [(d, row.attempt) for d, (row, _) in free.items()]
+        told = await self._store.digests.tell(self._term(), rows, decide, now_ms)
+        carriers: list[tuple[Claimed, Verdict]] = []
+        for one in told:
+            row, verdict = free[one.carrier]
+            row.carrier, row.merged = one.carrier, len(one.items)
+            carriers.append((row, verdict))
+            self._stats.observe_ms("digest_late_ms", max(0, now_ms - row.hold_until_ms))
+        self._stats.count("digests_told", len(told))
+        await self._show([row for row, _ in carriers])
+        return carriers
+
+    async def _show(self, rows: Sequence[Claimed]) -> None:
+        """Give rows that tell digests what their push shows."""
+        if not rows:
+            return
+        push = self._settings.push
+        most = max(push.digest_ids, push.digest_titles)
+        carriers = [(row.carrier or 0, row.stream_id, row.digest or b"") for row in rows]
+        found = await self._store.digests.told(carriers, most, push.digest_titles)
+        several: dict[str, list[Claimed]] = {}
+        for row in rows:
+            row.told = found.get(row.carrier or 0, ())
+            if not row.told:
+                continue
+            row.content = row.told[0].content
+            whole = row.merged <= len(row.told)
+            row.expires_ms = latest_expiry(item.expires_ms for item in row.told) if whole else None
+            # A device is spared that has shown all of it, unless it was asked for.
+            shown = [set(item.shown_on) for item in row.told] if whole else []
+            row.shown_on = [] if row.reason in (FLUSHED, FLUSHED_BY_USER) else sorted(common(shown))
+            if row.merged > 1:
+                several.setdefault(row.key.tenant, []).append(row)
+        for tenant, some in several.items():
+            await self._words(tenant, some)
+
+    async def _words(self, tenant: str, rows: Sequence[Claimed]) -> None:
+        """The words of digests of several items: the tenant's, else ours."""
+        rules = self._policies.of(tenant).rules
+        template = None if rules is None else rules.digest_template
+        documents: list[dict[str, Any]] = []
+        for row in rows:
+            newest = [decode_content(item.content) for item in row.told if item.content]
+            titles = [str(members["title"]) for members in newest]
+            own = summary(row.merged, titles, None)
+            row.words = own.title, own.body, None
+            types = [item.type for item in row.told]
+            documents.append(
+                {
+                    "userId": row.key.user,
+                    "type": "digest",
+                    "template": template,
+                    "params": params(row.merged, row.category, titles, types),
+                }
+            )
+        if template is None:
+            return
+        deadline = self._clock.monotonic() + self._settings.push.digest_render_s
+        try:
+            made = await self._templates().prepare(documents, tenant, deadline)
+        except CarillonError as exc:
+            log.warning("%d digests go out in our own words: %s", len(rows), exc)
+            return
+        for index, row in enumerate(rows):
+            prepared = made.get(index)
+            if prepared is None or isinstance(prepared, Problem):
+                detail = "it is no template" if prepared is None else prepared.detail
+                log.warning("a digest of %s goes out in our own words: %s", tenant, detail)
+                continue
+            rendered = prepared[row.key.user]
+            members = rendered.members | rendered.channels.get(row.channel, {})
+            row.words = members["title"], members.get("body"), members.get("link")
+
+    # -- what is changed about open ones ----------------------------------------------------------------
+
+    async def change(self, user: User, message: DigestChange) -> Done:
+        """Flush a digest, or take one item out of it.
+
+        Raises:
+            NotFoundError: there is no such open digest, or item in it.
+        """
+        now_ms = self._clock.now_ms()
+        if message.op == FLUSH:
+            reason = FLUSHED_BY_USER if message.by_user else FLUSHED
+            count, known = await self._store.digests.flush(
+                self._term(), user.stream_id, message.digest, reason, now_ms
+            )
+            what = "digestId", "an open digest of this user", uuid_text(message.digest)
+            self._due(now_ms)
+        else:
+            count, known = await self._store.digests.remove(
+                self._term(), user.stream_id, message.digest, message.notification, now_ms
+            )
+            what = "notificationId", "an item of this open digest", uuid_text(message.notification)
+        if not known:
+            raise NotFoundError(f"expected {what[0]} to be {what[1]}", *what)
+        return Done(count)
+
+    async def rearrange(self, user: User) -> int:
+        """The user's preferences have changed: what waits does so as they want it now, and what they want at
+        once is due. Returns how many rows that concerned."""
+        await self._settled()  # what was planned by the old ones is in the store
+        now_ms = self._clock.now_ms()
+        rules = self._policies.of(user.key.tenant).rules or NO_RULES
+        mine = user.local if user.preferences is None else user.preferences
+        moves: list[tuple[int, bytes, int]] = []
+        for item in await self._store.digests.waiting(user.stream_id):
+            verdict = weigh(item.type, item.category, item.priority, mine, rules, now_ms)
+            if verdict.digest is None or verdict.until_ms is None:
+                moves.append((item.delivery, item.digest, now_ms))
+                continue
+            digest = digest_id(key_of(user.key, item.category, verdict.digest, verdict.until_ms))
+            if (digest, verdict.until_ms) != (item.digest, item.due_ms):
+                moves.append((item.delivery, digest, verdict.until_ms))
+        if not moves:
+            return 0
+        moved = await self._store.digests.move(self._term(), moves, now_ms)
+        for due_ms in {due_ms for _, _, due_ms in moves}:
+            self._due(due_ms)
+        return moved
+
+
+def common(some: Sequence[set[str]]) -> set[str]:
+    """What is in each of the sets; nothing if there is none."""
+    return set.intersection(*some) if some else set()
+
+
+def spend(user: User | None, verdict: Verdict, now_ms: int) -> None:
+    """One push takes its part of the limits."""
+    if user is None or not verdict.spends:
+        return
+    if user.spent is None:
+        user.spent = Spent()
+    for name, limit in verdict.spends:
+        user.spent.spend(name, limit, now_ms)
+
+
+def collecting(rows: Iterable[Claimed]) -> bool:
+    """Whether any of the rows has to do with a digest."""
+    return any(row.digest is not None for row in rows)

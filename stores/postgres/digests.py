@@ -1,0 +1,266 @@
+"""Digests in Postgres: outbox rows that wait together. Kept by shards, shown by the ingress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
+
+import asyncpg
+
+from carillon.digest import Told
+from carillon.errors import FencedError
+from stores.postgres.named import load_queries
+from stores.postgres.pool import acquired
+
+if TYPE_CHECKING:
+    from stores.postgres.shard_store import Claimed
+
+_SQL: Final = load_queries("digests")
+
+
+@dataclass(slots=True)
+class ToldItem:
+    """One of the newest items of a digest that is told."""
+
+    notification: bytes
+    type: str
+    content: str
+    """"" for all but the newest."""
+    expires_ms: int | None
+    shown_on: Sequence[str] = ()
+    """Devices that have shown the socket copy."""
+
+
+@dataclass(slots=True)
+class WaitingItem:
+    """An outbox row that waits in a digest of the user's preferences."""
+
+    delivery: int
+    digest: bytes
+    type: str
+    category: str | None
+    priority: int
+    due_ms: int
+
+
+@dataclass(slots=True)
+class OpenItem:
+    """One notification of an open digest."""
+
+    notification: bytes
+    seq: int
+    type: str
+    category: str | None
+    content: str
+    decision: str | None
+    channels: list[str]
+    created_ms: int
+
+
+@dataclass(slots=True)
+class OpenDigest:
+    """A digest that was not told yet."""
+
+    id: bytes
+    due_ms: int
+    items: int
+    """How many; `newest` may be fewer."""
+    reason: str | None
+    newest: list[OpenItem] = field(default_factory=list)
+    """Oldest first."""
+
+
+class DigestStore:
+    """What a shard reads and writes of digests: every write behind the fence of its term.
+
+    Args:
+        pool: gives the connections.
+        shard: its name.
+        acquire_timeout_s: longest wait for a free connection.
+        claimed: statement that reads claimed rows by their ids, and what makes `Claimed` of one.
+
+    All methods raise StoreUnavailableError while Postgres does not answer; those that write FencedError once
+    the term is over.
+    """
+
+    def __init__(
+        self,
+        pool: Callable[[], asyncpg.Pool],
+        shard: str,
+        acquire_timeout_s: float,
+        claimed: tuple[str, Callable[[Any], Claimed]],
+    ) -> None:
+        self._pool = pool
+        self._shard = shard
+        self._timeout_s = acquire_timeout_s
+        self._claimed = claimed
+
+    async def gather(
+        self, term: int, digests: Sequence[tuple[int, bytes]], now_ms: int, lease_end_ms: int
+    ) -> list[Claimed]:
+        """Claim what else of digests (stream, id) is due; without its content."""
+        async with acquired(self._pool(), self._timeout_s) as connection:
+            rows = await connection.fetch(
+                _SQL["gather"], self._shard, term, [stream for stream, _ in digests],
+                [UUID(bytes=raw) for _, raw in digests], now_ms / 1000, lease_end_ms / 1000,
+            )  # fmt: skip
+            if not rows:
+                return []
+            sql, read = self._claimed
+            return [read(r) for r in await connection.fetch(sql, [r[0] for r in rows])]
+
+    async def tell(
+        self,
+        term: int,
+        rows: Sequence[tuple[int, int]],
+        decide: Callable[[frozenset[int], frozenset[int]], list[Told]],
+        now_ms: int,
+    ) -> list[Told]:
+        """Write which claimed rows are told by which.
+
+        Args:
+            rows: (outbox row, attempt).
+            decide: called with the rows that are still ours and those of them that were dealt with since they
+                were claimed; nothing can change while it runs.
+
+        Atomicity: all or nothing; what is dealt with later finds the rows told.
+        """
+        async with acquired(self._pool(), self._timeout_s) as connection, connection.transaction():
+            await self._fence(connection, term)
+            locked = await connection.fetch(_SQL["lock"], [r for r, _ in rows], [a for _, a in rows])
+            dealt_with = frozenset(r["id"] for r in locked if r["dealt_with"])
+            told = decide(frozenset(r["id"] for r in locked), dealt_with)
+            columns: list[tuple[int, int | None, int]] = [
+                (item, one.carrier, len(one.items)) for one in told for item in one.items
+            ]
+            columns += [(item, None, 0) for item in dealt_with]
+            if columns:
+                await connection.execute(
+                    _SQL["tell"], [c[0] for c in columns], [c[1] for c in columns], [c[2] for c in columns],
+                    now_ms / 1000,
+                )  # fmt: skip
+        return told
+
+    async def told(
+        self, carriers: Sequence[tuple[int, int, bytes]], most: int, with_content: int
+    ) -> dict[int, list[ToldItem]]:
+        """The newest items that carriers (row, stream, digest) speak for, newest first.
+
+        Args:
+            most: items of each.
+            with_content: of so many of them the content, too.
+        """
+        async with acquired(self._pool(), self._timeout_s) as connection:
+            rows = await connection.fetch(
+                _SQL["told"], [c for c, _, _ in carriers], [s for _, s, _ in carriers],
+                [UUID(bytes=raw) for _, _, raw in carriers], most, with_content,
+            )  # fmt: skip
+        found: dict[int, list[ToldItem]] = {}
+        for r in rows:
+            item = ToldItem(r["id"].bytes, r["type"], r["content"], r["expires_ms"], r["shown_on"])
+            found.setdefault(r["carrier"], []).append(item)
+        return found
+
+    async def next_moment(self, slots: Sequence[int], after_ms: int) -> int | None:
+        """When the next outbox row that rules hold is due; None: there is none."""
+        async with acquired(self._pool(), self._timeout_s) as connection:
+            return await connection.fetchval(_SQL["next_moment"], slots, after_ms / 1000)
+
+    async def flush(
+        self, term: int, stream_id: int, digest: bytes, reason: str, now_ms: int
+    ) -> tuple[int, bool]:
+        """Make an open digest due now: (how many notifications it has, whether it is known)."""
+        return await self._counted("flush", term, stream_id, UUID(bytes=digest), now_ms / 1000, reason)
+
+    async def remove(
+        self, term: int, stream_id: int, digest: bytes, notification: bytes, now_ms: int
+    ) -> tuple[int, bool]:
+        """Take an item out of an open digest: (rows that were waiting, whether it is out now)."""
+        return await self._counted(
+            "remove", term, stream_id, UUID(bytes=digest), UUID(bytes=notification), now_ms / 1000
+        )
+
+    async def _counted(self, name: str, term: int, *args: Any) -> tuple[int, bool]:
+        async with acquired(self._pool(), self._timeout_s) as connection:
+            row: Any = await connection.fetchrow(_SQL[name], self._shard, term, *args)
+        self._check(row["fenced"], term)
+        return row["items"], row["known"]
+
+    async def waiting(self, stream_id: int) -> list[WaitingItem]:
+        """What waits in digests that the preferences of a user ask for."""
+        async with acquired(self._pool(), self._timeout_s) as connection:
+            rows = await connection.fetch(_SQL["waiting"], stream_id)
+        return [
+            WaitingItem(r["id"], r["digest"].bytes, r["type"], r["category"], r["priority"], r["due_ms"])
+            for r in rows
+        ]
+
+    async def move(self, term: int, rows: Sequence[tuple[int, bytes, int]], now_ms: int) -> int:
+        """Let outbox rows wait in other digests: (row, digest, due). Returns how many were waiting."""
+        async with acquired(self._pool(), self._timeout_s) as connection:
+            row: Any = await connection.fetchrow(
+                _SQL["move"], self._shard, term, [r[0] for r in rows], [UUID(bytes=r[1]) for r in rows],
+                [r[2] / 1000 for r in rows], now_ms / 1000,
+            )  # fmt: skip
+        self._check(row["fenced"], term)
+        return row["moved"]
+
+    async def _fence(self, connection: Any, term: int) -> None:
+        self._check(
+            await connection.fetchval(
+                "select 1 from shards where shard = $1 and term = $2 for share", self._shard, term
+            ),
+            term,
+        )
+
+    def _check(self, fenced: Any, term: int) -> None:
+        if not fenced:
+            raise FencedError(f"term {term} of {self._shard} is over")
+
+
+class DigestReader:
+    """Reads open digests.
+
+    Args:
+        pool: not owned.
+        acquire_timeout_s: longest wait for a free connection.
+    """
+
+    def __init__(self, pool: asyncpg.Pool, acquire_timeout_s: float = 5.0) -> None:
+        self._pool = pool
+        self._timeout_s = acquire_timeout_s
+
+    async def open(self, tenant: str, user: str, *, items: int, digests: int) -> list[OpenDigest]:
+        """Open digests of a user by due time.
+
+        Args:
+            items: newest items of each.
+            digests: the first so many.
+
+        Raises:
+            StoreUnavailableError: Postgres does not answer.
+        """
+        if "\0" in user:
+            return []
+        async with acquired(self._pool, self._timeout_s) as connection:
+            rows = await connection.fetch(_SQL["open_digests"], tenant, user, items, digests)
+        found: dict[bytes, OpenDigest] = {}
+        for r in rows:
+            raw = r["digest"].bytes
+            if raw not in found:
+                found[raw] = OpenDigest(raw, r["due_ms"], r["items"], r["reason"])
+            found[raw].newest.append(
+                OpenItem(
+                    r["notification_id"].bytes,
+                    r["seq"],
+                    r["type"],
+                    r["category"],
+                    r["content"],
+                    r["decision"],
+                    list(r["channels"]),
+                    r["created_ms"],
+                )
+            )
+        return list(found.values())

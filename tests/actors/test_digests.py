@@ -1,0 +1,396 @@
+"""Digests on a real shard and real Postgres: collected, told once at their time, changed while open."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from typing import Any
+
+import pytest
+
+from carillon.clock import SystemClock, rfc3339
+from carillon.digest import digest_id, key_of
+from carillon.errors import RemoteError
+from carillon.ids import UserKey, slot_of
+from carillon.messages import Change, ClientAck, ClientVisibility, DevicePut, DigestChange, PreferencesPut
+from tests.actors.push_world import world
+from tests.actors.shard_kit import AheadClock, Kit, make_event
+from tests.support import eventually
+
+HOUR_MS = 3_600_000
+
+
+class Shifted(AheadClock):
+    """The machine's clock, put ahead to half an hour before a full hour, and then on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hour_ms = (self.now_ms() // HOUR_MS + 2) * HOUR_MS
+        self._approach(HOUR_MS // 2)
+
+    def _approach(self, left_ms: int) -> None:
+        self.advance((self.hour_ms - left_ms - self.now_ms()) / 1000)
+
+    def approach(self, kit: Kit, left_ms: int) -> None:
+        """Let the hour come after `left_ms`; the shard computes its waits anew."""
+        self._approach(left_ms)
+        kit.shards[-1]._outbox.due_now()
+
+
+async def phone(kit: Kit, user: str = "u") -> None:
+    await kit.router.link.request(
+        DevicePut(
+            "t", user, slot_of("t", user), "phone", "android", "fcm", "token", f"phone of {user}", "app"
+        )
+    )
+
+
+async def prefer(kit: Kit, user: str = "u", /, **document: Any) -> None:
+    await kit.router.link.request(PreferencesPut("t", user, slot_of("t", user), json.dumps(document)))
+
+
+async def rows(kit: Kit) -> list[tuple[Any, ...]]:
+    """(title, state, reason) of all pushes."""
+    found = await kit.db.fetch(
+        "select n.content, d.state, d.reason from deliveries d"
+        " join notifications n on n.id = d.notification_id order by n.seq, d.id"
+    )
+    return [(json.loads("{" + r[0] + "}")["title"], r[1], r[2]) for r in found]
+
+
+async def change(kit: Kit, digest: bytes, op: str, item: bytes = b"", by_user: bool = False) -> int:
+    message = DigestChange("t", "u", slot_of("t", "u"), digest, op, item, by_user)
+    return (await kit.router.link.request(message)).count
+
+
+async def open_ids(kit: Kit) -> list[bytes]:
+    found = await kit.db.fetch("select distinct digest from deliveries where state = 'planned' order by 1")
+    return [r[0].bytes for r in found]
+
+
+async def nothing_open(kit: Kit) -> None:
+    await eventually(
+        lambda: kit.db.fetchval("select count(*) = 0 from deliveries where state = 'planned'"),
+        what="an outbox without anything planned",
+    )
+
+
+async def test_what_waited_is_told_at_the_full_hour(postgres_dsn: str) -> None:
+    """Live in the app at once; at the hour one push per category, in order, without what was read."""
+    clock = Shifted()
+    async with Kit(postgres_dsn, clock=clock, sweep_s=600.0) as kit:
+        await phone(kit)
+        await prefer(kit, digest="hourly")
+        await kit.gateway.attach_ready(1)
+        news = [make_event(category="news", title=f"news {n}") for n in range(5)]
+        chat = make_event(category="chat", title="a word", collapse_key="x")
+        outcomes = await kit.publish(*news, chat)
+        assert {(o.status, o.reason) for o in outcomes} == {("delivered", "digest")}
+        await kit.gateway.seen(1, 7)
+        assert kit.gateway.seqs(1) == [1, 2, 3, 4, 5, 6]
+        assert not any(frame.get("silent") for frame in kit.gateway.frames[1])
+        await kit.router.link.request(Change("t", "u", slot_of("t", "u"), "read", [news[1].id]))
+        assert kit.router.jobs == []
+        clock.approach(kit, 500)
+        await eventually(lambda: len(kit.router.jobs) == 2, what="both digests")
+        assert clock.now_ms() >= clock.hour_ms
+        one, several = sorted(kit.router.jobs, key=lambda job: job.count)
+        assert (one.title, one.body, one.notifications) == ("a word", None, [chat.id])
+        assert (several.title, several.count) == ("4 new notifications", 4)
+        assert several.body == "news 4\nnews 3\nnews 2\n+1"
+        assert several.notifications == [news[n].id for n in (4, 3, 2, 0)]
+        assert several.collapse_key == str(uuid.UUID(bytes=news[4].id))
+        assert several.digest == digest_id(key_of(UserKey("t", "u"), "news", "hourly", clock.hour_ms))
+        assert await rows(kit) == [
+            ("news 0", "cancelled", "told in a digest"),
+            ("news 1", "cancelled", "read"),
+            ("news 2", "cancelled", "told in a digest"),
+            ("news 3", "cancelled", "told in a digest"),
+            ("news 4", "sending", "digest"),
+            ("a word", "sending", "digest"),
+        ]
+
+
+async def test_events_around_the_hour_make_one_digest(postgres_dsn: str) -> None:
+    """Events every few milliseconds around the hour: one push, of all that were planned before."""
+    clock = Shifted()
+    async with Kit(postgres_dsn, clock=clock) as kit:
+        await phone(kit)
+        await prefer(kit, digest="hourly")
+        await kit.publish(make_event(category="news"))
+        clock.approach(kit, 300)
+        while clock.now_ms() < clock.hour_ms + 400:
+            (outcome,) = await kit.publish(make_event(category="news"))
+            assert outcome.reason == "digest"
+            await asyncio.sleep(0.003)
+        before = await kit.db.fetchval(
+            "select count(*) from deliveries where digest = $1",
+            uuid.UUID(bytes=digest_id(key_of(UserKey("t", "u"), "news", "hourly", clock.hour_ms))),
+        )
+        await eventually(lambda: kit.router.jobs, what="the digest")
+        assert [job.count for job in kit.router.jobs] == [before]
+        waiting = await kit.db.fetch(
+            "select due_at, count(*) from deliveries where state = 'planned' group by 1"
+        )
+        assert [round(r[0].timestamp() * 1000) for r in waiting] == [clock.hour_ms + HOUR_MS]
+        assert before + waiting[0][1] == await kit.db.fetchval("select count(*) from deliveries")
+
+
+async def test_a_digest_survives_the_shard(postgres_dsn: str) -> None:
+    """Another process tells it once and at its time, although it sweeps every ten minutes."""
+    clock = Shifted()
+    async with Kit(postgres_dsn, clock=clock, sweep_s=600.0) as kit:
+        await phone(kit)
+        await prefer(kit, digest="hourly")
+        await kit.publish(*(make_event(title=f"number {n}") for n in range(3)))
+        await kit.shard.stop()
+        await kit.start_shard("shard-a")
+        kit.router = await kit.dial("shard-a", "router-1")
+        clock.approach(kit, 500)
+        await eventually(lambda: kit.router.jobs, what="the digest")
+        assert clock.now_ms() >= clock.hour_ms
+        assert [job.count for job in kit.router.jobs] == [3]
+
+
+async def test_a_claim_that_was_lost_tells_the_same_digest(postgres_dsn: str) -> None:
+    """Claimed by a process that died, told or not yet: the next one sends one push for all of it."""
+    async with Kit(postgres_dsn) as kit:
+        await phone(kit)
+        for user in ("u", "v"):
+            await phone(kit, user)
+            await prefer(kit, user, digest="daily")
+            await kit.publish(*(make_event(user, title=f"number {n}") for n in range(3)))
+        await kit.db.execute(
+            """update deliveries d
+               set state = case when told and d.id <> last then 'cancelled' else 'sending' end,
+                   attempts = 1, due_at = now() - interval '1 s',
+                   carrier = case when told then last end, merged = case when told then 3 end
+               from (select digest, max(id) as last from deliveries group by 1) o,
+                    (select stream_id, user_id = 'v' as told from streams) s
+               where s.stream_id = d.stream_id and o.digest = d.digest"""
+        )
+        await eventually(lambda: len(kit.router.jobs) == 2, what="both digests")
+        shown = sorted((job.user, job.attempt, job.count, job.body) for job in kit.router.jobs)
+        body = "number 2\nnumber 1\nnumber 0"
+        assert shown == [("u", 2, 3, body), ("v", 2, 3, body)]
+
+
+async def test_a_digest_that_is_flushed_goes_now(postgres_dsn: str) -> None:
+    """A service's flush reaches also who looks, but not into do-not-disturb; the user's own passes that."""
+    async with Kit(postgres_dsn) as kit:
+        await phone(kit)
+        await prefer(kit, digest="weekly")
+        await kit.gateway.attach_ready(1)
+        kit.gateway.link.send_nowait(ClientVisibility(1, "focused"))
+        await kit.publish(make_event(title="a"), make_event(title="b"))
+        kit.gateway.link.send_nowait(ClientAck(1, seq=2))
+        (first,) = await open_ids(kit)
+        assert await change(kit, first, "flush") == 2
+        await eventually(lambda: kit.router.jobs, what="the flushed digest")
+        assert kit.router.jobs.pop().body == "b\na"
+        assert await change(kit, first, "flush") == 0, "it was flushed before"
+        await prefer(
+            kit, digest="weekly", doNotDisturbUntil=rfc3339(SystemClock().now_ms() + 8 * 24 * HOUR_MS)
+        )
+        await kit.publish(make_event(title="c"))
+        (second,) = await open_ids(kit)
+        assert await change(kit, second, "flush") == 1
+        await eventually(
+            lambda: kit.db.fetchval(
+                "select reason = 'do_not_disturb' from deliveries where state = 'planned'"
+            ),
+            what="the hold",
+        )
+        assert kit.router.jobs == []
+        assert await change(kit, second, "flush", by_user=True) == 1
+        await eventually(lambda: kit.router.jobs, what="the digest that the user wants")
+        assert [job.title for job in kit.router.jobs] == ["c"]
+        with pytest.raises(RemoteError, match="an open digest"):
+            await change(kit, bytes(16), "flush")
+
+
+async def test_a_device_is_spared_that_has_shown_all_of_it(postgres_dsn: str) -> None:
+    """The phone has shown the newest item alone: it gets the digest. It has shown each: it does not."""
+    async with Kit(postgres_dsn) as kit:
+        for user in ("u", "v"):
+            await phone(kit, user)
+            await prefer(kit, user, digest="daily")
+            await kit.publish(*(make_event(user, title=f"number {n}") for n in range(2)))
+        await kit.db.execute(
+            """update deliveries d set due_at = now(), shown_on = array['phone']
+               from streams s where s.stream_id = d.stream_id and user_id = 'v'"""
+        )
+        await kit.db.execute(
+            """update deliveries d set due_at = now(), shown_on = case when n.seq = 2 then array['phone'] end
+               from streams s, notifications n
+               where s.stream_id = d.stream_id and user_id = 'u' and n.id = d.notification_id"""
+        )
+        await nothing_open(kit)
+        await eventually(lambda: kit.router.jobs, what="the digest")
+        reason = (
+            "select reason from deliveries join streams using (stream_id) where user_id = 'v' order by id"
+        )
+
+        async def spared() -> bool:
+            reasons = [r[0] for r in await kit.db.fetch(reason)]
+            return reasons == ["told in a digest", "shown on every device"]
+
+        await eventually(spared, what="the verdict about the other user")
+        assert [(job.user, job.count) for job in kit.router.jobs] == [("u", 2)]
+
+
+async def test_an_item_can_be_taken_out(postgres_dsn: str) -> None:
+    """What was removed is not told; a digest whose items are gone, one way or another, is never sent."""
+    async with Kit(postgres_dsn) as kit:
+        await phone(kit)
+        await prefer(kit, digest="weekly")
+        some = [make_event(title=f"number {n}") for n in range(4)]
+        soon = make_event(title="gone soon", expires_ms=SystemClock().now_ms() + 300)
+        await kit.publish(*some, soon)
+        (digest,) = await open_ids(kit)
+        assert await change(kit, digest, "remove", some[0].id) == 1
+        assert await change(kit, digest, "remove", some[0].id) == 0, "it is out"
+        with pytest.raises(RemoteError, match="an item"):
+            await change(kit, digest, "remove", bytes(16))
+        for op, event in (("read", some[1]), ("archive", some[2]), ("dismiss", some[3])):
+            await kit.router.link.request(Change("t", "u", slot_of("t", "u"), op, [event.id]))
+        await eventually(lambda: SystemClock().now_ms() > (soon.expires_ms or 0))
+        assert await change(kit, digest, "flush") == 1
+        await nothing_open(kit)
+        await eventually(
+            lambda: kit.db.fetchval("select count(*) = 0 from deliveries where state <> 'cancelled'"),
+            what="nothing to send",
+        )
+        assert [reason for _, _, reason in await rows(kit)] == [
+            "removed", "read", "archived", "dismissed", "expired",
+        ]  # fmt: skip
+        assert kit.router.jobs == []
+
+
+async def test_preferences_that_change_move_what_waits(postgres_dsn: str) -> None:
+    """Another frequency: it waits until then, with what comes later. None at all: it is told now."""
+    async with Kit(postgres_dsn) as kit:
+        await phone(kit)
+        await prefer(kit, digest="weekly")
+        await kit.publish(make_event(title="a"))
+        weekly = await open_ids(kit)
+        await prefer(kit, digest={"frequency": "daily", "at": "03:21"})
+        daily = await open_ids(kit)
+        await kit.publish(make_event(title="b"))
+        assert await open_ids(kit) == daily != weekly
+        due = await kit.db.fetch("select distinct due_at from deliveries")
+        assert [(r[0].hour, r[0].minute) for r in due] == [(3, 21)]
+        await prefer(kit, digest="instant")
+        await eventually(lambda: kit.router.jobs, what="the digest")
+        assert [job.body for job in kit.router.jobs] == ["b\na"]
+
+
+async def test_quiet_hours_hold_a_digest(postgres_dsn: str) -> None:
+    """Decided again at its time: do-not-disturb began meanwhile, so all of it is told when that ends."""
+    clock = Shifted()
+    async with Kit(postgres_dsn, clock=clock) as kit:
+        await phone(kit)
+        await prefer(kit, digest="hourly")
+        await kit.publish(make_event(title="a"), make_event(title="b"))
+        await prefer(kit, digest="hourly", doNotDisturbUntil=rfc3339(clock.hour_ms + 800))
+        clock.approach(kit, 200)
+        await eventually(lambda: kit.router.jobs, what="the digest")
+        assert [job.body for job in kit.router.jobs] == ["b\na"]
+        assert clock.now_ms() >= clock.hour_ms + 800
+
+
+async def test_overflow_makes_one_digest(postgres_dsn: str) -> None:
+    """Over the limit, a second apart and of two categories: one push; urgent ones pass at once."""
+    async with Kit(postgres_dsn) as kit:
+        limits = {"user": {"count": 1, "windowS": 3600}}
+        await kit.db.execute(
+            "insert into tenants (tenant, client_secret, settings) values ('t', $1, $2::jsonb)",
+            "x" * 32,
+            json.dumps({"policy": {"limits": limits}}),
+        )
+        await phone(kit)
+        outcomes = await kit.publish(make_event(title="first"), make_event(title="a", category="x"))
+        assert [(o.status, o.reason) for o in outcomes] == [("queued", None), ("deferred", "rate_limit")]
+        await asyncio.sleep(1.0)
+        (late,) = await kit.publish(make_event(title="b", category="y"))
+        assert late.reason == "rate_limit"
+        (digest,) = await open_ids(kit)
+        (urgent,) = await kit.publish(make_event(title="urgent", priority=3))
+        assert urgent.status == "queued"
+        assert await change(kit, digest, "flush", by_user=True) == 2
+        await eventually(lambda: len(kit.router.jobs) == 3, what="the digest")
+        assert [job.body for job in kit.router.jobs if job.count > 1] == ["b\na"]
+        await nothing_open(kit)
+
+
+TEMPLATE = {
+    "params": {"count": {}, "titles": {}, "more": {}, "category": {}, "types": {}},
+    "content": {
+        "default": {"title": "{{ count | plural({'one': '# news', 'other': '# pieces of news'}) }}"},
+        "de": {
+            "title": "{{ count | plural({'one': 'Eine News', 'other': '# Neuigkeiten'}) }} ({{ category }})",
+            "body": "{{ titles | join(', ') }}{% if more %} und {{ more }} mehr{% endif %}",
+            "link": "https://example.com/{{ category }}",
+        },
+    },
+}
+
+
+async def test_a_digest_reaches_the_phones_in_the_users_language(postgres_dsn: str) -> None:
+    """Shard, router, pools, FCM and APNs: one push per device, in its words; read, it is withdrawn."""
+    async with world(postgres_dsn, {"digest_render_s": 60.0}) as kit:
+        await kit.db.execute(
+            "insert into tenants (tenant, client_secret, settings) values ('t', $1, $2::jsonb)",
+            "x" * 32,
+            json.dumps({"policy": {"digests": {"template": "digest"}}}),
+        )
+        await kit.db.execute(
+            "insert into templates (tenant, template_id, version, document, created_by)"
+            " values ('t', 'digest', 1, $1, 'test')",
+            json.dumps(TEMPLATE),
+        )
+        await kit.devices("fcm", "apns")
+        await kit.db.execute("update devices set locale = 'de-AT'")
+        await prefer(kit, digest="daily")
+        await kit.publish(*(make_event(title=f"number {n}", category="news") for n in range(5)))
+        (digest,) = await open_ids(kit)
+        assert await change(kit, digest, "flush") == 5
+        await eventually(lambda: len(kit.fcm.pushes) == len(kit.apns.pushes) == 1, what="both pushes")
+        ids = [str(r[0]) for r in await kit.db.fetch("select id from notifications order by seq desc")]
+        phone, tablet = kit.fcm.pushes[0].payload, kit.apns.pushes[0].payload
+        alert = {"title": "5 Neuigkeiten (news)", "body": "number 4, number 3, number 2 und 2 mehr"}
+        assert phone["notification"] == tablet["aps"]["alert"] == alert
+        assert json.loads(phone["data"]["notificationIds"]) == tablet["notificationIds"] == ids
+        assert phone["data"]["link"] == tablet["link"] == "https://example.com/news"
+        assert (phone["data"]["count"], tablet["count"]) == ("5", 5)
+        assert phone["data"]["digestId"] == tablet["digestId"] == str(uuid.UUID(bytes=digest))
+        assert phone["android"]["notification"]["tag"] == ids[0]
+        newest = uuid.UUID(ids[0]).bytes
+        await eventually(
+            lambda: kit.db.fetchval("select count(*) = 1 from deliveries where state = 'sent'"),
+            what="the outcome",
+        )
+        await kit.router.link.request(Change("t", "u", slot_of("t", "u"), "read", [newest]))
+        await eventually(lambda: len(kit.fcm.pushes) == len(kit.apns.pushes) == 2, what="the withdrawals")
+        assert kit.apns.pushes[1].payload["type"] == "WITHDRAW"
+        assert (
+            kit.apns.pushes[1].headers["apns-collapse-id"] == kit.apns.pushes[0].headers["apns-collapse-id"]
+        )
+
+
+async def test_a_template_that_fails_leaves_our_own_words(postgres_dsn: str) -> None:
+    """The tenant's template is gone: the digest goes out all the same."""
+    async with Kit(postgres_dsn) as kit:
+        await kit.db.execute(
+            "insert into tenants (tenant, client_secret, settings) values ('t', $1, $2::jsonb)",
+            "x" * 32,
+            json.dumps({"policy": {"digests": {"template": "none"}}}),
+        )
+        await phone(kit)
+        await prefer(kit, digest="daily")
+        await kit.publish(make_event(title="a"), make_event(title="b"))
+        (digest,) = await open_ids(kit)
+        await change(kit, digest, "flush")
+        await eventually(lambda: kit.router.jobs, what="the digest")
+        assert [(job.title, job.body) for job in kit.router.jobs] == [("2 new notifications", "b\na")]
