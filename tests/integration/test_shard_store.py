@@ -551,3 +551,14 @@ def test_month_bounds_meet() -> None:
         assert month_bounds(december, offset)[2] == month_bounds(december, offset + 1)[1]
     assert month_bounds(december, 1)[0] == "2026_12"
     assert month_bounds(december, 2)[0] == "2027_01"
+
+
+async def test_a_try_of_an_erased_user_is_not_kept(postgres_dsn: str) -> None:
+    """What a provider answers after the row of the push is gone leaves no trace of the device."""
+    async with Kit(postgres_dsn) as kit:
+        await kit.append(kit.event(), due_ms=NOW)
+        delivery = await kit.db.fetchval("delete from deliveries returning id")
+        tried = AttemptRow(delivery, 1, "phone", "fcm", "sent", "m", 200, "", NOW, 1.0)
+        settled = SettleRow(delivery, 1, "sent", NOW, None)
+        await kit.store.record_outcomes(kit.term, [tried], [settled], [], [], NOW)
+        assert await kit.db.fetchval("select count(*) from delivery_attempts") == 0

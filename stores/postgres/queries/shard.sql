@@ -456,7 +456,7 @@ select 0, 0 from fence;
 
 -- name: record_attempts
 -- $1 delivery, $2 attempt, $3 device, $4 provider, $5 outcome, $6 provider id, $7 status, $8 error, $9 started,
--- $10 duration.
+-- $10 duration. What comes in after its user was erased is not kept; asked by the key, whatever is planned.
 insert into delivery_attempts
     (delivery_id, attempt, device_id, provider, outcome, provider_id, status, error, started_at, duration_ms)
 select t.delivery_id, t.attempt, t.device_id, t.provider, t.outcome, t.provider_id, t.status, t.error,
@@ -464,6 +464,7 @@ select t.delivery_id, t.attempt, t.device_id, t.provider, t.outcome, t.provider_
 from unnest($1::bigint[], $2::smallint[], $3::text[], $4::text[], $5::text[], $6::text[], $7::smallint[], $8::text[],
             $9::float8[], $10::real[])
      as t (delivery_id, attempt, device_id, provider, outcome, provider_id, status, error, started_s, duration_ms)
+where (select d.id from deliveries d where d.id = t.delivery_id) is not null
 on conflict do nothing;
 
 -- name: settle
