@@ -166,13 +166,15 @@ async def test_sync_pages_changes_whole(pool: Any, postgres_dsn: str) -> None:
 
 
 async def test_changes_of_what_the_client_lacks_are_not_told(pool: Any, postgres_dsn: str) -> None:
-    """A changed notification beyond `since` comes with its state, a retracted one not at all."""
+    """A changed notification beyond `since` comes with its state; a retracted one, which the client may have
+    read from the feed, is told to be let go."""
     await store_notifications(postgres_dsn, "acme", "ada", 3)
     await pool.execute("update notifications set changed = true, read_at = now(), rev = 4 where seq = 2")
     await pool.execute("update notifications set changed = true, retracted_at = now(), rev = 5 where seq = 3")
     await pool.execute("update streams set rev = 5")
     page = await FeedReader(pool).sync("acme", "ada", NOW, epoch="e1", since=1, rev=3, limit=10)
-    assert (seqs(page.notifications), page.changes, page.last_seq, page.rev) == ([2], [], 3, 5)
+    assert (seqs(page.notifications), seqs(page.changes), page.last_seq, page.rev) == ([2], [3], 3, 5)
+    assert page.changes[0].retracted_ms is not None
     assert '"read":true' in notification_json(page.notifications[0], '"ada"')
 
 
