@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import asyncpg
@@ -40,7 +41,7 @@ from stores.postgres.broadcasts import (
     NotRunningError,
 )
 from stores.postgres.pool import translated
-from stores.postgres.shard_store import PoisonError, ShardStore
+from stores.postgres.shard_store import Around, OutboxRow, PoisonError, ShardStore
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,15 @@ class Work:
         self._slots_of_page = 8 if self._filtered else SLOTS
         self.gone: set[str] = set()  # users that were erased since it was read whom it is for
         self._shared = shared
+        self._ahead: list[SlotUser] = []
+        self._contexts: dict[str, Context] = {}
+        self._asked = 0  # of how many pending slots `_ahead` was read
+        self._last_page = False
+        self._touched: set[int] = set()  # slots in which something may be stored already
+        self._careful = False
+        self._numbers: list[int] = []
+        parallel = shared.settings.broadcast.parallel
+        self._turn = zlib.crc32(shared.shard_store.shard.encode()) % parallel if parallel else None
         self._ids = NotificationIds(one.id, one.started_ms)
         self._pending: list[tuple[int, str]] | None = None
         self._live: list[SlotUser] | None = None
@@ -107,10 +117,19 @@ class Work:
             UnavailableError: not now; the next step tries the same again.
             CannotGoOnError: never.
         """
+        try:
+            return await self._step()
+        except Exception:
+            # What was begun may have been stored, whatever was answered: it is asked for from now on.
+            self._careful = True
+            self._ahead = []
+            raise
+
+    async def _step(self) -> bool:
         shared = self._shared
         await shared.policies.ensure({self.one.tenant})
         if self._pending is None:
-            self._pending = await shared.store.slots(self.one.id, self.slots)
+            self._pending, self._touched = await shared.store.slots(self.one.id, self.slots)
         if self._live is None:
             self._live = await self._connected()
         if self._live:
@@ -118,24 +137,52 @@ class Work:
             await self._over_lane(self._left(batch))
             del self._live[: len(batch)]
             return True
-        pending = [(slot, last) for slot, last in self._pending if shared.owns(slot)]
-        if not pending:
+        if not self._pending:
             return False
+        if not self._ahead:
+            await self._read_ahead(self._pending)
         started = shared.clock.monotonic()
-        pending, later = pending[: self._slots_of_page], pending[self._slots_of_page :]
-        page = await shared.store.users(self.one.tenant, self.one.recipients, pending, self.size)
-        self._widen((shared.clock.monotonic() - started) * 1000)
-        marks, rest = walked(pending, page, self.size)
+        asked, later = self._pending[: self._asked], self._pending[self._asked :]
+        part = self._ahead[: self.size]
+        at_end = self._last_page and len(part) == len(self._ahead)
+        marks, rest = walked(asked, part, len(part) + at_end)
+        full = len(part) == self.size
+        await self._page(self._left(part), marks)
+        self._asked = len(rest)
         rest += later
-        full = len(page) == self.size
-        await self._page(self._left(page), marks)
         self._pending = rest
+        del self._ahead[: len(part)]
         took_ms = (shared.clock.monotonic() - started) * 1000
         shared.stats.observe_ms("broadcast_chunk_ms", took_ms)
-        if full:  # a page that ended early says nothing about full ones
+        if full:  # one that ended early says nothing about full ones
             limits = shared.settings.broadcast
             self.size = next_size(self.size, took_ms, limits.chunk_ms, limits.chunk_min, limits.chunk_max)
         return bool(rest)
+
+    async def _read_ahead(self, pending: Sequence[tuple[int, str]]) -> None:
+        """Read users of the next chunks and what decides about them; make streams where they are missing."""
+        shared, tenant = self._shared, self.one.tenant
+        limit = shared.settings.broadcast.chunk_max
+        started = shared.clock.monotonic()
+        asked = pending[: self._slots_of_page]
+        page = await shared.store.users(tenant, self.one.recipients, asked, limit)
+        self._widen((shared.clock.monotonic() - started) * 1000)
+        self._contexts = await shared.store.contexts(tenant, page) if page else {}
+        without = [one for one in self._left(page) if self._contexts[one.user].stream_id is None]
+        if without:
+            made = await shared.store.make_streams(
+                shared.shard_store.shard, self.term, tenant, without,
+                [os.urandom(6).hex() for _ in without],
+            )  # fmt: skip
+            if not made:
+                raise FencedError("streams could not be made")
+            for user, stream_id in made.items():
+                self._contexts[user].stream_id = stream_id
+            if len(made) < len(without):
+                raise UnavailableError("streams were made by somebody else meanwhile", 0.1)
+        self._ahead = page
+        self._asked = len(asked)
+        self._last_page = len(page) < limit
 
     async def _connected(self) -> list[SlotUser]:
         """Users of slots that are not done who have a session here."""
@@ -185,6 +232,7 @@ class Work:
         if not events:
             return failures
         term = self.term
+        self._touched.update(one.slot for one in users)
 
         async def guard(batch: Sequence[Entry], connection: asyncpg.Connection) -> None:
             await shared.store.enter(
@@ -253,20 +301,19 @@ class Work:
     async def _write(
         self, users: Sequence[SlotUser], words: Words, marks: Sequence[Mark], failures: list[Failure]
     ) -> None:
-        contexts, users = await self._contexts(users)
         try:
-            await self._chunk(users, contexts, words, marks, failures)
+            await self._chunk(users, words, marks, failures)
             return
         except PoisonError as exc:
             error = exc
         # Somebody's data is refused: each half without its marks, the culprit is told.
-        await self._halves(users, contexts, words, error, failures)
-        await self._chunk([], contexts, words, marks, failures)
+        self._careful = True
+        await self._halves(users, words, error, failures)
+        await self._chunk([], words, marks, failures)
 
     async def _halves(
         self,
         users: Sequence[SlotUser],
-        contexts: Mapping[str, Context],
         words: Words,
         error: PoisonError,
         failures: list[Failure],
@@ -278,54 +325,31 @@ class Work:
         middle = len(users) // 2
         for half in (users[:middle], users[middle:]):
             try:
-                await self._chunk(half, contexts, words, (), ())
+                await self._chunk(half, words, (), ())
             except PoisonError as exc:
-                await self._halves(half, contexts, words, exc, failures)
-
-    async def _contexts(self, users: Sequence[SlotUser]) -> tuple[Mapping[str, Context], Sequence[SlotUser]]:
-        """What decides about users, their streams made where missing."""
-        if not users:
-            return {}, users
-        shared = self._shared
-        names = [one.user for one in users]
-        found = await shared.store.contexts(self.one.tenant, names)
-        users = self._left(users)
-        without = [one for one in users if found[one.user].stream_id is None]
-        if without:
-            made = await shared.store.make_streams(
-                shared.shard_store.shard, self.term, self.one.tenant, without,
-                [os.urandom(6).hex() for _ in without],
-            )  # fmt: skip
-            if len(made) < len(without):
-                raise FencedError("streams could not be made")
-            for user, stream_id in made.items():
-                found[user].stream_id = stream_id
-        return found, users
+                await self._halves(half, words, exc, failures)
 
     async def _chunk(
         self,
         users: Sequence[SlotUser],
-        contexts: Mapping[str, Context],
         words: Words,
         marks: Sequence[Mark],
         failures: Sequence[Failure],
     ) -> None:
-        """One transaction."""
+        """One transaction: one statement if nothing of it can be stored already."""
         shared = self._shared
         now_ms = shared.clock.now_ms()
-        made = shared.decider.make(
-            users, contexts, words, self._ids, shared.policies.of(self.one.tenant), now_ms
-        )
-        outbox = False
+        policy = shared.policies.of(self.one.tenant)
+        made = shared.decider.make(users, self._contexts, words, self._ids, policy, now_ms)
+        careful = self._careful or bool(failures) or not made
+        careful = careful or not self._touched.isdisjoint(one.slot for one in users)
         try:
             with translated():
-                async with (
-                    shared.shard_store.pool.acquire(
-                        timeout=shared.settings.postgres.connect_timeout_s
-                    ) as connection,
-                    connection.transaction(),
-                ):
-                    outbox = await self._transaction(connection, made, marks, failures, now_ms)  # type: ignore[arg-type]
+                async with shared.shard_store.pool.acquire(
+                    timeout=shared.settings.postgres.connect_timeout_s
+                ) as connection:
+                    write = self._carefully if careful else self._at_once
+                    outbox = await write(connection, made, marks, failures, now_ms)  # type: ignore[arg-type]
         except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError) as exc:
             raise PoisonError(f"PostgreSQL refuses the data: {exc}") from exc
         shared.stats.count("broadcast_users", len(users))
@@ -334,7 +358,32 @@ class Work:
         if outbox:
             shared.due_now()
 
-    async def _transaction(
+    async def _at_once(
+        self,
+        connection: asyncpg.Connection,
+        made: list[Made],
+        marks: Sequence[Mark],
+        failures: Sequence[Failure],
+        now_ms: int,
+    ) -> bool:
+        assert not failures
+        shared = self._shared
+        outbox = await self._outbox(connection, made)
+        around = shared.store.around(self.one.id, marks, _counts(made), self._turn)
+        try:
+            heads = await self._append(connection, made, outbox, now_ms, around)
+        except FencedError:
+            # Fenced, or it does not run: one statement cannot tell which.
+            async with connection.transaction():
+                await self._enter(connection, [])
+            raise UnavailableError("the broadcast was paused a moment ago", 0.1) from None
+        gone = [one for one in made if one.row.stream_id not in heads]
+        if gone:  # erased since they were read, and counted all the same
+            less = {slot: Counts(*(-n for n in counts)) for slot, counts in _counts(gone).items()}
+            await shared.store.mark(connection, self.one.id, [], less)
+        return bool(outbox)
+
+    async def _carefully(
         self,
         connection: asyncpg.Connection,
         made: list[Made],
@@ -343,39 +392,56 @@ class Work:
         now_ms: int,
     ) -> bool:
         shared = self._shared
-        stored = await shared.store.enter(
-            connection, shared.shard_store.shard, self.term, self.one.id,
-            [one.row.event.id for one in made], self._ids.bounds(),
-        )  # fmt: skip
-        if stored:
-            made = [one for one in made if one.row.event.id not in stored]
-        outbox = [row for one in made for row in one.outbox]
-        if outbox:
-            numbers = await shared.shard_store.inside.draw_delivery_ids(connection, len(outbox))
-            for row, number in zip(outbox, numbers, strict=True):
-                row.id = number
-        counts: dict[int, Counts] = {}
-        if made:
-            rows = [one.row for one in made]
-            per_stream = {row.stream_id: 1 for row in rows}
-            if len(per_stream) < len(rows):
-                raise StoreUnavailableError("two users of a page have one stream")
-            heads = await shared.shard_store.inside.append(
-                connection, self.term, per_stream, rows, outbox, now_ms
-            )
-            by_slot: dict[int, list[str]] = {}
-            for one in made:
-                if one.row.stream_id in heads:  # else erased a moment ago
-                    by_slot.setdefault(one.user.slot, []).append(one.status)
-            counts = {slot: counted(statuses) for slot, statuses in by_slot.items()}
-        if failures:
-            last = marks[-1].slot if marks else next(iter(counts), 0)
-            counts[last] = counts.get(last, Counts()).plus(Counts(failed=len(failures)))
-        await shared.store.mark(
-            connection, self.one.id, marks, counts, failures, now_ms,
-            shared.settings.broadcast.failures_kept,
-        )  # fmt: skip
+        async with connection.transaction():
+            stored = await self._enter(connection, [one.row.event.id for one in made])
+            if stored:
+                made = [one for one in made if one.row.event.id not in stored]
+            outbox = await self._outbox(connection, made)
+            counts: dict[int, Counts] = {}
+            if made:
+                heads = await self._append(connection, made, outbox, now_ms, None)
+                counts = _counts([one for one in made if one.row.stream_id in heads])
+            if failures:
+                last = marks[-1].slot if marks else next(iter(counts), 0)
+                counts[last] = counts.get(last, Counts()).plus(Counts(failed=len(failures)))
+            await shared.store.mark(
+                connection, self.one.id, marks, counts, failures, now_ms,
+                shared.settings.broadcast.failures_kept,
+            )  # fmt: skip
         return bool(outbox)
+
+    async def _enter(self, connection: asyncpg.Connection, ids: Sequence[bytes]) -> set[bytes]:
+        shared = self._shared
+        return await shared.store.enter(
+            connection, shared.shard_store.shard, self.term, self.one.id, ids, self._ids.bounds()
+        )
+
+    async def _append(
+        self,
+        connection: asyncpg.Connection,
+        made: list[Made],
+        outbox: Sequence[OutboxRow],
+        now_ms: int,
+        around: Around | None,
+    ) -> dict[int, tuple[int, int, int]]:
+        rows = [one.row for one in made]
+        per_stream = {row.stream_id: 1 for row in rows}
+        if len(per_stream) < len(rows):
+            raise StoreUnavailableError("two users of a page have one stream")
+        return await self._shared.shard_store.inside.append(
+            connection, self.term, per_stream, rows, outbox, now_ms, around
+        )
+
+    async def _outbox(self, connection: asyncpg.Connection, made: list[Made]) -> list[OutboxRow]:
+        """The outbox rows, with ids."""
+        outbox = [row for one in made for row in one.outbox]
+        lacking = len(outbox) - len(self._numbers)
+        if lacking > 0:
+            draw = self._shared.shard_store.inside.draw_delivery_ids
+            self._numbers += await draw(connection, max(lacking, 1000))
+        for row in outbox:
+            row.id = self._numbers.pop()
+        return outbox
 
     # -- what it says -----------------------------------------------------------------------------------
 
@@ -447,6 +513,13 @@ class Work:
         if shown:
             await templates.store.expose(one.tenant, shown)
         return parsed.events[0] if parsed.events else None
+
+
+def _counts(made: Sequence[Made]) -> dict[int, Counts]:
+    by_slot: dict[int, list[str]] = {}
+    for one in made:
+        by_slot.setdefault(one.user.slot, []).append(one.status)
+    return {slot: counted(statuses) for slot, statuses in by_slot.items()}
 
 
 _FINAL = frozenset(("invalid", "not_found", "poison", "too_large"))

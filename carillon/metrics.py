@@ -38,6 +38,7 @@ HELP: Final[dict[str, str]] = {
     "broadcasts_running": "Broadcasts that run, as a shard sees them.",
     "broadcast_users": "Users a broadcast was stored for.",
     "broadcast_failures": "Users a broadcast could not be stored for.",
+    "broadcast_fenced": "Chunks of broadcasts that a shard could not write because its term was over.",
     "broadcast_rest_s": "Time that broadcasts rested for single events.",
     "connections": "Open client connections.",
     "sessions": "Session actors in memory.",

@@ -653,20 +653,26 @@ class BroadcastSettings:
         high=60.0,
         unit="s",
     )
-    chunk_min: int = setting(100, "Fewest users that one transaction notifies.", low=1, high=1000)
+    chunk_min: int = setting(50, "Fewest users that one transaction notifies.", low=1, high=1000)
     chunk_max: int = setting(500, "Most users that one transaction notifies.", low=1, high=1000)
     chunk_ms: float = setting(
-        25.0,
+        6.0,
         "Chunks grow and shrink so that one takes about so long: a commit of single events may wait for it.",
         low=1.0,
         unit="ms",
     )
     busy_share: float = setting(
-        0.4,
+        0.6,
         "Part of its time that a shard spends on broadcasts while it appends single events. With none "
         "it does not rest.",
         low=0.01,
         high=1.0,
+    )
+    parallel: int = setting(
+        0,
+        "Chunks that all shards write at a time: processors stay free for single events. 0: no bound.",
+        low=0,
+        high=1024,
     )
     live_batch: int = setting(
         50, "Connected users whose notifications are appended at a time.", low=1, high=1000

@@ -30,6 +30,7 @@ from carillon.ids import SLOTS
 from stores.postgres.audience import AudienceReader, audience_queries
 from stores.postgres.named import load_queries
 from stores.postgres.pool import acquired
+from stores.postgres.shard_store import Around
 
 _COUNTS: Final = ("stored", "delivered", "queued", "deferred", "suppressed", "failed")
 _ROW: Final = ", ".join(
@@ -131,13 +132,11 @@ def paging_queries() -> dict[str, str]:
 
 
 def membership_queries() -> dict[str, str]:
-    """Which of some users are meant, by kind of audience: the page of one user that holds no other.
+    """Which of some users are meant, by kind of audience: the page of each user alone.
 
     Parameters as of `paging_queries`, with users in place of the last ones and 1 for the limit.
     """
-    return {
-        kind: _each(text, "= p.last", "where u.user_id = p.last") for kind, text in audience_queries().items()
-    }
+    return {kind: _each(text, "= p.last", "") for kind, text in audience_queries().items()}
 
 
 def _each(text: str, after: str, rest: str) -> str:
@@ -166,6 +165,8 @@ class BroadcastStore:
             name: text.replace("%(row)s", _ROW).replace("%(sums)s", queries["sums"])
             for name, text in queries.items()
         }
+        self._mark = _filled(self.sql["mark"], 1, "")
+        self._pages: dict[str, str] = {}
         self._paging = paging_queries()
         self._membership = membership_queries()
         self._audiences = AudienceReader(pool, acquire_timeout_s)
@@ -291,16 +292,18 @@ class BroadcastStore:
             )  # fmt: skip
         return found or 0
 
-    async def slots(self, broadcast: bytes, slots: Sequence[int]) -> list[tuple[int, str]]:
-        """Those of `slots` that are not done, in their order, each with the last user looked after."""
+    async def slots(self, broadcast: bytes, slots: Sequence[int]) -> tuple[list[tuple[int, str]], set[int]]:
+        """Those of `slots` that are not done, in their order, each with the last user looked after; and in
+        which of them something may be stored already."""
         async with acquired(self._pool, self._timeout_s) as connection:
             rows = await connection.fetch(self.sql["progress"], UUID(bytes=broadcast), list(slots))
         known = {row["slot"]: row for row in rows}
-        return [
+        pending = [
             (slot, known[slot]["last_user"] if slot in known else "")
             for slot in slots
             if slot not in known or not known[slot]["done"]
         ]
+        return pending, {slot for slot, _ in pending if slot in known}
 
     async def users(
         self, tenant: str, recipients: Recipients, pending: Sequence[tuple[int, str]], limit: int
@@ -347,11 +350,25 @@ class BroadcastStore:
             )
         return [SlotUser(row[0], row[1]) for row in rows]
 
-    async def contexts(self, tenant: str, users: Sequence[str]) -> dict[str, Context]:
+    async def contexts(self, tenant: str, users: Sequence[SlotUser]) -> dict[str, Context]:
         """What decides about users."""
+        slots = {one.slot for one in users}
         async with acquired(self._pool, self._timeout_s) as connection:
-            rows = await connection.fetch(self.sql["contexts"], tenant, users)
-        return {row[0]: Context(row[1], tuple(row[2]), row[3], row[4]) for row in rows}
+            rows = await connection.fetch(
+                self.sql["contexts"], tenant, sorted(slots), [one.user for one in users]
+            )
+        found = {one.user: Context(None, (), None) for one in users}
+        for user, stream_id, provider, preferences, zone in rows:
+            context = found[user]
+            if stream_id is not None:
+                context.stream_id = stream_id
+            elif provider is not None:
+                context.providers = (*context.providers, provider)
+            elif preferences is not None:
+                context.preferences = preferences
+            else:
+                context.zone = zone
+        return found
 
     async def make_streams(
         self, shard: str, term: int, tenant: str, users: Sequence[SlotUser], epochs: Sequence[str]
@@ -412,18 +429,37 @@ class BroadcastStore:
                 self.sql["note_failures"], UUID(bytes=broadcast), [f.user for f in failures],
                 [f.code for f in failures], [f.detail[:500] for f in failures], failures_kept, now_ms / 1000,
             )  # fmt: skip
-        by_slot = {mark.slot: mark for mark in marks}
-        slots = [*by_slot, *(slot for slot in counts if slot not in by_slot)]
-        if not slots:
-            return
-        nothing = Counts()
-        rows = [counts.get(slot, nothing) for slot in slots]
-        await connection.execute(
-            self.sql["mark"], UUID(bytes=broadcast), slots,
-            [by_slot[slot].last if slot in by_slot else None for slot in slots],
-            [slot in by_slot and by_slot[slot].done for slot in slots],
-            *([row[index] for row in rows] for index in range(len(_COUNTS))),
-        )  # fmt: skip
+        if marks or counts:
+            await connection.execute(self._mark, *_mark_parameters(broadcast, marks, counts))
+
+    def around(
+        self, broadcast: bytes, marks: Sequence[Mark], counts: Mapping[int, Counts], turn: int | None
+    ) -> Around:
+        """Makes of the group commit one that asks whether the broadcast runs and writes how far it is.
+
+        Args:
+            turn: chunks of the same number are written one after the other, by whomever; None: no waiting.
+
+        Nothing is written, and nothing answered, if it does not run or the term is over.
+        """
+
+        def made(text: str, count: int) -> tuple[str, Sequence[Any]]:
+            whole = self._pages.get(text)
+            if whole is None:
+                whole = self._pages[text] = self._page(text, count + 1)
+            lock = None if turn is None else _TURNS + turn
+            return whole, (*_mark_parameters(broadcast, marks, counts), lock)
+
+        return made
+
+    def _page(self, text: str, first: int) -> str:
+        head, found, rest = text.partition(_FENCE)
+        body, again, tail = rest.rpartition(_ANSWER)
+        assert found
+        assert again
+        fence = _filled(self.sql["fence"], first, "")
+        mark = _filled(self.sql["mark"], first, "fence,")
+        return f"{head}{fence}{body},\nmarked as (\n{mark}\n)\n{again}{tail}"
 
     async def finish(self, broadcast: bytes, now_ms: int) -> bool:
         """End a broadcast whose slots are all done; False if some are not."""
@@ -440,6 +476,35 @@ class BroadcastStore:
     async def _execute(self, name: str, *args: Any) -> None:
         async with acquired(self._pool, self._timeout_s) as connection:
             await connection.execute(self.sql[name], *args)
+
+
+_FENCE: Final = (
+    "with fence as materialized (select term from shards where shard = $1 and term = $2 for share)"
+)
+_TURNS: Final = 0x4341_5249_0000
+"""Advisory locks from here on ("CARI" in front) are turns of chunks."""
+_ANSWER: Final = "select stream_id, seq, rev, unread from moved"
+"""What the group commit begins and ends with (shard.sql)."""
+
+
+def _filled(text: str, first: int, before: str) -> str:
+    """A text with its parameters numbered from `first`."""
+    for number in range(11, 0, -1):
+        text = text.replace(f"%(p{number})s", f"${first + number - 1}")
+    return text.replace("%(from)s", before)
+
+
+def _mark_parameters(broadcast: bytes, marks: Sequence[Mark], counts: Mapping[int, Counts]) -> Sequence[Any]:
+    by_slot = {mark.slot: mark for mark in marks}
+    slots = [*by_slot, *(slot for slot in counts if slot not in by_slot)]
+    nothing = Counts()
+    rows = [counts.get(slot, nothing) for slot in slots]
+    return (
+        UUID(bytes=broadcast), slots,
+        [by_slot[slot].last if slot in by_slot else None for slot in slots],
+        [slot in by_slot and by_slot[slot].done for slot in slots],
+        *([row[index] for row in rows] for index in range(len(_COUNTS))),
+    )  # fmt: skip
 
 
 def _rest(audience: Audience) -> tuple[Any, ...]:

@@ -593,6 +593,7 @@ class ShardStore(Amendments):
         rows: Sequence[AppendRow],
         outbox: Sequence[OutboxRow],
         now_ms: int,
+        around: Around | None = None,
     ) -> dict[int, tuple[int, int, int]]:
         events = [row.event for row in rows]
         planned: list[Any] = []
@@ -628,8 +629,12 @@ class ShardStore(Amendments):
         # What waits in a digest does so by a rule: other batches do not look.
         if ruled and any(o.digest is not None for o in outbox):
             digests = [[None if o.digest is None else UUID(o.digest) for o in outbox]]
+        text = self._append_sql[bool(outbox), bool(ruled), bool(digests)]
+        more: Sequence[Any] = ()
+        if around is not None:
+            text, more = around(text, 13 + len(planned) + 1 + len(ruled) + len(digests))
         answer = await connection.fetch(
-            self._append_sql[bool(outbox), bool(ruled), bool(digests)],
+            text,
             self._shard,
             term,
             list(counts),
@@ -647,6 +652,7 @@ class ShardStore(Amendments):
             [row.receipt for row in rows],
             *ruled,
             *digests,
+            *more,
         )
         if not answer:
             raise FencedError(f"term {term} of {self._shard} is over")
@@ -1096,11 +1102,24 @@ class ShardStore(Amendments):
                 await connection.execute(self._sql[name], *args)
 
 
+Around = Callable[[str, int], tuple[str, Sequence[Any]]]
+"""Given the text of the group commit and how many parameters it has: one that does more, and its further
+parameters."""
+
+
 class Inside(NamedTuple):
-    """Parts of a transaction, as `ShardStore.append` and `draw_delivery_ids` without the fence."""
+    """Parts of a transaction, as `ShardStore.append` and `draw_delivery_ids` do them."""
 
     append: Callable[
-        [asyncpg.Connection, int, dict[int, int], Sequence[AppendRow], Sequence[OutboxRow], int],
+        [
+            asyncpg.Connection,
+            int,
+            dict[int, int],
+            Sequence[AppendRow],
+            Sequence[OutboxRow],
+            int,
+            Around | None,
+        ],
         Awaitable[dict[int, tuple[int, int, int]]],
     ]
     draw_delivery_ids: Callable[[asyncpg.Connection, int], Awaitable[list[int]]]

@@ -82,14 +82,19 @@ where broadcast_id = $1 and state = 'running';
 select slot, last_user, done from broadcast_slots where broadcast_id = $1 and slot = any ($2::smallint[]);
 
 -- name: contexts
--- What decides about users. $1 tenant, $2 users.
-select t.user_id, s.stream_id,
-       array(select d.provider from devices d
-             where d.tenant = $1 and d.user_id = t.user_id and d.disabled_at is null) as providers,
-       (select p.document::text from preferences p where p.tenant = $1 and p.user_id = t.user_id) as preferences,
-       (select p.timezone from profiles p where p.tenant = $1 and p.user_id = t.user_id) as zone
-from unnest($2::text[]) as t (user_id)
-left join streams s on s.tenant = $1 and s.user_id = t.user_id;
+-- What decides about users, a row for each thing that there is. $1 tenant, $2 slots of the users, $3 users. By slot,
+-- as the page was read: all of its streams lie side by side in that index.
+select s.user_id, s.stream_id, null as provider, null as preferences, null as zone from streams s
+where s.tenant = $1 and s.slot = any ($2::smallint[]) and s.user_id = any ($3::text[])
+union all
+select d.user_id, null, d.provider, null, null from devices d
+where d.tenant = $1 and d.user_id = any ($3::text[]) and d.disabled_at is null
+union all
+select p.user_id, null, null, p.document::text, null from preferences p
+where p.tenant = $1 and p.user_id = any ($3::text[])
+union all
+select p.user_id, null, null, null, p.timezone from profiles p
+where p.tenant = $1 and p.user_id = any ($3::text[]) and p.timezone is not null;
 
 -- name: make_streams
 -- Streams of users who have none. $1 shard, $2 term, $3 tenant, $4 users, $5 slots, $6 epochs.
@@ -111,14 +116,24 @@ going as materialized (select state from broadcasts where broadcast_id = $3 for 
 select (select term from fence) as term, (select state from going) as state,
        array(select n.id from notifications n where n.id >= $5 and n.id <= $6 and n.id = any ($4::uuid[])) as stored;
 
+-- name: fence
+-- The fence of `append` for a chunk that is one statement: first its turn among the chunks of all shards, then that the
+-- broadcast runs, and stays so until it is committed. $11 whose turn: null for no waiting.
+with turn as materialized (select pg_advisory_xact_lock(%(p11)s::bigint)),
+fence as materialized (
+    select s.term from (select count(*) from turn) t, shards s, broadcasts b
+    where s.shard = $1 and s.term = $2 and b.broadcast_id = %(p1)s and b.state = 'running' for share of s, b
+)
+
 -- name: mark
 -- How far slots are, and what is counted. $1 broadcast, $2 slots, $3 last users (null: unchanged), $4 done, $5 to $10
--- counts.
+-- counts. In a page that is one statement the parameters have other numbers and %(from)s names the fence.
 insert into broadcast_slots as s
     (broadcast_id, slot, last_user, done, stored, delivered, queued, deferred, suppressed, failed)
-select $1, t.slot, coalesce(t.last_user, ''), t.done, t.stored, t.delivered, t.queued, t.deferred, t.suppressed, t.failed
-from unnest($2::smallint[], $3::text[], $4::boolean[], $5::bigint[], $6::bigint[], $7::bigint[], $8::bigint[],
-            $9::bigint[], $10::bigint[])
+select %(p1)s::uuid, t.slot, coalesce(t.last_user, ''), t.done, t.stored, t.delivered, t.queued, t.deferred,
+       t.suppressed, t.failed
+from %(from)s unnest(%(p2)s::smallint[], %(p3)s::text[], %(p4)s::boolean[], %(p5)s::bigint[], %(p6)s::bigint[],
+                     %(p7)s::bigint[], %(p8)s::bigint[], %(p9)s::bigint[], %(p10)s::bigint[])
      as t (slot, last_user, done, stored, delivered, queued, deferred, suppressed, failed)
 on conflict (broadcast_id, slot) do update
 set last_user = case when excluded.last_user = '' then s.last_user else excluded.last_user end,
