@@ -15,8 +15,10 @@ from actors.shard_users import read_preferences
 from carillon.attention import Attention
 from carillon.broadcasts import NotificationIds, SlotUser
 from carillon.decision import judge, pack
+from carillon.digest import digest_id, key_of
 from carillon.explain import circumstance, providers_receipt
 from carillon.external import IN_APP
+from carillon.ids import UserKey
 from carillon.messages import Event
 from carillon.plan import Plan, Reach, plan
 from carillon.policy import TenantPolicy
@@ -107,10 +109,15 @@ class Decider:
             if found.push_due_ms is not None:
                 # Never born claimed: the sweep takes what is due, as fast as the pools do.
                 due_ms = now_ms if found.push_now else found.push_due_ms
+                digest = None
+                if found.digest is not None:
+                    user = UserKey(proto.tenant, one.user)
+                    digest = digest_id(key_of(user, proto.category, found.digest, found.push_due_ms))
                 outbox = [
                     OutboxRow(
                         0, event.id, context.stream_id, one.slot, False, due_ms, found.gate,
                         found.hold_until_ms, found.reason, channel, ",".join(found.chain), found.step,
+                        digest,
                     )
                     for channel in found.channels
                     if channel != IN_APP
