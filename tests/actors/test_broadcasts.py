@@ -248,6 +248,25 @@ async def test_policy_of_each_user(world: World) -> None:
     assert UUID(bytes=jobs[0].notification)
 
 
+async def test_what_waits_in_a_digest_is_in_it(world: World) -> None:
+    """Of a user who wants a digest the push waits in the same one as that of a single event would."""
+    await world.people(3)
+    await world.pool.execute(
+        "insert into preferences (tenant, user_id, document) values ('t', 'u0001', '{\"digest\": \"daily\"}')"
+    )
+    await world.pool.execute(
+        "insert into devices (tenant, user_id, device_id, platform, provider, token_kind, token)"
+        " values ('t', 'u0001', 'd', 'ios', 'apns', 'token', 'x')"
+    )
+    record = await world.ended(await world.send())
+    assert (record.counts.stored, record.counts.deferred) == (3, 1)
+    await world.kit.publish(make_event("u0001"))
+    rows = await world.pool.fetch("select digest, state from deliveries")
+    assert len(rows) == 2
+    assert {row["state"] for row in rows} == {"planned"}
+    assert len({row["digest"] for row in rows} - {None}) == 1
+
+
 async def test_limits_count(world: World) -> None:
     """Of a tenant with limits every user is asked for: what was spent in a broadcast is spent."""
     policy = {"limits": {"user": {"count": 1, "windowS": 3600}}}
