@@ -196,7 +196,7 @@ class Shard:
             take=lambda link, message: self.receive(link, message, 0),
         )  # fmt: skip
         self._writer = Writer(
-            self._store, self._users, self._clock, self._stats, shard,
+            self._store, self._users, self._clock, self._stats, shard, self._settings.merge,
             term=self._term, owns=self._owns, run=self._sessions.run, reach=self._reach,
             policy=self._policies.of, planned=self._planned, withdrawn=self._outbox.due_now,
             stopped=self._outbox.stop, expires=self._expiry.watch, fenced=self._was_fenced,
@@ -295,6 +295,8 @@ class Shard:
                 since_ms = self._clock.now_ms() - round(self._settings.shard.idempotency_ttl_s * 1000)
                 with contextlib.suppress(CarillonError):
                     await self._store.prune_keys(since_ms)
+                    now_ms = self._clock.now_ms()
+                    await self._store.prune_merges(now_ms, now_ms - round(self._settings.merge.keep_s * 1000))
 
     # -- ownership --------------------------------------------------------------------------------------
 
@@ -564,7 +566,7 @@ class Shard:
 
     async def _preview(self, message: PlanQuery) -> PlanReply:
         user = await self._user(message)
-        return PlanReply(msgspec.json.encode(self._writer.preview(user, message.event)).decode())
+        return PlanReply(msgspec.json.encode(await self._writer.preview(user, message.event)).decode())
 
     async def _document(self, message: Any) -> Done:
         user = await self._user(message)

@@ -217,6 +217,10 @@ class UserCache:
         gone = [user for user in self._users.values() if user.slot in lost]
         for user in gone:
             del self._users[user.key]
+        # Read under a later term they would be kept, and be old when their slots come back.
+        self._fail(
+            [key for key, slot in self._wanted.items() if slot in lost], FencedError("the slot has moved")
+        )
         return gone
 
     def forget(self, key: UserKey) -> None:

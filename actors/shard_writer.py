@@ -16,10 +16,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
+from msgspec.structs import replace
+
 from actors.fair_queue import FairQueue
 from actors.shard_amendments import AMENDMENTS, Amendments
 from actors.shard_changes import ChangeEntry, Changes, finish
+from actors.shard_entries import Entry, answered, disturbs, unread_after
 from actors.shard_lane import Guard, Lane
+from actors.shard_merges import Merges, MergingBatch
 from actors.shard_policies import NO_RULES
 from actors.shard_users import LOAD_BATCH, User, UserCache
 from carillon.attention import DEFERRED, Attention
@@ -31,13 +35,14 @@ from carillon.errors import CarillonError, FencedError, NotFoundError, Unavailab
 from carillon.explain import circumstance, of_plan, read_receipt, told
 from carillon.external import IN_APP
 from carillon.ids import UserKey, uuid_text
+from carillon.merging import OPENED, Decision
 from carillon.messages import Event, Outcome
 from carillon.metrics import Stats
 from carillon.notification import target_of
 from carillon.plan import Plan, Reach, plan, wants_push
 from carillon.policy import TenantPolicy
 from carillon.session import Effect
-from carillon.settings import ShardSettings
+from carillon.settings import MergeSettings, ShardSettings
 from stores.postgres.shard_store import (
     AppendRow,
     KeysTakenError,
@@ -54,20 +59,6 @@ IDS_BLOCK = 1000
 
 HEAL_PAUSE_S = 0.5
 """Pause between looks at streams whose last write may or may not have been committed."""
-
-
-class Entry:
-    """One event on its way: where it came from and what is known of it."""
-
-    __slots__ = ("done", "event", "plan", "receipt", "user", "waiters")
-
-    def __init__(self, event: Event, done: Callable[[Outcome], None]) -> None:
-        self.event = event
-        self.done = done
-        self.user: User | None = None
-        self.plan: Plan | None = None
-        self.receipt = 0
-        self.waiters: list[Callable[[Outcome], None]] | None = None
 
 
 class Writer:
@@ -93,6 +84,7 @@ class Writer:
         clock: Clock,
         stats: Stats,
         settings: ShardSettings,
+        merging: MergeSettings,
         *,
         term: Callable[[], int],
         owns: Callable[[int], bool],
@@ -124,6 +116,7 @@ class Writer:
         self._run_effects = run
         self._reach = reach
         self._policy = policy
+        self._merges = Merges(store, merging, policy)
         self._window_ms = round(settings.ack_window_s * 1000)
         self._planned = planned
         self._was_erased = erased
@@ -224,18 +217,23 @@ class Writer:
             return "the tenant's share of the append queue is full"
         return "the append queue is full" if self.queued() >= self._settings.max_queue else ""
 
-    def preview(self, user: User, event: Event) -> dict[str, Any]:
+    async def preview(self, user: User, event: Event) -> dict[str, Any]:
         """What would become of an event now, and every rule behind it; nothing is done."""
-        entry = Entry(event, _answered)
+        entry = Entry(event, answered)
         entry.user = user
-        found = self._plan(entry, self._clock.now_ms())
+        now_ms = self._clock.now_ms()
+        found = self._plan(entry, now_ms)
+        merge: dict[str, Any] | None = None
+        if self._merges.asked([event]):
+            merge = await self._merges.preview(user, event, found.archived, now_ms)
         reach, attention, _ = read_receipt(entry.receipt)
         rules = of_plan(
             found, event.channels, event.fallback, event.priority, reach, attention, user.providers
         )
+        joined = merge is not None and merge["status"] != OPENED
         return {
             "userId": event.user,
-            "status": found.status,
+            "status": merge["status"] if merge is not None and joined else found.status,
             "channels": list(found.channels),
             "fallback": list(found.chain),
             "reason": found.reason,
@@ -244,7 +242,7 @@ class Writer:
             "silent": found.silent,
             "archived": found.archived,
             "rules": told(rules),
-        }
+        } | ({} if merge is None else {"merge": merge})
 
     def submit_change(self, change: ChangeEntry) -> None:
         """Queue one state change. Ordering: changes of one user are applied in the order submitted."""
@@ -351,6 +349,8 @@ class Writer:
             user.seq, user.rev = record.seq, record.rev
             user.unread, user.expired = record.unread, record.expired
             user.next_expiry_ms = record.next_expiry_ms
+            if record.next_expiry_ms is not None:
+                self._expires(user, record.next_expiry_ms)
             if user.session is not None:
                 self._run_effects(user, user.session.heal(user.head()))
 
@@ -415,11 +415,17 @@ class Writer:
             first[entry.event.id] = entry
             kept.append(entry)
         known = await self._store.find_ids([entry.event.id for entry in kept if entry.event.retry])
+        merged = await self._merges.known(
+            [e.event.id for e in kept if e.event.retry and e.event.id not in known]
+        )
         rest = []
         for entry in kept:
             assert entry.user is not None
             found = known.get(entry.event.id) if entry.event.retry else None
-            if found is None:
+            into = merged.get(entry.event.id)
+            if into is not None:
+                self._done(entry, into.outcome())
+            elif found is None:
                 rest.append(entry)
             elif found[1] != entry.user.stream_id:
                 self._fail(entry, NotFoundError("this id belongs to another user"))
@@ -446,7 +452,10 @@ class Writer:
                     entry, Outcome(event.id, status="failed", code="idempotency_conflict", detail=detail)
                 )
             else:
-                outcome = self._stored_outcome(entry, stored.notification, stored.seq or 0)
+                if stored.merged is None:
+                    outcome = self._stored_outcome(entry, stored.notification, stored.seq or 0)
+                else:
+                    outcome = stored.merged.outcome()
                 # Our own retry of the request that made it is no replay to the caller.
                 outcome.replayed = stored.notification != event.id
                 self._done(entry, outcome)
@@ -530,18 +539,37 @@ class Writer:
         now_ms = self._clock.now_ms()
         counts: dict[int, int] = {}
         rows: list[AppendRow] = []
+        own: list[Entry] = batch  # those that become notifications
         outbox: list[OutboxRow] = []
-        pushes: list[tuple[User, Event, OutboxRow]] = []
+        pushes: list[tuple[User, Entry, OutboxRow]] = []
         archived = False
+        merging: MergingBatch | None = None
+        merged: list[tuple[Entry, Decision]] = []
+        if self._merges.asked([entry.event for entry in batch]):
+            merging = await self._merges.begin([(e.user, e.event) for e in batch if e.user], now_ms)
+            own = [] if merging is not None else batch
         for entry in batch:
             user, event = entry.user, entry.event
             assert user is not None
+            # Planned before, the batch met a taken idempotency key: limits are not spent twice.
+            first = entry.plan is None
+            if merging is None:
+                decided = entry.plan = self._plan(entry, now_ms, spend=first)
+            else:
+                joins = event in merging
+                decided = entry.plan = self._plan(entry, now_ms, spend=first and not joins)
+                if joins:
+                    decision, disturbs_now = merging.take(user, event, decided)
+                    if first and disturbs_now:
+                        self._plan(entry, now_ms, spend=True)
+                    if decision.status != OPENED:
+                        merged.append((entry, decision))
+                        continue
+                own.append(entry)
             stream_id = user.stream_id
             counts[stream_id] = counts.get(stream_id, 0) + 1
             row_of_event = AppendRow(event, stream_id, -counts[stream_id])  # completed below
             rows.append(row_of_event)
-            # Planned before, the batch met a taken idempotency key: limits are not spent twice.
-            decided = entry.plan = self._plan(entry, now_ms, spend=entry.plan is None)
             row_of_event.receipt = entry.receipt
             if decided.rules:
                 row_of_event.decision = pack(decided.rules)
@@ -559,28 +587,58 @@ class Writer:
                     if decided.digest is not None:
                         row.digest = _digest_of(user.key, event, decided)
                     outbox.append(row)
-                    pushes.append((user, event, row))
+                    pushes.append((user, entry, row))
         for row in rows:
             row.back += counts[row.stream_id]
+        changed: dict[int, int] = {}
+        if merging is not None:
+            contents = await merging.finish(self._next_delivery_id)
+            changed = merging.writes.counts()
+            for row in rows:
+                if row.event.id in contents:  # a copy: a batch that fails is decided anew
+                    row.event = replace(row.event, content=contents[row.event.id])
         heads = await self._store.append(
             term, counts, rows, outbox, now_ms, keyed, self._keys_since_ms() if keyed else 0,
             None if self._guard is None else functools.partial(self._guard, batch),
+            None if merging is None else merging.writes,
         )  # fmt: skip
         committed_ms = self._clock.now_ms()
         seqs: dict[bytes, int] = {}
-        unread_after = _unread_after(rows) if archived else None
-        for index, (entry, row) in enumerate(zip(batch, rows, strict=True)):
+        later = unread_after(rows) if archived else None
+        for index, (entry, row) in enumerate(zip(own, rows, strict=True)):
             head = heads.get(row.stream_id)
             if head is None:
                 # The stream was erased since it was loaded; its next event makes a new one.
                 self._erased(entry)
                 continue
             seqs[entry.event.id] = head[0] - row.back
-            unread = head[2] - (row.back if unread_after is None else unread_after[index])
-            self._committed(entry, head[0] - row.back, head[1] - row.back, unread, committed_ms)
-        for user, event, outbox_row in pushes:
-            if event.id in seqs:
-                self._planned(user, event, seqs[event.id], outbox_row)
+            unread = head[2] - (row.back if later is None else later[index])
+            entry.event = row.event
+            rev = head[1] - row.back - (changed.get(row.stream_id, 0) if changed else 0)
+            self._committed(entry, head[0] - row.back, rev, unread, committed_ms)
+        for user, entry, outbox_row in pushes:
+            if entry.event.id in seqs:
+                self._planned(user, entry.event, seqs[entry.event.id], outbox_row)
+        if merging is not None:
+            self._merged(merging, merged, heads, seqs)
+
+    def _merged(
+        self,
+        merging: MergingBatch,
+        merged: Sequence[tuple[Entry, Decision]],
+        heads: dict[int, tuple[int, int, int]],
+        seqs: dict[bytes, int],
+    ) -> None:
+        """What was merged is committed: tell of it, and answer."""
+        merging.committed(heads, self._run_effects, self._planned, self._expires)
+        for entry, decision in merged:
+            assert entry.plan is not None
+            outcome = merging.outcome(decision, entry.plan, seqs, heads)
+            if outcome is None:
+                self._erased(entry)
+            else:
+                self._stats.count(f"events_{outcome.status}")
+                self._done(entry, outcome)
 
     def _committed(self, entry: Entry, seq: int, rev: int, unread: int, now_ms: int) -> None:
         user, event, decided = entry.user, entry.event, entry.plan
@@ -639,11 +697,15 @@ class Writer:
         assert entry.user is not None
         try:
             known = await self._store.find_ids([entry.event.id])
+            merged = await self._merges.known([entry.event.id])
         except CarillonError as exc:
             self._fail(entry, exc)
             return
         if entry.event.id in known and known[entry.event.id][1] == entry.user.stream_id:
             self._done(entry, self._stored_outcome(entry, entry.event.id, known[entry.event.id][0]))
+            return
+        if entry.event.id in merged:
+            self._done(entry, merged[entry.event.id].outcome())
             return
         log.warning("an event was refused by PostgreSQL: %s", error)
         self._done(entry, Outcome(entry.event.id, status="failed", code="invalid", detail=str(error)))
@@ -674,7 +736,7 @@ class Writer:
         if entry.user is not None:
             entry.user.pins -= 1
             entry.user = None
-        done, entry.done = entry.done, _answered
+        done, entry.done = entry.done, answered
         done(outcome)
         for waiter in entry.waiters or ():
             waiter(outcome)
@@ -719,17 +781,6 @@ class Writer:
         return False
 
 
-def _unread_after(rows: Sequence[AppendRow]) -> list[int]:
-    """Of each row how many of its stream that follow in the batch count as unread."""
-    after: dict[int, int] = {}
-    found: list[int] = []
-    for row in reversed(rows):
-        found.append(after.get(row.stream_id, 0))
-        after[row.stream_id] = found[-1] + (not row.archived)
-    found.reverse()
-    return found
-
-
 def _digest_of(user: UserKey, event: Event, decided: Plan) -> bytes:
     assert decided.digest is not None
     assert decided.push_due_ms is not None
@@ -746,13 +797,3 @@ def _digest_told(user: UserKey, event: Event, found: Plan) -> dict[str, Any] | N
         "frequency": found.digest,
         "dueAt": rfc3339(found.push_due_ms),
     }
-
-
-def disturbs(found: Plan, reach: Reach) -> bool:
-    """Whether a plan takes something of the user's attention now."""
-    pushed = found.push_due_ms is not None and found.gate != DEFERRED
-    return pushed or (reach is Reach.LIVE and not found.archived and not found.silent)
-
-
-def _answered(_: Any) -> None:
-    """Stands where a callback was that has been called."""

@@ -7,7 +7,7 @@ from functools import partial
 
 from carillon import server_frames
 from carillon.clock import rfc3339
-from carillon.notification import NotificationRow, gone, notification_json
+from carillon.notification import NotificationRow, filed_away, gone, notification_json
 
 
 def change_frames(
@@ -48,7 +48,7 @@ def _group_frames(
     kept = [r for r in group if not gone(r, now_ms)]
     read: dict[int, list[bytes]] = {}
     for r in kept:
-        if r.updated_ms is not None:
+        if r.updated_ms is not None and not filed_away(r):
             updated = server_frames.notification_updated(notification_json(r, user_json))
             frames.append((partial(_as_it_is, updated), True))
         if r.read_ms is not None:

@@ -33,8 +33,13 @@ LAST_EXPIRY_MS: Final = 253_370_764_800_000
 MAX_CHANNELS: Final = 20
 LATER_CHANNELS: Final = ("email", "sms", "webhook", "chat", "webpush")
 _LISTS: Final = ("userIds", "channels", "fallback", "actions")
-LATER_FIELDS: Final = ("topic", "dedupe")
+LATER_FIELDS: Final = ("topic",)
 """Known to the protocol, not built yet: refused unless null."""
+DEDUPES: Final = ("drop", "count", "replace", "accumulate")
+"""What `dedupe.merge` may be (carillon/merging.py)."""
+MIN_WINDOW_S: Final = 0.001
+MAX_WINDOW_S: Final = 86_400
+"""Of `dedupe.windowS`."""
 METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
 PRIORITY_NAMES: Final = (*PRIORITIES, "critical")
 
@@ -156,8 +161,6 @@ def later_field(name: str, value: Any) -> FieldError | None:
         return FieldError(name, "absent here: it stands in the one event of POST /v1/events", shown(value))
     if name in LATER_FIELDS:
         return FieldError(name, "absent: not supported yet", shown(value))
-    if name == "aggregate" and value is True:
-        return FieldError(name, "false: aggregation is not supported yet", "true")
     return None
 
 
@@ -201,6 +204,29 @@ def _check_flag(value: Any) -> FieldError | None:
     return None if isinstance(value, bool) else FieldError("aggregate", "true or false", shown(value))
 
 
+def _check_dedupe(value: Any) -> FieldError | None:
+    if not is_object(value):
+        return FieldError("dedupe", "an object", shown(value))
+    for name, part in value.items():
+        path = f"dedupe/{shown(name)}"
+        if name not in ("key", "windowS", "merge"):
+            return FieldError(path, "key, windowS or merge", "an unknown field")
+        if part is None:
+            continue
+        if name == "key":
+            error = text_error(path, part, Text(1, MAX_KEY))
+            if error is not None:
+                return error
+        elif name == "merge" and part not in DEDUPES:
+            return FieldError(path, "|".join(DEDUPES), shown(part))
+        elif name == "windowS":
+            number = isinstance(part, int | float) and not isinstance(part, bool)
+            if not number or not MIN_WINDOW_S <= cast("float", part) <= MAX_WINDOW_S:
+                wanted = f"seconds from {MIN_WINDOW_S:g} to {MAX_WINDOW_S}"
+                return FieldError(path, wanted, shown(part))
+    return None
+
+
 def _check_template(value: Any) -> FieldError | None:
     ok = isinstance(value, str) and _TEMPLATE.fullmatch(value) is not None
     return None if ok else FieldError("template", "the id of a template, or id@version", shown(value))
@@ -222,6 +248,7 @@ _OTHERS: Final[dict[str, Callable[[Any], FieldError | None]]] = {
     "expiresAt": _check_expires,
     "scheduleAt": _check_schedule,
     "aggregate": _check_flag,
+    "dedupe": _check_dedupe,
     "template": _check_template,
     "params": _check_params,
     "locale": _check_locale,
@@ -289,6 +316,7 @@ def explain_event(item: Any, *, recipients: bool) -> Refusal | None:
         else:
             wrong.append(FieldError(shown(name), "a field of the protocol", "an unknown field"))
     _explain_required(item, wrong, later)
+    _explain_merging(item, wrong)
     if not wrong and not later:
         # userIds have their own verdict each (one bad recipient does not fail the others).
         wrong = tree_errors({k: v for k, v in item.items() if k != "userIds"})
@@ -324,6 +352,13 @@ def _explain_required(item: dict[str, Any], wrong: list[FieldError], later: list
         wrong.append(FieldError("userId", "userId or userIds", "neither"))
     elif len(named) > 1:
         wrong.append(FieldError(named[1], f"one of {' and '.join(named)}", "several"))
+
+
+def _explain_merging(item: dict[str, Any], wrong: list[FieldError]) -> None:
+    dedupe = item.get("dedupe")
+    merge = dedupe.get("merge") if is_object(dedupe) else None
+    if item.get("aggregate") is True and merge in DEDUPES and merge != DEDUPES[0]:
+        wrong.append(FieldError("dedupe/merge", f"{DEDUPES[0]}: aggregate decides on the rest", merge))
 
 
 def _explain_channels(

@@ -22,6 +22,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from carillon.clock import rfc3339
 from carillon.errors import InvalidInputError
 from carillon.event_rules import (
+    DEDUPES,
     LAST_EXPIRY_MS,
     MAX_ACTIONS,
     MAX_BODY_BYTES,
@@ -30,6 +31,8 @@ from carillon.event_rules import (
     MAX_ITEMS,
     MAX_KEY,
     MAX_URL,
+    MAX_WINDOW_S,
+    MIN_WINDOW_S,
     TEXTS,
     Instant,
     Refusal,
@@ -43,7 +46,7 @@ from carillon.event_rules import (
 )
 from carillon.external import ChannelName, ExternalName
 from carillon.ids import Uuid7Source, slot_of
-from carillon.messages import Event
+from carillon.messages import Dedupe, Event
 from carillon.problems import FieldError, Problem, problem, shown
 from carillon.templates import Rendered
 
@@ -67,6 +70,17 @@ class _Action(Struct, forbid_unknown_fields=True, omit_defaults=True):
     def plain(self) -> tuple[str, str, str]:
         """The members that allow no control character."""
         return self.id or "", self.action or "", self.url or ""
+
+
+class _Dedupe(Struct, rename="camel", forbid_unknown_fields=True, omit_defaults=True):
+    key: _Label | None = None
+    window_s: Annotated[float, Meta(ge=MIN_WINDOW_S, le=MAX_WINDOW_S)] | None = None
+    merge: Literal["drop", "count", "replace", "accumulate"] | None = None
+
+    def plain(self) -> Dedupe:
+        """As it travels."""
+        window_ms = 0 if self.window_s is None else max(1, round(self.window_s * 1000))
+        return Dedupe(self.merge or DEDUPES[0], self.key, window_ms)
 
 
 class EventBody(Struct, rename="camel", forbid_unknown_fields=True, omit_defaults=True):
@@ -99,7 +113,7 @@ class EventBody(Struct, rename="camel", forbid_unknown_fields=True, omit_default
     template: None = None
     params: None = None
     locale: None = None
-    dedupe: None = None
+    dedupe: _Dedupe | None = None
     schedule_at: None = None
 
 
@@ -395,7 +409,7 @@ class EventParser:
             one.user_id, one.type, one.category, one.actor_id, one.target_type, one.target_id, one.image_url,
             one.icon, one.link, one.collapse_key, one.campaign_id, one.source_app, one.idempotency_key,
         )  # fmt: skip
-        if has_control("".join(filter(None, words))) or one.aggregate:
+        if has_control("".join(filter(None, words))) or (one.dedupe is not None and _dedupe_wrong(one)):
             raise _SlowPathError
         body, expires = one.body, one.expires_at
         if body is not None and len(body) * 4 > MAX_BODY_BYTES and len(body.encode()) > MAX_BODY_BYTES:
@@ -458,6 +472,8 @@ class EventParser:
             None if one.channels is None else list(dict.fromkeys(one.channels)),
             one.collapse_key,
             fallback=list(dict.fromkeys(one.fallback)) if one.fallback else None,
+            dedupe=None if one.dedupe is None else one.dedupe.plain(),
+            aggregate=one.aggregate,
         )
 
     def _explained(
@@ -507,6 +523,15 @@ class EventParser:
                     one = _UNEXPLAINED
             slots.append(Slot(-1, None, one))
         return Request(events, slots, later)
+
+
+def _dedupe_wrong(one: EventBody) -> bool:
+    """What the decoder's types do not say of `dedupe`."""
+    dedupe = one.dedupe
+    assert dedupe is not None
+    if dedupe.key is not None and has_control(dedupe.key):
+        return True
+    return bool(one.aggregate) and dedupe.merge not in (None, DEDUPES[0])
 
 
 def is_plain(document: Any) -> bool:

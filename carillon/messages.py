@@ -52,6 +52,17 @@ class Member(Struct, array_like=True, frozen=True):
     """A shard's fencing number, set by the coordinator; 0 for the others."""
 
 
+class Dedupe(Struct, array_like=True, frozen=True):
+    """What an event asks of those like it (carillon/merging.py)."""
+
+    merge: str = "drop"
+    """drop | count | replace | accumulate."""
+    key: str | None = None
+    """None: those with the same type, title, body and target are alike."""
+    window_ms: int = 0
+    """0: `merge.dedupe_window_s`."""
+
+
 class Event(Struct, array_like=True):
     """One notification for one recipient, as the ingress minted it."""
 
@@ -79,6 +90,10 @@ class Event(Struct, array_like=True):
     """True after an ambiguous failure: the shard looks first whether `id` exists."""
     fallback: list[str] | None = None
     """External channels to try, one after the other, when `channels` ended without success."""
+    dedupe: Dedupe | None = None
+    """None: only what the tenant's rule for its type asks for."""
+    aggregate: bool | None = None
+    """True: one notification for all of its type and target; False: not even if the tenant's rule says so."""
 
 
 class Outcome(Struct, array_like=True):

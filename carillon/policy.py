@@ -19,6 +19,7 @@ from carillon.audience import NAME, platform_errors
 from carillon.decision import TenantRules
 from carillon.errors import InvalidInputError
 from carillon.event_rules import Text, is_array, is_object, text_error, tree_errors
+from carillon.merge_rules import MergeRule, merge_problems, merge_rules
 from carillon.problems import DocumentError, FieldError, shown
 from carillon.settings import WATCH, WHEN_AWAY, ShardSettings
 from carillon.tenant_rules import RULES, rules_of, rules_problems, window_errors
@@ -35,6 +36,8 @@ SUBSCRIBE: Final = ("nobody", "any", "prefix")
 MAX_PREFIXES: Final = 100
 
 _TYPE: Final = Text(1, 64)
+_AS_GIVEN: Final = (*RULES, "merge", retention.MEMBER)
+"""Members that are told as they were given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,7 @@ class TenantPolicy:
 
     Attributes:
         rules: about its users' preferences; None: there are none, and nothing has to be looked at.
+        merge: by type which events are merged; None: none but those that ask for it.
         text: the document, to see whether another one differs.
         topics: to which topics clients may subscribe.
     """
@@ -102,6 +106,7 @@ class TenantPolicy:
     rules: TenantRules | None = None
     text: bytes = b""
     topics: TopicRule = TopicRule()
+    merge: dict[str, MergeRule] | None = None
 
     def of(self, kind: str) -> Policy:
         """The policy for notifications of one type."""
@@ -135,7 +140,7 @@ def build(
     text = msgspec.json.encode(document, order="sorted")
     topics = document.get("topics", {})
     told = TopicRule(topics.get("subscribe", "nobody"), tuple(topics.get("prefixes", ())))
-    return TenantPolicy(own, types, presence, rules_of(document), text, told)
+    return TenantPolicy(own, types, presence, rules_of(document), text, told, merge_rules(document))
 
 
 def _over(base: Policy, some: dict[str, Any]) -> Policy:
@@ -160,7 +165,7 @@ def complete(
         "types": (document or {}).get("types", {}),
         "presence": (document or {}).get("presence", {"watch": presence.watch}),
         "topics": (document or {}).get("topics", {"subscribe": "nobody"}),
-    } | {name: document[name] for name in (*RULES, retention.MEMBER) if document and name in document}
+    } | {name: document[name] for name in _AS_GIVEN if document and name in document}
 
 
 def validate(document: Any, callback_hosts: str | None = None) -> str:
@@ -177,6 +182,8 @@ def validate(document: Any, callback_hosts: str | None = None) -> str:
     errors = tree_errors(document) or _rules("", document)
     if not errors:
         errors = rules_problems(document)
+        if "merge" in document:
+            errors += merge_problems(document["merge"])
     types = document.get("types", {})
     if not errors and not is_object(types):
         errors.append(FieldError("types", "an object", shown(types)))
@@ -227,7 +234,7 @@ def _rules(prefix: str, some: dict[str, Any]) -> list[FieldError]:
             errors.extend(_presence_errors(value))
         elif name == "topics" and not prefix:
             errors.extend(_topics_errors(value))
-        elif (name != "types" and name not in RULES) or prefix:
+        elif (name != "types" and name not in _AS_GIVEN) or prefix:
             errors.append(FieldError(path, "a member of the policy", "an unknown field"))
     return errors
 

@@ -64,7 +64,9 @@ class PushWatch:
         rows = self._rows
         if len(rows) >= MAX_WATCHED:
             del rows[next(iter(rows))]
-        if row.seq < self._last_seq:
+        if not rows:
+            self._in_order = True
+        elif row.seq < self._last_seq:  # something was merged into an older one
             self._in_order = False
         self._last_seq = row.seq
         rows[notification] = row

@@ -71,8 +71,10 @@ def new_notification(json_text: str, silent: bool = False) -> bytes:
     return f'{{"type":"NEW_NOTIFICATION","notification":{json_text}}}'.encode()
 
 
-def notification_updated(json_text: str) -> bytes:
-    """NOTIFICATION_UPDATED (merge, edit); `json_text` as for `new_notification`."""
+def notification_updated(json_text: str, silent: bool = False) -> bytes:
+    """NOTIFICATION_UPDATED (merge, edit); arguments as for `new_notification`."""
+    if silent:
+        return f'{{"type":"NOTIFICATION_UPDATED","notification":{json_text},"silent":true}}'.encode()
     return f'{{"type":"NOTIFICATION_UPDATED","notification":{json_text}}}'.encode()
 
 

@@ -338,16 +338,17 @@ class Session:
             effects += self._emit(LogEntry(rev, 0, frame, update), told)
         return effects
 
-    def updated(self, row: NotificationRow, unread: int) -> list[Effect]:
+    def updated(self, row: NotificationRow, unread: int, *, silent: bool = False) -> list[Effect]:
         """A notification was changed in place (edited, merged) and committed: NOTIFICATION_UPDATED.
 
         Args:
             row: as it is now; its `rev` is that of the change.
+            silent: as in `deliver`.
         """
         if row.rev != self.rev + 1:
             return self.heal(Head(self.epoch, self.seq, row.rev, unread))
         self.unread = unread
-        frame = server_frames.notification_updated(notification_json(row, self.user_json))
+        frame = server_frames.notification_updated(notification_json(row, self.user_json), silent)
         return self._emit(LogEntry(row.rev, 0, frame, True, row.id, row.expires_ms))
 
     def counted(self, unread: int, *, told: bool = False) -> list[Effect]:

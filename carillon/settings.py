@@ -225,6 +225,46 @@ class ShardSettings:
 
 
 @dataclass(frozen=True)
+class MergeSettings:
+    """Events that become part of a notification that is there (docs/how-to/merge-notifications.md)."""
+
+    dedupe_window_s: float = setting(
+        300.0,
+        "Events that are alike are one within so long of the first.",
+        low=0.001,
+        high=86_400.0,
+        unit="s",
+    )
+    aggregate_window_s: float = setting(
+        3600.0,
+        "Events about one thing are gathered within so long of the first.",
+        low=0.001,
+        high=86_400.0,
+        unit="s",
+    )
+    renotify_s: float = setting(
+        300.0,
+        "What grows disturbs its user (a push, a sound) at most this often; 0 means with every event. "
+        "A tenant's policy wins.",
+        low=0.0,
+        high=86_400.0,
+        unit="s",
+    )
+    max_actors: int = setting(10, "Actors that one notification names.", low=1, high=100)
+    max_items: int = setting(20, "Items that `accumulate` keeps, the newest.", low=1, high=100)
+    max_items_bytes: int = setting(
+        16_384, "Their length as JSON together; older ones go.", low=1024, high=65_536
+    )
+    keep_s: float = setting(
+        172_800.0,
+        "How long it is known which events were merged: repeated tries of them are recognised, `explain` "
+        "names them. Not shorter than the longest window, nor than `shard.idempotency_ttl_s`.",
+        low=86_400.0,
+        unit="s",
+    )
+
+
+@dataclass(frozen=True)
 class GatewaySettings:
     """The actor that owns sockets."""
 
@@ -805,6 +845,7 @@ class Settings:
     inbound: InboundSettings = field(default_factory=InboundSettings)
     broadcast: BroadcastSettings = field(default_factory=BroadcastSettings)
     archive: ArchiveSettings = field(default_factory=ArchiveSettings)
+    merge: MergeSettings = field(default_factory=MergeSettings)
 
     def __post_init__(self) -> None:
         for section in dataclasses.fields(self):
@@ -838,6 +879,11 @@ class Settings:
             )
         if self.archive.run_at and _TIME_OF_DAY.fullmatch(self.archive.run_at) is None:
             raise SettingsError(f"expected archive.run_at to be HH:MM, got {self.archive.run_at!r}")
+        if self.merge.keep_s < self.shard.idempotency_ttl_s:
+            raise SettingsError(
+                "expected merge.keep_s to be at least shard.idempotency_ttl_s, got "
+                f"{self.merge.keep_s} and {self.shard.idempotency_ttl_s}: a replay would not be recognised"
+            )
         if self.push.max_senders < self.push.min_senders:
             raise SettingsError(
                 "expected push.max_senders to be at least push.min_senders, got "

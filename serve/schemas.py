@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from carillon.event_rules import ACTION_TEXTS, MAX_CHANNELS, METHODS, PRIORITY_NAMES, TEXTS
+from carillon.event_rules import (
+    ACTION_TEXTS,
+    DEDUPES,
+    MAX_CHANNELS,
+    MAX_WINDOW_S,
+    METHODS,
+    MIN_WINDOW_S,
+    PRIORITY_NAMES,
+    TEXTS,
+)
 from carillon.external import CHANNELS as EVENT_CHANNELS
 from carillon.external import EXTERNAL
 from carillon.preferences import CHANNELS, DAYS, DIGESTS, MAX_ENTRIES, MAX_SHOWN_MS
@@ -112,7 +121,22 @@ _EVENT_MEMBERS: Final[dict[str, Schema]] = {
         "description": "Absent: in_app, and push if the user has a target.",
     },
     "expiresAt": {**INSTANT, "description": "From 1970 to 9998, with offset."},
-    "aggregate": {"const": False, "description": "true is not supported yet."},
+    "dedupe": {
+        **obj(
+            nullable(
+                {
+                    "key": {**text(1, 255), "description": "Absent: type, title, body and target."},
+                    "windowS": {"type": "number", "minimum": MIN_WINDOW_S, "maximum": MAX_WINDOW_S},
+                    "merge": {"enum": list(DEDUPES), "description": "Absent: drop."},
+                }
+            )
+        ),
+        "description": "What becomes of events that are alike; with `aggregate` only `drop`.",
+    },
+    "aggregate": {
+        "type": "boolean",
+        "description": "true: one notification for all of its type and target; absent: the tenant's rule.",
+    },
     "scheduleAt": {**INSTANT, "description": "Sent then: answered `deferred`, `id` is that of the schedule."},
     "template": {
         "type": "string",
@@ -185,7 +209,11 @@ _NOTIFICATION_WHEN_SET: Final[dict[str, Schema]] = {
     },
     "channels": {"type": "array", "items": {"type": "string"}},
     "count": {"type": "integer", "minimum": 1},
-    "actors": {"type": "array"},
+    "actors": {
+        "type": "array",
+        "items": obj({"id": {"type": ["string", "null"]}, "name": {"type": "string"}}, ["id"], strict=False),
+        "description": "Of an aggregate, the newest first.",
+    },
     "channelContent": {"type": "object", "description": "By channel what is said there instead."},
     "clicked": {"const": True},
     "dismissed": {"const": True},
@@ -358,7 +386,9 @@ COMPONENTS: Final[dict[str, Schema]] = {
     "Plan": obj(
         {
             "userId": {"type": "string"},
-            "status": {"enum": ["delivered", "queued", "stored", "deferred", "suppressed"]},
+            "status": {
+                "enum": ["delivered", "queued", "stored", "deferred", "suppressed", "merged", "duplicate"]
+            },
             "channels": {"type": "array", "items": {"type": "string"}},
             "fallback": {"type": "array", "items": {"type": "string"}},
             "reason": {"type": ["string", "null"]},
@@ -379,6 +409,23 @@ COMPONENTS: Final[dict[str, Schema]] = {
             "silent": _FLAG,
             "archived": _FLAG,
             "rules": {"type": "array", "items": ref("FiredRule")},
+            "merge": {
+                **obj(
+                    {
+                        "status": {"enum": ["opened", "merged", "duplicate"]},
+                        "how": {"enum": [*DEDUPES, "aggregate"]},
+                        "source": {"enum": ["event", "tenant"]},
+                        "windowS": {"type": "number"},
+                        "aggregationKey": {"type": "string"},
+                        "words": {"type": "string"},
+                        "into": obj({"id": UUID, "seq": WHOLE}, ["id", "seq"]),
+                        "count": WHOLE,
+                        "title": {"type": "string"},
+                    },
+                    ["status", "how", "source", "windowS", "aggregationKey", "words"],
+                ),
+                "description": "Only of an event that is to be merged: into what, and what it says then.",
+            },
         },
         ["userId", "status", "channels", "rules"],
     ),

@@ -20,6 +20,7 @@ from carillon.problems import problem_document
 from serve.http import Request, Response, json_response
 from serve.routes.amend import HISTORY, history
 from serve.routes.bodies import no_notification, path_notification
+from serve.routes.merged import MERGED, merged_json, merged_words
 from serve.routing import SERVICE, Route
 from serve.schemas import UUID, obj, ref
 from serve.services import Services
@@ -84,9 +85,16 @@ async def get_explanation(services: Services, request: Request) -> Response:
             "archived": filed_away(found.row),
             "rules": explain.told(rules),
             "deliveries": deliveries,
+            **merged_json(found),
             **history(found),
             "words": " ".join(
-                [*came, *map(explain.words, rules), *(one["words"] for one in deliveries), *acts]
+                [
+                    *came,
+                    *map(explain.words, rules),
+                    *merged_words(found),
+                    *(one["words"] for one in deliveries),
+                    *acts,
+                ]
             ),
         }
     )
@@ -173,12 +181,13 @@ ROUTES: Final = (
                 "archived": {"type": "boolean"},
                 "rules": {"type": "array", "items": ref("FiredRule")},
                 "deliveries": {"type": "array", "items": {"type": "object"}},
+                **MERGED,
                 **HISTORY,
                 "words": {"type": "string"},
             },
             [
                 "notificationId", "userId", "broadcastId", "channels", "archived", "rules", "deliveries",
-                *HISTORY, "words",
+                *MERGED, *HISTORY, "words",
             ],
         ),
         problems=(404, 422), tag="Users",

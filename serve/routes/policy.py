@@ -8,7 +8,11 @@ from carillon import policy, retention
 from carillon.audience import PLATFORMS
 from carillon.budget import MAX_COUNT, MAX_WINDOW_S
 from carillon.decision import DIGEST, FEED
+from carillon.event_rules import MAX_WINDOW_S as MAX_MERGE_S
+from carillon.event_rules import MIN_WINDOW_S
 from carillon.events import ProblemError
+from carillon.merge_rules import HOW, MAX_BODY, MAX_LOCALES, MAX_TITLE
+from carillon.merge_rules import MAX_TYPES as MAX_MERGED
 from carillon.preferences import MAX_ENTRIES
 from carillon.problems import problem
 from carillon.settings import WATCH, WHEN_AWAY
@@ -53,6 +57,30 @@ _LIMIT: Final = obj(
         "windowS": {"type": "number", "minimum": 0.001, "maximum": MAX_WINDOW_S},
     },
     ["count", "windowS"],
+)
+
+
+def _words(most: int) -> dict[str, Any]:
+    """A text, or texts by plural form."""
+    forms = obj({}, ["other"]) | {
+        "properties": {"other": text(1, most, control=True)},
+        "patternProperties": {"^(zero|one|two|few|many|=[0-9]{1,6})$": text(1, most, control=True)},
+    }
+    return {"anyOf": [text(1, most, control=True), forms]}
+
+
+_MERGE: Final = obj(
+    {
+        "how": {"enum": list(HOW)},
+        "windowS": {"type": "number", "minimum": MIN_WINDOW_S, "maximum": MAX_MERGE_S},
+        "renotifyS": {"type": "number", "minimum": 0, "maximum": MAX_MERGE_S},
+        "texts": {
+            "type": "object",
+            "maxProperties": MAX_LOCALES,
+            "additionalProperties": obj({"title": _words(MAX_TITLE), "body": _words(MAX_BODY)}),
+            "description": "By locale, `default` among them: title and body of what was merged.",
+        },
+    }
 )
 _POLICY: Final = obj(
     {
@@ -110,6 +138,12 @@ _POLICY: Final = obj(
                 "collectS": {"type": "number", "minimum": 0, "maximum": MAX_WINDOW_S},
             }
         ),
+        "merge": {
+            "type": "object",
+            "propertyNames": text(1, 64),
+            "maxProperties": MAX_MERGED,
+            "additionalProperties": _MERGE,
+        },
     }
 )
 _EXAMPLE: Final = {
@@ -125,6 +159,12 @@ _EXAMPLE: Final = {
     "topics": {"subscribe": "prefix", "prefixes": ["public."]},
     "retentionDays": 365,
     "digests": {"template": "digest"},
+    "merge": {
+        "post.like": {
+            "how": "aggregate",
+            "texts": {"default": {"title": "{actor} and {others} more liked your post"}},
+        }
+    },
 }
 _ANSWER: Final = {
     "whenAway": "push_after", "whenAwayDelayS": 30.0, "holdS": 60.0, "types": {},

@@ -31,6 +31,7 @@ from serve.routes.bodies import (
     path_notification,
     valid_id,
 )
+from serve.routes.merged import MERGED, merged_json
 from serve.routing import SERVICE, Query, Route
 from serve.schemas import INSTANT, SUCCESS, USER_ID, nullable, obj, ref
 from serve.services import Services
@@ -112,6 +113,7 @@ async def get_notification(services: Services, request: Request) -> Response:
             "notification": msgspec.Raw(notification_json(row, user_json_of(found.user)).encode()),
             "deliveryState": state,
             "deliveries": [_delivery(one) for one in found.deliveries],
+            **merged_json(found),
             **history(found),
         },
         headers=(etag(found.version),),
@@ -374,9 +376,10 @@ ROUTES: Final = (
                 "notification": ref("Notification"),
                 "deliveryState": {"enum": ["SENT", "DELIVERED", "READ", "RETRACTED"]},
                 "deliveries": {"type": "array", "items": {"type": "object"}},
+                **MERGED,
                 **HISTORY,
             },
-            ["notification", "deliveryState", "deliveries", *HISTORY],
+            ["notification", "deliveryState", "deliveries", *MERGED, *HISTORY],
         ),
         problems=(404,), tag=_TAG,
     ),

@@ -19,7 +19,7 @@ PAGE: Final = 200
 """Notifications read at a time."""
 OF_USER: Final = ("profile", "preferences", "device", "topic", "schedule", "ticket", "broadcastFailure")
 """Kinds of lines that are found by the user's name."""
-OF_STREAM: Final = ("revokedToken", "amendment")
+OF_STREAM: Final = ("revokedToken", "amendment", "mergedEvent", "mergeWindow")
 _COLUMNS: Final = len(NotificationRow.__struct_fields__)
 _encode: Final = msgspec.json.Encoder().encode
 

@@ -66,6 +66,10 @@ def decode_cursor(cursor: str) -> int:
     return position
 
 
+MERGED_SHOWN: Final = 100
+"""Merged events that are told of one notification, the newest."""
+
+
 @dataclass(frozen=True)
 class FeedFilter:
     """What a page of the feed is to hold; None means everything."""
@@ -136,6 +140,27 @@ class Act(NamedTuple):
     """The content that an edit replaced."""
 
 
+class MergedEvent(NamedTuple):
+    """What became of one event that asked for merging (carillon/merging.py)."""
+
+    event: bytes
+    at_ms: int
+    status: str
+    how: str
+    source: str
+    actor: str | None
+    notice: str | None
+
+
+class MergeLog(NamedTuple):
+    """The events of a notification, as far as they are still known."""
+
+    merged: int
+    duplicates: int
+    events: list[MergedEvent]
+    """The newest first."""
+
+
 @dataclass(frozen=True)
 class Found:
     """One notification with the tries of its external deliveries."""
@@ -154,6 +179,8 @@ class Found:
     cancelled_ms: int | None = None
     acts: Sequence[Act] = ()
     """What the service did to it, in order."""
+    merged: MergeLog | None = None
+    """None: nobody asked for merging."""
 
 
 class FeedReader:
@@ -351,6 +378,9 @@ class FeedReader:
                 return None
             tries = await connection.fetch(self._sql["deliveries"], uuid.UUID(bytes=notification_id))
             acts = await connection.fetch(self._sql["acts"], uuid.UUID(bytes=notification_id))
+            events = await connection.fetch(
+                self._sql["merged"], uuid.UUID(bytes=notification_id), MERGED_SHOWN
+            )
         by_id: dict[int, dict[str, Any]] = {}
         for t in tries:
             delivery = by_id.setdefault(
@@ -368,6 +398,7 @@ class FeedReader:
         return Found(
             row_of(record), record["user_id"], list(by_id.values()), record["decision"], record["receipt"],
             record["priority"], record["version"], record["cancelled_ms"], [Act(*act) for act in acts],
+            _merge_log(events),
         )  # fmt: skip
 
     async def owner(self, tenant: str, notification_id: bytes) -> str | None:
@@ -424,3 +455,10 @@ def row_of(record: asyncpg.Record) -> NotificationRow:
         record["updated_ms"],
         record["expires_ms"],
     )
+
+
+def _merge_log(events: list[Any]) -> MergeLog | None:
+    if not events:
+        return None
+    told = [MergedEvent(e[0].bytes, *list(e)[1:7]) for e in events]
+    return MergeLog(events[0]["merged"], events[0]["duplicates"], told)

@@ -24,6 +24,7 @@ from carillon.notification import NotificationRow
 from carillon.settings import PostgresSettings
 from stores.postgres.amendments import RETRACT, Amendments
 from stores.postgres.digests import DigestStore, ToldItem
+from stores.postgres.merges import MergedInto, MergeStore, MergeWrites
 from stores.postgres.named import load_queries
 from stores.postgres.pool import UNAVAILABLE, open_pool, translated
 
@@ -176,6 +177,8 @@ class StoredKey:
     notification: bytes
     seq: int | None
     """None if the notification itself is gone (pruned)."""
+    merged: MergedInto | None = None
+    """The event was merged: what it became part of."""
 
 
 @dataclass(slots=True)
@@ -335,7 +338,7 @@ def row_of(record: Any) -> NotificationRow:
     return NotificationRow(raw.bytes, *rest)
 
 
-class ShardStore(Amendments):
+class ShardStore(Amendments, MergeStore):
     """PostgreSQL as one shard sees it.
 
     Args:
@@ -350,6 +353,7 @@ class ShardStore(Amendments):
     def __init__(
         self, settings: PostgresSettings, shard: str, withdraw: bool = True, withdraw_attempts: int = 3
     ) -> None:
+        super().__init__(ROW)
         self._settings = settings
         self._withdraw = withdraw
         self._withdraw_attempts = withdraw_attempts
@@ -485,6 +489,13 @@ class ShardStore(Amendments):
                     await self._open_pool().release(connection)
                 raise
 
+    @contextlib.asynccontextmanager
+    async def _reading(self) -> AsyncIterator[asyncpg.Connection]:
+        """A connection of the pool, for one statement after the other."""
+        with translated():
+            async with self._open_pool().acquire(timeout=self._settings.connect_timeout_s) as connection:
+                yield connection  # type: ignore[misc]
+
     # -- users ------------------------------------------------------------------------------------------
 
     async def load_users(self, term: int, users: Sequence[tuple[UserKey, int, str]]) -> list[UserRecord]:
@@ -546,6 +557,7 @@ class ShardStore(Amendments):
         keys: Sequence[Event] = (),
         keys_since_ms: int = 0,
         before: Callable[[asyncpg.Connection], Awaitable[None]] | None = None,
+        merges: MergeWrites | None = None,
     ) -> dict[int, tuple[int, int, int]]:
         """Append notifications and outbox rows in one transaction.
 
@@ -555,6 +567,7 @@ class ShardStore(Amendments):
                 in the same transaction.
             keys_since_ms: keys made before are past their life and may be taken over.
             before: runs first, in the same transaction; what it raises ends that.
+            merges: what is merged into notifications that are there: their revs follow those of `rows`.
 
         Returns:
             stream id -> (seq, rev, unread) after the batch. A stream that is missing was erased meanwhile.
@@ -567,7 +580,7 @@ class ShardStore(Amendments):
         """
         try:
             async with self._writing() as connection:
-                if not keys and before is None:
+                if not keys and before is None and merges is None:
                     return await self._append(connection, term, counts, rows, outbox, now_ms)
                 async with connection.transaction():
                     if await connection.fetchval(self._sql["fence"], self._shard, term) is None:
@@ -577,10 +590,16 @@ class ShardStore(Amendments):
                         raise KeysTakenError
                     if before is not None:
                         await before(connection)
-                    heads = await self._append(connection, term, counts, rows, outbox, now_ms)
-                    if keys and len(heads) < len(counts):
+                    heads: dict[int, tuple[int, int, int]] = {}
+                    if rows:
+                        heads = await self._append(connection, term, counts, rows, outbox, now_ms)
+                    wanted = set(counts)
+                    if merges is not None:
+                        heads |= await self._write_merges(connection, term, merges, now_ms)
+                        wanted |= merges.counts().keys()
+                    if keys and len(heads) < len(wanted):
                         # A key without its notification would answer the next try as if it were stored.
-                        raise StreamsErasedError(counts.keys() - heads.keys())
+                        raise StreamsErasedError(wanted - heads.keys())
                     return heads
         except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError) as exc:
             raise PoisonError(f"PostgreSQL refuses the data: {exc}") from exc
@@ -682,7 +701,9 @@ class ShardStore(Amendments):
                 [key for _, key in keys],
                 since_ms / 1000,
             )
-        return {(r[0], r[1]): StoredKey(r[2], r[3].bytes, r[4]) for r in rows}
+        merged = [r[3].bytes for r in rows if r[4] is None]
+        into = await self.find_merged(merged) if merged else {}
+        return {(r[0], r[1]): StoredKey(r[2], r[3].bytes, r[4], into.get(r[3].bytes)) for r in rows}
 
     async def prune_keys(self, since_ms: int) -> None:
         """Delete some keys past their life."""

@@ -127,6 +127,7 @@ class Kit:
         presence: dict[str, Any] | None = None,
         redis: dict[str, Any] | None = None,
         clock: AheadClock | None = None,
+        merge: dict[str, Any] | None = None,
         **shard: Any,
     ) -> None:
         self.dsn = dsn
@@ -138,6 +139,7 @@ class Kit:
             push=push or {},
             presence=presence or {},
             redis=redis or {},
+            merge=merge or {},
         )
         self.clock = clock or AheadClock()
         self.shards: list[Shard] = []

@@ -25,6 +25,7 @@ from carillon.settings import PostgresSettings
 from stores.postgres.amendments import Amended, EditRow
 from stores.postgres.cluster import ClusterStore, ShardRow
 from stores.postgres.digests import DigestStore
+from stores.postgres.merges import MergedRow, MergeWrites, RepushRow, UpdateRow, WindowRow
 from stores.postgres.shard_store import (
     OPERATIONS,
     AppendRow,
@@ -84,6 +85,7 @@ class Pair:
         self.streams: dict[UserKey, int] = {}
         self.notes: list[tuple[int, bytes]] = []
         self.claimed: list[tuple[int, int]] = []
+        self.merged: list[bytes] = []
         self.made = 0
 
     def term(self) -> int:
@@ -111,7 +113,7 @@ class Pair:
         steps = (
             self.append, self.append, self.append, self.append, self.change, self.change, self.acknowledge,
             self.claim, self.amend, self.amend, self.settle, self.digest, self.digest, self.replay, self.look,
-            self.targets, self.load,
+            self.targets, self.load, self.merge_events, self.look_at_merges,
             self.log_out, self.dead_letters,
         )  # fmt: skip
         await self.rng.choice(steps)()
@@ -185,6 +187,60 @@ class Pair:
         if keyed:
             pairs = [(e.tenant, e.idempotency_key or "") for e in keyed]
             await self.both("find_keys", pairs, since_ms)
+
+    async def merge_events(self) -> None:
+        """Some notifications take in events; one perhaps was merged before."""
+        rng = self.rng
+        some = {raw: stream for stream, raw in self.some() if self.db.notes[raw].stream.id == stream}
+        if not some:
+            return
+        merges, back = MergeWrites(), dict[int, int]()
+        for raw, stream in some.items():
+            self.made += 1
+            slot = self.db.by_id[stream].slot
+            event = self.ids.next(self.now_ms) if rng.random() < 0.9 else rng.choice([*self.merged, raw])
+            if any(row.event == event for row in merges.events):
+                continue
+            if rng.random() < 0.7:
+                back[stream] = back.get(stream, 0) + 1
+                ends_ms = rng.choice((None, self.now_ms + rng.randrange(9000)))
+                content = f'"title":"m{self.made}"'
+                top = rng.random() < 0.7
+                merges.updates.append(
+                    UpdateRow(
+                        raw, stream, content, rng.randrange(4), "kind", "c", ends_ms, top, -back[stream]
+                    )
+                )
+                if rng.random() < 0.7:
+                    (number,) = await self.both("draw_delivery_ids", 1)
+                    gate = rng.choice((None, ANY, ALWAYS, DEFERRED))
+                    due_ms = self.now_ms + rng.randrange(4000)
+                    merges.pushes.append(
+                        RepushRow(number, raw, stream, slot, due_ms, gate, None, "r", "fcm", "apns", 0)
+                    )
+            key = f"key:{rng.randrange(4)}"
+            if all((w.stream_id, w.key) != (stream, key) for w in merges.windows):
+                ends_ms = self.now_ms + rng.randrange(6000)
+                merges.windows.append(WindowRow(stream, key, raw, ends_ms, self.made, self.made, self.now_ms))
+            status = rng.choice(("opened", "merged", "duplicate"))
+            actor = rng.choice((None, "john", "jane"))
+            merges.events.append(MergedRow(event, raw, stream, status, "count", "event", actor, "loud"))
+        for row in merges.updates:
+            row.back += back[row.stream_id]
+        done = await self.both("append", self.term(), {}, [], [], self.now_ms, [], 0, None, merges)
+        if done is not None:
+            self.merged += [row.event for row in merges.events]
+
+    async def look_at_merges(self) -> None:
+        streams = list(self.streams.values())
+        wanted = [(stream, f"key:{n}") for stream in streams for n in range(4)]
+        await self.both("find_windows", wanted, self.now_ms, order=lambda found: sorted(map(repr, found)))
+        pairs = [(raw, actor) for _, raw in self.some() for actor in ("john", "jane")]
+        await self.both("find_actors", pairs)
+        await self.both("find_locales", streams)
+        await self.both("find_merged", self.rng.sample(self.merged, min(len(self.merged), 5)))
+        if self.rng.random() < 0.1:
+            await self.both("prune_merges", self.now_ms - 4000, self.now_ms - 20_000)
 
     def some(self) -> list[tuple[int, bytes]]:
         """Some notifications, one perhaps with a stream that is not its own."""

@@ -97,9 +97,10 @@ async def fill(service: Service, user: str, other: str) -> None:
     await service.call("PUT", f"/v1/users/{user}", PROFILE)
     await service.call("PUT", f"/v1/users/{user}/devices/phone", device)
     await service.call("PUT", f"/v1/users/{user}/preferences", {"channels": {"push": True}})
-    for n in range(5):
+    for n in range(6):  # the last one is merged into the one before
         event = {"userId": user, "type": "t", "title": f"n{n}", "idempotencyKey": f"{user}-{n}"}
-        await service.call("POST", "/v1/events", event, 202)
+        more = {"dedupe": {"key": "k", "merge": "count"}} if n >= 4 else {}
+        await service.call("POST", "/v1/events", event | more, 202)
     later = rfc3339(clock.now_ms() + 3_600_000)
     event = {"type": "t", "title": "later"}
     await service.call("POST", "/v1/events", {"userId": user, **event, "scheduleAt": later}, 202)
@@ -205,12 +206,12 @@ async def test_erase_and_export(service: Service) -> None:
     kinds = {name: [line for line in lines if line["kind"] == name] for name in {x["kind"] for x in lines}}
     assert {name: len(some) for name, some in kinds.items()} == {
         "user": 1, "stream": 1, "profile": 1, "preferences": 1, "device": 1, "topic": 1, "schedule": 3,
-        "ticket": 1, "revokedToken": 1, "idempotencyKey": 5, "notification": 5, "end": 1,
-        "amendment": 1, "broadcastFailure": 1,
+        "ticket": 1, "revokedToken": 1, "idempotencyKey": 6, "notification": 5, "end": 1,
+        "amendment": 1, "broadcastFailure": 1, "mergedEvent": 2, "mergeWindow": 1,
     }  # fmt: skip
     assert kinds["profile"][0] | PROFILE == kinds["profile"][0]
     note = kinds["notification"][4]
-    assert (note["notification"]["title"], note["notification"]["seq"]) == ("n4", 5)
+    assert (note["notification"]["title"], note["notification"]["seq"]) == ("n5", 5)
     assert note["deliveries"][0]["tries"][0]["deviceId"] == "phone"
     assert note["variant"] == {"template": "hi", "version": 1, "variant": "a"}
     assert "bob" not in json.dumps(lines)

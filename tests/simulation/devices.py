@@ -235,6 +235,8 @@ class Device:
         elif kind == "NEW_NOTIFICATION":
             world.frames += 1
             self._acknowledge(frame["notification"])
+        elif kind == "NOTIFICATION_UPDATED" and self.acks != "by_seq":
+            self._acknowledge(frame["notification"])
 
     def _first_frame(self, socket: _Socket) -> None:
         if socket.resume is not None:

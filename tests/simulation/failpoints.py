@@ -31,7 +31,7 @@ READS = frozenset(
     (
         "open", "close", "find_ids", "find_keys", "existing", "last_seen", "load_targets", "policies",
         "ids_between", "tries_before", "expired", "standing", "notifications_after", "changes_after",
-        "draw_delivery_ids", "load",
+        "draw_delivery_ids", "load", "find_windows", "find_actors", "find_merged",
     )
 )  # fmt: skip
 """Statements that commit nothing: whether they ran makes no difference, so they have `before` alone."""
@@ -39,11 +39,13 @@ READS = frozenset(
 ELSEWHERE = frozenset(
     (
         "save_draining", "set_invisible", "merge", "change_preferences", "client_secret",
+        "find_locales",
     )
 )  # fmt: skip
 """Simulated clusters start no processes, so no nodes are left: tests/actors/test_coordinator.py has these.
 Nobody hides in them (tests/actors/test_invisible.py), prefers anything (test_preferences.py) or unsubscribes
-(tests/integration/test_shard_store.py); no tenant is asked who may watch whom (test_watch_callback.py)."""
+(tests/integration/test_shard_store.py); no tenant is asked who may watch whom (test_watch_callback.py) or has
+texts in several languages (test_merging.py)."""
 
 MESSAGES = (
     ("ingress", "Publish"), ("router", "Publish"), ("shard", "Outcomes"), ("router", "Outcomes"),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from carillon.messages import Event
+from tests.simulation import merging
 from tests.simulation.checks import check_end, settled
 from tests.simulation.devices import ACKS, LOOKS, Device
 from tests.simulation.world import TENANT, World
@@ -139,6 +140,7 @@ async def traffic(world: World) -> None:
 def publish(world: World, users: list[str]) -> None:
     """One request: one or several events, some with a key, an end, or channels."""
     rng = world.rng
+    dice = world.merging
     events: list[Event] = []
     for _ in range(rng.choice((1, 1, 1, 2, 3, 6, 12))):
         more: dict[str, Any] = {}
@@ -157,6 +159,8 @@ def publish(world: World, users: list[str]) -> None:
         elif asked < 0.4:
             more["channels"] = rng.choice((["fcm"], ["apns"], ["in_app"], ["in_app", "fcm"], ["fcm", "apns"]))
             more["fallback"] = rng.choice((["apns"], ["fcm"], ["push"], ["apns", "push"]))
+        if dice is not None and "expires_ms" not in more:  # a client's model shows nothing that can expire
+            more |= merging.ask(dice)
         events.append(world.make_event(rng.choice(users), **more))
     world.publish(events)
 

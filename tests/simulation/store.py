@@ -24,10 +24,12 @@ from carillon.attention import ACKNOWLEDGED, ALWAYS, DEFERRED, DONE, HELD, SEEN,
 from carillon.clock import Clock
 from carillon.errors import FencedError, StoreUnavailableError, VersionError
 from carillon.ids import SLOTS, UserKey, uuid_text
+from carillon.merging import OPENED, Window
 from carillon.messages import Event, Member, PushTarget
 from carillon.notification import NotificationRow
 from carillon.settings import Settings
 from stores.postgres.cluster import ShardRow, StoredMap
+from stores.postgres.merges import MergedInto, MergedRow, MergeWrites, WindowRow
 from stores.postgres.shard_store import (
     NOBODY,
     AppendRow,
@@ -166,6 +168,8 @@ class Database:
         self.disabled: set[tuple[str, str, str]] = set()
         self.keys: dict[tuple[str, str], tuple[bytes, bytes, int]] = {}
         self.acts: dict[tuple[bytes, bytes], tuple[str, int]] = {}  # (notification, act): kind, version
+        self.windows: dict[tuple[int, str], WindowRow] = {}
+        self.merged: dict[bytes, tuple[MergedRow, int]] = {}  # by event, with when
         self.policies: dict[str, dict[str, Any] | None] = {}  # by tenant
         self.preferences: dict[UserKey, str] = {}
         self.preference_versions: dict[UserKey, int] = {}
@@ -345,14 +349,24 @@ class ModelShardStore(ModelAmendments):
         keys: Sequence[Event] = (),
         keys_since_ms: int = 0,
         before: Any = None,
+        merges: MergeWrites | None = None,
     ) -> dict[int, tuple[int, int, int]]:
         assert before is None, "the model has no broadcasts"
         rows = [replace(r, event=copy.copy(r.event)) for r in rows]
         outbox = [copy.copy(row) for row in outbox]
         counts = dict(counts)
-        return await self._db.run(
-            lambda: self._append(term, counts, rows, outbox, now_ms, keys, keys_since_ms)
-        )
+        merges = copy.deepcopy(merges)
+
+        def statement() -> dict[int, tuple[int, int, int]]:
+            if merges is not None:
+                for event in merges.events:  # all or nothing
+                    if event.event in self._db.merged:
+                        self._fence(term)
+                        raise PoisonError(f"PostgreSQL refuses the data: merged twice {event.event.hex()}")
+            heads = self._append(term, counts, rows, outbox, now_ms, keys, keys_since_ms)
+            return heads if merges is None else heads | self._merge_events(merges, now_ms)
+
+        return await self._db.run(statement)
 
     def _append(
         self,
@@ -419,7 +433,8 @@ class ModelShardStore(ModelAmendments):
                 known = self._db.keys.get(key)
                 if known is not None and known[2] >= since_ms:
                     note = self._db.notes.get(known[1])
-                    found[key] = StoredKey(known[0], known[1], note.row.seq if note else None)
+                    into = None if note else self._merged([known[1]]).get(known[1])
+                    found[key] = StoredKey(known[0], known[1], note.row.seq if note else None, into)
             return found
 
         return await self._db.run(statement)
@@ -437,6 +452,99 @@ class ModelShardStore(ModelAmendments):
             return {raw: (notes[raw].row.seq, notes[raw].stream.id) for raw in ids if raw in notes}
 
         return await self._db.run(statement)
+
+    # -- merging ----------------------------------------------------------------------------------------
+
+    def _merge_events(self, merges: MergeWrites, now_ms: int) -> dict[int, tuple[int, int, int]]:
+        db, heads = self._db, {}
+        for stream_id, count in merges.counts().items():
+            stream = db.by_id[stream_id]
+            db.check_owner(self._shard, stream.slot, "a merge")
+            stream.rev += count
+            heads[stream_id] = (stream.seq, stream.rev, stream.unread)
+        for row in merges.updates:
+            note = db.notes[row.notification]
+            rev = note.stream.rev - row.back
+            note.row.rev, note.changed, note.row.content = rev, True, row.content
+            note.row.position = rev if row.top else note.row.position
+            note.row.expires_ms, note.row.updated_ms = row.expires_ms, now_ms
+            e = note.event = copy.copy(note.event)
+            e.priority, e.type, e.category = row.priority, row.type, row.category
+            note.version += 1
+            self._told("merges", f"{note.stream.key.user} seq {note.row.seq} rev {rev}")
+        for window in merges.windows:
+            db.windows[window.stream_id, window.key] = window
+        for event in merges.events:
+            db.merged[event.event] = (event, now_ms)
+        taken_over = set()
+        for push in merges.pushes:
+            for d in db.of_note.get(push.notification, ()):
+                if d.channel != push.channel or d.state not in PENDING:
+                    continue
+                taken_over.add((push.notification, push.channel))
+                if d.state == "planned":
+                    d.due_ms = min(d.due_ms, push.due_ms)
+                    d.gate, d.hold_until_ms = push.gate, push.hold_until_ms
+                d.shown_on = []
+        for push in merges.pushes:
+            if (push.notification, push.channel) not in taken_over:
+                note = db.notes[push.notification]
+                delivery = Delivery(
+                    push.id, note, push.slot, "planned", push.due_ms, 0, push.reason, push.gate,
+                    push.hold_until_ms, [], push.channel, push.chain, push.step, now_ms,
+                )  # fmt: skip
+                db.deliveries[push.id] = delivery
+                db.of_note.setdefault(push.notification, []).append(delivery)
+        return heads
+
+    async def find_windows(
+        self, wanted: Sequence[tuple[int, str]], now_ms: int, aside: bool = False
+    ) -> list[Window]:
+        def statement() -> list[Window]:
+            found = []
+            for key in wanted:
+                w = self._db.windows.get(key)
+                note = None if w is None else self._db.notes.get(w.notification)
+                if w is not None and note is not None and w.ends_ms > now_ms:
+                    row = copy.copy(note.row)
+                    cancelled, level = note.cancelled_ms is not None, note.event.priority
+                    found.append(
+                        Window(*key, row, level, w.ends_ms, w.events, w.count, w.notified_ms, cancelled)
+                    )
+            return found
+
+        return await self._db.run(statement)
+
+    async def find_actors(
+        self, wanted: Sequence[tuple[bytes, str]], aside: bool = False
+    ) -> set[tuple[bytes, str]]:
+        asked = set(wanted)
+        return await self._db.run(
+            lambda: asked & {(e.notification, e.actor or "") for e, _ in self._db.merged.values()}
+        )
+
+    async def find_locales(self, streams: Sequence[int], aside: bool = False) -> dict[int, str]:
+        return await self._db.run(dict[int, str])  # no device of the model names one
+
+    async def find_merged(self, ids: Sequence[bytes]) -> dict[bytes, MergedInto]:
+        return await self._db.run(lambda: self._merged(ids))
+
+    def _merged(self, ids: Sequence[bytes]) -> dict[bytes, MergedInto]:
+        found = {}
+        for raw in ids:
+            event, _ = self._db.merged.get(raw, (None, 0))
+            note = None if event is None else self._db.notes.get(event.notification)
+            if event is not None and event.status != OPENED and note is not None:
+                found[raw] = MergedInto(event.notification, event.stream_id, event.status, note.row.seq)
+        return found
+
+    async def prune_merges(self, now_ms: int, since_ms: int) -> None:
+        def statement() -> None:
+            db = self._db
+            db.windows = {k: w for k, w in db.windows.items() if w.ends_ms >= now_ms}
+            db.merged = {k: m for k, m in db.merged.items() if m[1] >= since_ms}
+
+        await self._db.run(statement)
 
     async def draw_delivery_ids(self, count: int) -> list[int]:
         return await self._db.run(lambda: [self._db.draw() for _ in range(count)])

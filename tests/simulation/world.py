@@ -72,6 +72,7 @@ SETTINGS = Settings().with_values(
     },
     push={"min_senders": 1, "max_senders": 1, "timeout_s": 2.0, "max_attempts": 8, "breaker_failures": 5,
           "breaker_open_s": 1.0, "report_timeout_s": 10.0, "scale_idle_s": 60.0},
+    merge={"renotify_s": 2.0, "dedupe_window_s": 3.0, "aggregate_window_s": 5.0},
     schedule={"sweep_s": 0},  # the model of the store has no schedules
     broadcast={"look_s": 0},  # nor broadcasts
 )  # fmt: skip
@@ -202,6 +203,8 @@ class World:
         self.faults = 0
         self.publish_share = 0.55
         """Of what happens so much are new events; the rest up to 0.7 are changes that devices make."""
+        self.merging = random.Random(-seed) if seed % 3 == 0 else None
+        """Dice of producers that ask for merging, in every third world; the others stay as they were."""
         self.wire: Callable[[Any, str], bool] | None = None
         self.at_try: Callable[[str], PushResult | None] | None = None
         """Failpoints (failpoints.py): around messages between processes, and around tries at a provider."""
@@ -336,11 +339,13 @@ class World:
         actor = self.actors.get(name)
         return actor is not None and actor.url.endswith(f":{port}/ws")
 
-    def make_event(self, user: str, **more: Any) -> Event:
+    def make_event(self, user: str, actor: str | None = None, **more: Any) -> Event:
         """An event as the ingress mints it."""
         now_ms = self.clock.now_ms()
         self._made += 1
-        content = encode_content({"type": "sim", "title": f"n{self._made}", "createdAt": "x"})
+        content = encode_content(
+            {"type": "sim", "title": f"n{self._made}", "actorId": actor, "createdAt": "x"}
+        )
         fields: dict[str, Any] = {
             "id": self._ids.next(now_ms), "tenant": TENANT, "user": user, "slot": slot_of(TENANT, user),
             "type": "sim", "category": None, "priority": 1, "content": content, "created_ms": now_ms,

@@ -16,6 +16,7 @@ from carillon.event_rules import LAST_EXPIRY_MS, expiry_ms, explain_event
 from carillon.events import EventBody, EventParser, NotPlainError, ProblemError
 from carillon.external import CHANNELS, EXTERNAL
 from carillon.ids import Uuid7Source, slot_of
+from carillon.messages import Dedupe
 from carillon.notification import encode_content
 from carillon.problems import problem, problem_json
 from carillon.templates import Rendered
@@ -54,8 +55,16 @@ JSON_VALUES = st.recursive(
     max_leaves=12,
 )
 NAMES = st.sampled_from(sorted(f.encode_name for f in msgspec.structs.fields(EventBody)))
-NEAR_EVENTS = st.dictionaries(NAMES | st.text(max_size=5), JSON_VALUES, max_size=8).map(
-    lambda d: {**MINIMAL, **d}
+NEAR_DEDUPE = st.dictionaries(
+    st.sampled_from(("key", "windowS", "merge")) | st.text(max_size=3),
+    JSON_VALUES | st.sampled_from(("drop", "count", "replace", "accumulate", 1, 86_400.5, 0.001, "a\x01")),
+    max_size=3,
+)
+NEAR_EVENTS = st.builds(
+    lambda some, dedupe, aggregate: MINIMAL | some | dedupe | aggregate,
+    st.dictionaries(NAMES | st.text(max_size=5), JSON_VALUES, max_size=8),
+    st.just({}) | st.fixed_dictionaries({"dedupe": NEAR_DEDUPE}),
+    st.just({}) | st.fixed_dictionaries({"aggregate": st.booleans()}),
 )
 
 PLAIN = st.text(st.characters(codec="utf-8", exclude_categories=("Cc",)), min_size=1, max_size=64)
@@ -101,7 +110,11 @@ VALID = st.fixed_dictionaries(
         "campaignId": PLAIN,
         "sourceApp": PLAIN,
         "idempotencyKey": PLAIN,
-        "aggregate": st.just(False),
+        "aggregate": st.sampled_from([False, True, None]),
+        "dedupe": st.fixed_dictionaries(
+            {},
+            optional={"key": PLAIN, "windowS": st.sampled_from([1, 0.5, 86_400]), "merge": st.just("drop")},
+        ),
         "fallback": st.lists(st.sampled_from(tuple(EXTERNAL)), max_size=4),
         "topic": st.none(),
         "template": st.none(),
@@ -158,7 +171,15 @@ def test_valid_events_round_trip(document: dict[str, Any]) -> None:
     [event] = parse(document).events
     content = json.loads(f"{{{event.content}}}")
     for name, value in document.items():
-        if name in ("userId", "idempotencyKey", "aggregate", "topic", "template"):
+        if name in ("userId", "idempotencyKey", "topic", "template"):
+            continue
+        if name == "aggregate":
+            assert event.aggregate is value
+            continue
+        if name == "dedupe":
+            assert event.dedupe == Dedupe(
+                value.get("merge", "drop"), value.get("key"), round(value.get("windowS", 0) * 1000)
+            )
             continue
         if name == "fallback":
             assert event.fallback == (list(dict.fromkeys(value)) or None)
@@ -186,6 +207,26 @@ def test_batch_equals_singles(documents: list[dict[str, Any]]) -> None:
         assert (single.content, single.user, single.body_hash) == (event.content, event.user, event.body_hash)
 
 
+@pytest.mark.parametrize(
+    ("more", "path"),
+    [
+        ({"dedupe": "k"}, "dedupe"),
+        ({"dedupe": {"window": 5}}, "dedupe/window"),
+        ({"dedupe": {"key": ""}}, "dedupe/key"),
+        ({"dedupe": {"key": "a\nb"}}, "dedupe/key"),
+        ({"dedupe": {"windowS": 0}}, "dedupe/windowS"),
+        ({"dedupe": {"windowS": 86_401}}, "dedupe/windowS"),
+        ({"dedupe": {"windowS": True}}, "dedupe/windowS"),
+        ({"dedupe": {"merge": "sum"}}, "dedupe/merge"),
+        ({"dedupe": {"merge": "count"}, "aggregate": True}, "dedupe/merge"),
+        ({"aggregate": "yes"}, "aggregate"),
+    ],
+)
+def test_what_is_wrong_with_merging_is_named(more: dict[str, Any], path: str) -> None:
+    """dedupe and aggregate: each rule that is broken is named."""
+    assert refusal({**MINIMAL, **more}).errors[0].path == path
+
+
 def test_required_fields_are_named() -> None:
     """What is missing is named, all of it at once."""
     assert [e.path for e in refusal({}).errors] == ["type", "title", "userId"]
@@ -200,8 +241,6 @@ def test_unknown_field_is_named() -> None:
 @pytest.mark.parametrize(
     "more",
     [
-        {"dedupe": {"key": "k"}},
-        {"aggregate": True},
         {"fallback": ["email"]},
         {"topic": "t", "userId": None},
         {"channels": ["sms"]},

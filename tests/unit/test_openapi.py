@@ -54,7 +54,7 @@ def test_schemas_are_schemas() -> None:
 def test_event_schema_names_every_field() -> None:
     """The described event has exactly the fields the decoder takes, later ones (null only) aside."""
     fields = {f.encode_name for f in msgspec.structs.fields(EventBody)}
-    later = {"topic", "dedupe"}
+    later = {"topic"}
     described = set(COMPONENTS["Event"]["properties"]) | set(COMPONENTS["EventToMany"]["properties"])
     assert described == fields - later
     assert set(COMPONENTS["Preferences"]["properties"]) == set(DEFAULTS)

@@ -457,6 +457,19 @@ def test_no_frame_ends_the_stream(frame: dict[str, Any], kind: Any) -> None:
     self.tick(1.0)
 
 
+@pytest.mark.parametrize("on_receipt", [False, True])
+def test_an_update_is_acknowledged_by_its_id(on_receipt: bool) -> None:
+    """What was merged or edited is shown anew: its push is not needed once the application has it."""
+    self = opened(ack_on_receipt=on_receipt)
+    self.receive({"type": "NOTIFICATION_UPDATED", "notification": note(3)}, 0.0)
+    self.receive({"type": "NOTIFICATION_ARCHIVED", "notificationId": "a", "rev": 1}, 0.0)
+    if not on_receipt:
+        assert self.frames_to_send(0.0, flush=True) == []
+        for item in self.take_items():
+            self.done(item, 0.0)
+    assert self.frames_to_send(0.0, flush=True) == [{"type": "ACK", "notificationIds": ["e1-3"]}]
+
+
 def test_changes_are_handed_out_with_their_ids() -> None:
     """One id, many ids, or none; an update brings the notification."""
     self = opened()

@@ -62,12 +62,32 @@ select json_build_object(
     'former', case when former is not null then ('{' || former || '}')::json end)::text
 from amendments where stream_id = $1 order by at, act_id;
 
+-- name: mergedEvent
+-- Events that are in notifications with others, and what was dropped because of one. $1 stream.
+select json_build_object(
+    'eventId', e.event_id, 'notificationId', e.notification_id, 'at', rfc3339(e.at), 'status', e.status, 'how', e.how,
+    'source', e.source, 'actorId', e.actor, 'notice', e.notice)::text
+from notifications n join merged_events e on e.notification_id = n.id
+where n.stream_id = $1
+order by e.at, e.event_id;
+
+-- name: mergeWindow
+-- Until when events are merged, or dropped. $1 stream.
+select json_build_object(
+    'notificationId', notification_id, 'key', key, 'endsAt', rfc3339(ends_at), 'events', events, 'count', count,
+    'notifiedAt', rfc3339(notified_at))::text
+from merge_windows where stream_id = $1 order by key;
+
 -- name: idempotencyKey
 -- $1 stream, $2 oldest living creation time (seconds).
 select json_build_object('key', k.key, 'notificationId', k.notification_id, 'createdAt', rfc3339(k.created_at))::text
 from notifications n join idempotency_keys k on k.notification_id = n.id
 where n.stream_id = $1 and k.created_at >= to_timestamp($2)
-order by k.created_at;
+union all
+select json_build_object('key', k.key, 'notificationId', n.id, 'createdAt', rfc3339(k.created_at))::text
+from notifications n join merged_events e on e.notification_id = n.id
+join idempotency_keys k on k.notification_id = e.event_id
+where n.stream_id = $1 and e.event_id <> n.id and k.created_at >= to_timestamp($2);
 
 -- name: notifications
 -- A page with all that hangs on it. $1 stream, $2 after seq, $3 limit.

@@ -133,6 +133,16 @@ order by a.at, a.version nulls last, a.act_id;
 select month from archive_parts
 where state = 'complete' and tenant = $1 and first_id <= $2 and last_id >= $2 limit 1;
 
+-- name: merged
+-- The events of a notification, the newest first, and how many there are. $1 notification, $2 limit.
+select e.event_id, (extract(epoch from e.at) * 1000)::bigint as at_ms, e.status, e.how, e.source, e.actor, e.notice,
+       count(*) filter (where e.status = 'merged') over () as merged,
+       count(*) filter (where e.status = 'duplicate') over () as duplicates
+from merged_events e
+where e.notification_id = $1
+order by e.at desc, e.event_id desc
+limit $2;
+
 -- name: deliveries
 -- The external deliveries of a notification with their tries, as rows. $1 notification.
 select d.id, d.channel, d.state, d.attempts, d.reason, d.chain, d.step, d.digest, d.carrier,

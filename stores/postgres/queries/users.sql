@@ -103,6 +103,11 @@ order by erasure_id limit $2;
 
 -- name: purge_keys
 -- Idempotency keys that stand for notifications of a stream. $1 stream, $2 oldest living creation time.
+with of_events as (  -- that were merged into notifications of the stream
+    delete from idempotency_keys k using notifications n join merged_events e on e.notification_id = n.id
+    where n.stream_id = $1 and k.notification_id = e.event_id and e.event_id <> n.id
+      and k.created_at >= to_timestamp($2)
+)
 delete from idempotency_keys k using notifications n
 where n.stream_id = $1 and k.notification_id = n.id and k.created_at >= to_timestamp($2);
 
@@ -113,6 +118,7 @@ gone_deliveries as (
     delete from deliveries where notification_id = any (array(select id from page)) returning id),
 gone_attempts as (delete from delivery_attempts where delivery_id = any (array(select id from gone_deliveries))),
 gone_exposures as (delete from template_exposures where notification_id = any (array(select id from page))),
+gone_merged as (delete from merged_events where notification_id = any (array(select id from page))),
 gone as (delete from notifications where id = any (array(select id from page)) returning 1)
 select count(*) from gone;
 
@@ -120,6 +126,7 @@ select count(*) from gone;
 -- The rest of an erasure. $1 erasure, $2 stream, $3 now.
 with gone_tokens as (delete from revoked_tokens where stream_id = $2),
 gone_amendments as (delete from amendments where stream_id = $2),
+gone_windows as (delete from merge_windows where stream_id = $2),
 gone_progress as (delete from search_progress where stream_id = $2)
 update erasures set done_at = to_timestamp($3), stream_id = null where erasure_id = $1;
 

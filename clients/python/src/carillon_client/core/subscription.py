@@ -223,7 +223,7 @@ class Subscription:
             elif kind == "NEW_NOTIFICATION":
                 self._notification(notification_of(frame["notification"]), now)
             elif kind in CHANGES:
-                self._change(change_of(frame))
+                self._change(change_of(frame), now)
             elif kind in ("OK", "ERROR"):
                 self._answer(frame)
         except (KeyError, TypeError, ValueError, AttributeError, msgspec.MsgspecError):
@@ -278,9 +278,11 @@ class Subscription:
                 self.ledger.add(Entry(seq=notification.seq, done=True))
             self._received = moved(self._received, notification.seq, None)
 
-    def _change(self, change: Change) -> None:
+    def _change(self, change: Change, now: float) -> None:
         entry = self.ledger.add(Entry(rev=None if self._asked else change.rev))
         self._items.append(Item(change, entry))
+        if self._ack_on_receipt and change.notification is not None:
+            self._ack(change.notification.id, now)
         if not self._asked and self._received is not None:
             self._received = moved(self._received, None, change.rev)
 
@@ -311,8 +313,9 @@ class Subscription:
         """
         if not item.entry.done:
             self.ledger.done(item.entry)
-            if isinstance(item.value, Notification) and not self._ack_on_receipt:
-                self._ack(item.value.id, now)
+            shown = _shown(item.value)
+            if shown is not None and not self._ack_on_receipt:
+                self._ack(shown.id, now)
 
     def _ack(self, id: str, now: float) -> None:
         self._acks[id] = None
@@ -415,3 +418,10 @@ class Subscription:
             return self.limits.heartbeat_s
         told = (self.welcome or {}).get("heartbeatMs")
         return max(1.0, told / 1000) if isinstance(told, int | float) else 25.0
+
+
+def _shown(value: Notification | Change | Reset) -> Notification | None:
+    """What an item shows: a notification, or the new form of one, which is acknowledged like a new one."""
+    if isinstance(value, Change):
+        return value.notification
+    return value if isinstance(value, Notification) else None

@@ -1,0 +1,205 @@
+"""Merging in Postgres: windows, which events are in which notification, and the rows they change.
+
+Part of `ShardStore`: reads are made on the connection of the writer, which is the only one that changes what
+it reads; the fence of the commit that follows tells if it no longer is. What is written is written in the
+transaction of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import asyncpg
+from asyncpg.pgproto.pgproto import UUID
+
+from carillon.errors import FencedError
+from carillon.merging import Window
+from carillon.messages import Outcome
+from carillon.notification import NotificationRow
+from stores.postgres.named import load_queries
+
+
+class MergedInto(NamedTuple):
+    """What became of an event that is no notification of its own."""
+
+    notification: bytes
+    stream_id: int
+    status: str
+    """merged | duplicate."""
+    seq: int
+    """Of the notification."""
+
+    def outcome(self) -> Outcome:
+        """The answer to the event."""
+        return Outcome(self.notification, self.seq, self.status)
+
+
+@dataclass(slots=True)
+class UpdateRow:
+    """A notification that takes in events. `back` counts from the last of its stream (0 = last)."""
+
+    notification: bytes
+    stream_id: int
+    content: str
+    priority: int
+    type: str
+    category: str | None
+    expires_ms: int | None
+    top: bool
+    """It goes to the top of the feed."""
+    back: int = 0
+
+
+@dataclass(slots=True)
+class WindowRow:
+    """A window as it is after the batch."""
+
+    stream_id: int
+    key: str
+    notification: bytes
+    ends_ms: int
+    events: int
+    count: int
+    notified_ms: int
+
+
+@dataclass(slots=True)
+class MergedRow:
+    """What became of one event (carillon/merging.py)."""
+
+    event: bytes
+    notification: bytes
+    stream_id: int
+    status: str
+    how: str
+    source: str
+    actor: str | None
+    notice: str | None
+
+
+@dataclass(slots=True)
+class RepushRow:
+    """A push of a notification that took in events: a waiting one of its channel takes it over."""
+
+    id: int
+    notification: bytes
+    stream_id: int
+    slot: int
+    due_ms: int
+    gate: str | None
+    hold_until_ms: int | None
+    reason: str | None
+    channel: str
+    chain: str
+    step: int
+
+
+@dataclass(slots=True)
+class MergeWrites:
+    """What a batch writes beside its own notifications."""
+
+    updates: list[UpdateRow] = field(default_factory=list)
+    windows: list[WindowRow] = field(default_factory=list)
+    events: list[MergedRow] = field(default_factory=list)
+    pushes: list[RepushRow] = field(default_factory=list)
+
+    def counts(self) -> dict[int, int]:
+        """Stream id -> how many of its rows change."""
+        found: dict[int, int] = {}
+        for row in self.updates:
+            found[row.stream_id] = found.get(row.stream_id, 0) + 1
+        return found
+
+
+class MergeStore:
+    """The part of `ShardStore` that is about merging."""
+
+    _shard: str
+
+    def __init__(self, row_columns: str) -> None:
+        self._merge_sql: Mapping[str, str] = {
+            name: text.replace("%(row)s", row_columns) for name, text in load_queries("merges").items()
+        }
+
+    def _writing(self) -> AbstractAsyncContextManager[asyncpg.Connection]:
+        raise NotImplementedError
+
+    def _reading(self) -> AbstractAsyncContextManager[asyncpg.Connection]:
+        raise NotImplementedError
+
+    async def _fetch_merges(self, name: str, aside: bool, *args: Any) -> list[Any]:
+        async with self._reading() if aside else self._writing() as connection:
+            return await connection.fetch(self._merge_sql[name], *args)
+
+    async def find_windows(
+        self, wanted: Sequence[tuple[int, str]], now_ms: int, aside: bool = False
+    ) -> list[Window]:
+        """Open windows among (stream id, key) pairs, with their notifications; the others are left out.
+
+        Args:
+            aside: here and below, not asked by the writer, whose connection is its own.
+        """
+        keys = [s for s, _ in wanted], [k for _, k in wanted]
+        rows = await self._fetch_merges("find_windows", aside, *keys, now_ms / 1000)
+        return [Window(r[0], r[1], _row(r[8:]), r[6], r[2], r[3], r[4], r[5], r[7]) for r in rows]
+
+    async def find_actors(
+        self, wanted: Sequence[tuple[bytes, str]], aside: bool = False
+    ) -> set[tuple[bytes, str]]:
+        """Which of (notification, actor) pairs are counted already."""
+        pairs = [UUID(raw) for raw, _ in wanted], [a for _, a in wanted]
+        return {(r[0].bytes, r[1]) for r in await self._fetch_merges("find_actors", aside, *pairs)}
+
+    async def find_locales(self, streams: Sequence[int], aside: bool = False) -> dict[int, str]:
+        """The languages of users by stream id, of those that have one."""
+        rows = await self._fetch_merges("find_locales", aside, streams)
+        return {r[0]: r[1] for r in rows if r[1] is not None}
+
+    async def find_merged(self, ids: Sequence[bytes]) -> dict[bytes, MergedInto]:
+        """What became of those of the events that are no notifications of their own."""
+        rows = await self._fetch_merges("find_merged", False, [UUID(raw) for raw in ids])
+        return {r[0].bytes: MergedInto(r[1].bytes, r[2], r[3], r[4]) for r in rows}
+
+    async def prune_merges(self, now_ms: int, since_ms: int) -> None:
+        """Delete some windows that ended before `now_ms`, and some of what was merged before `since_ms`."""
+        async with self._reading() as connection:
+            await connection.execute(self._merge_sql["prune_windows"], now_ms / 1000)
+            await connection.execute(self._merge_sql["prune_merged"], since_ms / 1000)
+
+    async def _write_merges(
+        self, connection: asyncpg.Connection, term: int, merges: MergeWrites, now_ms: int
+    ) -> dict[int, tuple[int, int, int]]:
+        """Within the transaction of a batch; answers (seq, rev, unread) of the streams whose rows changed."""
+        counts = merges.counts()
+        rows, windows, events, pushes = merges.updates, merges.windows, merges.events, merges.pushes
+        found = await connection.fetch(
+            self._merge_sql["merge_events"], self._shard, term, list(counts), list(counts.values()),
+            [UUID(r.notification) for r in rows], [r.stream_id for r in rows], [r.back for r in rows],
+            [r.content for r in rows], [r.priority for r in rows], [r.type for r in rows],
+            [r.category for r in rows], [_s(r.expires_ms) for r in rows], [r.top for r in rows],
+            [w.stream_id for w in windows], [w.key for w in windows], [UUID(w.notification) for w in windows],
+            [w.ends_ms / 1000 for w in windows], [w.events for w in windows], [w.count for w in windows],
+            [w.notified_ms / 1000 for w in windows],
+            [UUID(e.event) for e in events], [UUID(e.notification) for e in events],
+            [e.stream_id for e in events], [e.status for e in events], [e.how for e in events],
+            [e.source for e in events], [e.actor for e in events], [e.notice for e in events],
+            [p.id for p in pushes], [UUID(p.notification) for p in pushes], [p.stream_id for p in pushes],
+            [p.slot for p in pushes], [p.due_ms / 1000 for p in pushes], [p.gate for p in pushes],
+            [_s(p.hold_until_ms) for p in pushes], [p.reason for p in pushes], [p.channel for p in pushes],
+            [p.chain for p in pushes], [p.step for p in pushes], now_ms / 1000,
+        )  # fmt: skip
+        if not found:
+            raise FencedError(f"term {term} of {self._shard} is over")
+        return {r[0]: (r[1], r[2], r[3]) for r in found if r[0]}
+
+
+def _s(ms: int | None) -> float | None:
+    return None if ms is None else ms / 1000
+
+
+def _row(record: Any) -> NotificationRow:
+    raw, *rest = record
+    return NotificationRow(raw.bytes, *rest)
