@@ -122,11 +122,6 @@ class Decider:
                     for channel in found.channels
                     if channel != IN_APP
                 ]  # fmt: skip
-                if found.digest is not None:
-                    user = UserKey(proto.tenant, one.user)
-                    digest = digest_id(key_of(user, proto.category, found.digest, found.push_due_ms))
-                    for waiting in outbox:
-                        waiting.digest = digest
             made.append(Made(one, row, found.status, outbox))
         return made
 
