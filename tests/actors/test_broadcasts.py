@@ -544,23 +544,3 @@ async def test_a_segment_of_few(world: World) -> None:
     assert (record.state, record.counts.stored, record.total) == ("done", 3, 3)
     assert asked[0] == 8
     assert {user for user, count in (await world.have()).items() if count} == set(few)
-
-
-async def test_a_broadcast_waits_in_digests(world: World) -> None:
-    """Who wants its category as a digest has it in that one, which single events are in, too."""
-    await world.people(2)
-    wanted = {"digest": "daily"}
-    await world.pool.execute(
-        "insert into preferences (tenant, user_id, document) values ('t', 'u0001', $1)", json.dumps(wanted)
-    )
-    await world.pool.execute(
-        "insert into devices (tenant, user_id, device_id, platform, provider, token_kind, token)"
-        " values ('t', 'u0001', 'd', 'ios', 'apns', 'token', 'x')"
-    )
-    record = await world.ended(await world.send(category="news"))
-    assert (record.counts.stored, record.counts.deferred) == (2, 1)
-    await world.kit.publish(make_event("u0001", category="news"))
-    rows = await world.pool.fetch("select digest, due_at, reason from deliveries")
-    assert [row["reason"] for row in rows] == ["digest", "digest"]
-    assert rows[0]["digest"] is not None
-    assert rows[0]["due_at"] != rows[1]["due_at"] or rows[0]["digest"] == rows[1]["digest"]
