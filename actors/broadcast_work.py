@@ -268,9 +268,11 @@ class Work:
         shared = self._shared
         tenant = self.one.tenant
         failures: list[Failure] = []
-        rules = shared.policies.of(tenant).rules
-        # What a user has had of a limit is kept with the user in memory.
-        everybody = rules is not None and rules.limits is not None
+        policy = shared.policies.of(tenant)
+        # What a user has had of a limit is kept with the user in memory, and only the writer merges.
+        everybody = (policy.rules is not None and policy.rules.limits is not None) or (
+            policy.merge is not None and self.one.event.get("type") in policy.merge
+        )
         rest: Sequence[SlotUser] = page
         words: Words | None = None
         while True:

@@ -219,7 +219,13 @@ class UserCache:
             del self._users[user.key]
         # Read under a later term they would be kept, and be old when their slots come back.
         self._fail(
-            [key for key, slot in self._wanted.items() if slot in lost], FencedError("the slot has moved")
+            [
+                key
+                for asked in (self._wanted, self._held)
+                for key, slot in asked.items()
+                if slot in lost and key in self._waiting
+            ],
+            FencedError("the slot has moved"),
         )
         return gone
 

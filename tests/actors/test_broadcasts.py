@@ -544,3 +544,15 @@ async def test_a_segment_of_few(world: World) -> None:
     assert (record.state, record.counts.stored, record.total) == ("done", 3, 3)
     assert asked[0] == 8
     assert {user for user, count in (await world.have()).items() if count} == set(few)
+
+
+async def test_what_a_tenant_merges_is_merged_for_everybody(world: World) -> None:
+    """Connected or not: a second event of a type that is merged makes no second notification."""
+    rule = {"news": {"how": "aggregate", "windowS": 600}}
+    await world.pool.execute("update tenants set settings = $1", json.dumps({"policy": {"merge": rule}}))
+    await world.people(10)
+    await world.kit.gateway.attach_ready(1, "u0001")
+    for title in ("first", "second"):
+        assert (await world.ended(await world.send(title=title))).state == "done"
+    rows = await world.pool.fetch("select content from notifications")
+    assert [json.loads(f"{{{row['content']}}}")["title"] for row in rows] == ["second"] * 10
