@@ -37,6 +37,7 @@ class Attachment:
         conn: number of the connection at that gateway.
         cursor_seq, cursor_rev: everything up to here was written to this connection.
         acked_seq: cumulative acknowledgement of this connection; starts at its first cursor.
+        positioned: its position was told by the client or the gateway, and the store can complete it.
         written_before: up to here another attachment of this connection wrote: ids are not known here.
         reported: it told its visibility at least once.
         poll: a long poll; see `Session.attach`.
@@ -49,8 +50,9 @@ class Attachment:
 
     __slots__ = (
         "acked_seq", "attention", "attention_since_ms", "conn", "count_due", "cursor_rev", "cursor_seq",
-        "device", "first_frame_seen", "legacy", "loading", "owes_since_ms", "peer", "phase", "poll", "replay",
-        "reported", "session", "session_id", "token_id", "viewing", "wait_deadline", "written_before",
+        "device", "first_frame_seen", "legacy", "loading", "owes_since_ms", "peer", "phase", "poll",
+        "positioned", "replay", "reported", "session", "session_id", "token_id", "viewing", "wait_deadline",
+        "written_before",
     )  # fmt: skip
 
     def __init__(
@@ -72,7 +74,7 @@ class Attachment:
         self.legacy = self.poll = self.count_due = False
         # A device that never tells counts as visible: unknown attention never silences (fail open).
         self.attention = "visible"
-        self.reported = False
+        self.reported = self.positioned = False
         self.owes_since_ms = 0
         self.written_before = 0
         self.attention_since_ms = now_ms

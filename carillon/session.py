@@ -719,7 +719,9 @@ class Session:
         attachment.cursor_seq = attachment.acked_seq = last_seq
         attachment.cursor_rev = self.rev if last_rev is None else max(0, min(last_rev, self.rev))
         seq, rev = self._pruned
-        if (last_seq >= seq and attachment.cursor_rev >= rev) or self._in_log(attachment):
+        there = last_seq >= seq and attachment.cursor_rev >= rev
+        attachment.positioned = there and last_rev is not None
+        if there or self._in_log(attachment):
             return True  # nothing of it is gone, or not from here
         attachment.cursor_seq = attachment.acked_seq = self.seq
         attachment.cursor_rev = self.rev
@@ -772,7 +774,14 @@ class Session:
         """Bring an attachment from its cursor towards the head, and to LIVE once it is there."""
         attachment.wait_deadline = 0.0
         attachment.loading = None
-        if not self._in_log(attachment):
+        whole = self._in_log(attachment)
+        if whole and attachment.positioned:
+            # It may be from the middle of a replay from the store, which tells each row once, at the rev of
+            # its last change: of a row that changed again since, the log has that last change alone.
+            missed = self.recent.missed(attachment.cursor_seq, attachment.cursor_rev)
+            whole = all(entry.seq for entry in missed)
+        attachment.positioned = False
+        if not whole:
             attachment.phase = Phase.REPLAYING
             attachment.replay = ReplayStart(attachment.cursor_seq, self.rev, False)
             self._load(attachment, effects)
