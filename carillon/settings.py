@@ -702,15 +702,16 @@ class BroadcastSettings:
         unit="ms",
     )
     busy_share: float = setting(
-        0.6,
+        0.9,
         "Part of its time that a shard spends on broadcasts while it appends single events. With none "
         "it does not rest.",
         low=0.01,
         high=1.0,
     )
     parallel: int = setting(
-        0,
-        "Chunks that all shards write at a time: processors stay free for single events. 0: no bound.",
+        1,
+        "Chunks that all shards write at a time: processors stay free for single events. One for each two "
+        "of PostgreSQL's; 0: no bound.",
         low=0,
         high=1024,
     )
