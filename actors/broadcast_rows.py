@@ -25,7 +25,7 @@ from carillon.policy import TenantPolicy
 from carillon.settings import ShardSettings
 from carillon.switches import Preferences
 from stores.postgres.broadcasts import Context
-from stores.postgres.shard_store import AppendRow, OutboxRow
+from stores.postgres.shard_rows import AppendRow, OutboxRow
 
 KEPT: int = 1000
 """Preferences documents that are kept read."""

@@ -41,7 +41,8 @@ from stores.postgres.broadcasts import (
     NotRunningError,
 )
 from stores.postgres.pool import translated
-from stores.postgres.shard_store import Around, OutboxRow, PoisonError, ShardStore
+from stores.postgres.shard_rows import OutboxRow, PoisonError
+from stores.postgres.shard_store import Around, ShardStore
 
 log = logging.getLogger(__name__)
 

@@ -90,7 +90,8 @@ from carillon.plan import Reach
 from carillon.presence import MODES
 from carillon.session import SessionLimits
 from carillon.unsubscribe import Unsubscription, switch_off
-from stores.postgres.shard_store import OutboxRow, ShardStore
+from stores.postgres.shard_rows import OutboxRow
+from stores.postgres.shard_store import ShardStore
 from stores.redis.presence_mirror import PresenceMirror
 
 log = logging.getLogger(__name__)

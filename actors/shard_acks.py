@@ -17,7 +17,8 @@ from carillon.effects import Acknowledged, AcknowledgedRange, PushSignal
 from carillon.errors import CarillonError, FencedError
 from carillon.metrics import Stats
 from carillon.settings import ShardSettings
-from stores.postgres.shard_store import ShardStore, SignalRow
+from stores.postgres.shard_rows import SignalRow
+from stores.postgres.shard_store import ShardStore
 
 log = logging.getLogger(__name__)
 

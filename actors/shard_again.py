@@ -19,7 +19,8 @@ from carillon.external import EXTERNAL
 from carillon.metrics import Stats
 from carillon.settings import ShardSettings
 from carillon.switches import Preferences, presented
-from stores.postgres.shard_store import CarrierRow, Claimed, ReleaseRow, SettleRow, ShardStore
+from stores.postgres.shard_rows import CarrierRow, Claimed, ReleaseRow, SettleRow
+from stores.postgres.shard_store import ShardStore
 
 
 class DecidedAgain:

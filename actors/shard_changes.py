@@ -11,7 +11,8 @@ from carillon import server_frames
 from carillon.clock import Clock, rfc3339
 from carillon.errors import CarillonError, NotFoundError
 from carillon.session import Effect
-from stores.postgres.shard_store import ChangeDone, ShardStore
+from stores.postgres.shard_rows import ChangeDone
+from stores.postgres.shard_store import ShardStore
 
 log = logging.getLogger(__name__)
 

@@ -36,7 +36,8 @@ from carillon.metrics import Stats
 from carillon.notification import decode_content
 from carillon.problems import Problem
 from carillon.settings import Settings
-from stores.postgres.shard_store import Claimed, ShardStore
+from stores.postgres.shard_rows import Claimed
+from stores.postgres.shard_store import ShardStore
 
 log = logging.getLogger(__name__)
 

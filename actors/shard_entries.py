@@ -9,7 +9,7 @@ from actors.shard_users import User
 from carillon.attention import DEFERRED
 from carillon.messages import Event, Outcome
 from carillon.plan import Plan, Reach
-from stores.postgres.shard_store import AppendRow
+from stores.postgres.shard_rows import AppendRow
 
 
 class Entry:

@@ -39,8 +39,9 @@ from carillon.plan import Plan
 from carillon.policy import TenantPolicy
 from carillon.session import Effect
 from carillon.settings import MergeSettings
-from stores.postgres.merges import MergedInto, MergedRow, MergeWrites, RepushRow, UpdateRow, WindowRow
-from stores.postgres.shard_store import OutboxRow, ShardStore
+from stores.postgres.merges import MergedRow, MergeWrites, RepushRow, UpdateRow, WindowRow
+from stores.postgres.shard_rows import MergedInto, OutboxRow
+from stores.postgres.shard_store import ShardStore
 
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,8 @@ from carillon.metrics import Stats
 from carillon.notification import decode_content, text_of
 from carillon.outbox import RETRYABLE, settle, without_target
 from carillon.settings import Settings
-from stores.postgres.shard_store import AttemptRow, Claimed, OutboxRow, ReleaseRow, SettleRow, ShardStore
+from stores.postgres.shard_rows import AttemptRow, Claimed, OutboxRow, ReleaseRow, SettleRow
+from stores.postgres.shard_store import ShardStore
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from actors.link import Link
 from carillon.clock import Clock
 from carillon.errors import CarillonError, FencedError, NotOwnerError, StoreUnavailableError
 from carillon.messages import Replay, ReplayResult
-from stores.postgres.shard_store import ReplayRow, ShardStore
+from stores.postgres.shard_rows import ReplayRow
+from stores.postgres.shard_store import ShardStore
 
 log = logging.getLogger(__name__)
 

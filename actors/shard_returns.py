@@ -15,7 +15,8 @@ from carillon.clock import Clock
 from carillon.errors import CarillonError, FencedError
 from carillon.outbox import Pauses
 from carillon.settings import PushSettings
-from stores.postgres.shard_store import ReleaseRow, ShardStore
+from stores.postgres.shard_rows import ReleaseRow
+from stores.postgres.shard_store import ShardStore
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from carillon.messages import PushTarget
 from carillon.presence import as_seen
 from carillon.session import Head, Session
 from carillon.switches import Preferences
-from stores.postgres.shard_store import ShardStore, UserRecord
+from stores.postgres.shard_rows import UserRecord
+from stores.postgres.shard_store import ShardStore
 
 log = logging.getLogger(__name__)
 

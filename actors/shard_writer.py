@@ -43,14 +43,8 @@ from carillon.plan import Plan, Reach, plan, wants_push
 from carillon.policy import TenantPolicy
 from carillon.session import Effect
 from carillon.settings import MergeSettings, ShardSettings
-from stores.postgres.shard_store import (
-    AppendRow,
-    KeysTakenError,
-    OutboxRow,
-    PoisonError,
-    ShardStore,
-    StreamsErasedError,
-)
+from stores.postgres.shard_rows import AppendRow, KeysTakenError, OutboxRow, PoisonError, StreamsErasedError
+from stores.postgres.shard_store import ShardStore
 
 log = logging.getLogger(__name__)
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import asyncpg
 from asyncpg.pgproto.pgproto import UUID
 
-from carillon.errors import FencedError
 from carillon.notification import NotificationRow
+from stores.postgres.shard_connections import ShardConnections
 
 RETRACT: Final = {
     "where": "true",
@@ -72,7 +70,7 @@ class EditDone:
     """Pushes that are to take the place of what phones show, due now."""
 
 
-class Amendments:
+class Amendments(ShardConnections):
     """The part of `ShardStore` that is about amendments.
 
     Attributes:
@@ -80,9 +78,6 @@ class Amendments:
     """
 
     amend_sql: dict[str, str]
-    _sql: dict[str, str]
-    _shard: str
-    _writing: Callable[[], AbstractAsyncContextManager[asyncpg.Connection]]
 
     async def retract(
         self, term: int, wanted: Sequence[Amended], now_ms: int
@@ -99,8 +94,7 @@ class Amendments:
                 [UUID(w.notification) for w in wanted], [w.stream_id for w in wanted], now_ms / 1000,
                 [""] * len(wanted), True, [UUID(w.act) for w in wanted], [w.actor for w in wanted],
             )  # fmt: skip
-        if not rows:
-            raise FencedError(f"term {term} of {self._shard} is over")
+        self._check(rows, term)
         return {r[0]: (r[1], r[2], r[4]) for r in rows if r[0]}
 
     async def expired(self, streams: Sequence[int], now_ms: int) -> dict[int, tuple[int, int | None]]:
@@ -112,13 +106,12 @@ class Amendments:
     async def cancel(self, term: int, wanted: Sequence[Amended], now_ms: int) -> int:
         """Stop what is pending of notifications; returns of how many for the first time."""
         async with self._writing() as connection:
-            row = await connection.fetchrow(
+            row: Any = await connection.fetchrow(
                 self.amend_sql["cancel"], self._shard, term,
                 [UUID(w.notification) for w in wanted], [w.stream_id for w in wanted], now_ms / 1000,
                 [UUID(w.act) for w in wanted], [w.actor for w in wanted],
             )  # fmt: skip
-        if row is None or not row["fenced"]:
-            raise FencedError(f"term {term} of {self._shard} is over")
+        self._check(row["fenced"], term)
         return row["cancelled"]
 
     async def standing(self, wanted: Sequence[Amended]) -> dict[bytes, Standing]:
@@ -148,8 +141,7 @@ class Amendments:
                 [w.version for w in wanted], [UUID(w.act) for w in wanted], [w.actor for w in wanted],
                 [w.shown for w in wanted], keep,
             )  # fmt: skip
-        if not rows:
-            raise FencedError(f"term {term} of {self._shard} is over")
+        self._check(rows, term)
         return dict(_edited(record) for record in rows if record[1] is not None)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 from uuid import UUID
 
 import asyncpg
@@ -13,24 +13,9 @@ from carillon.digest import Told
 from carillon.errors import FencedError
 from stores.postgres.named import load_queries
 from stores.postgres.pool import acquired
-
-if TYPE_CHECKING:
-    from stores.postgres.shard_store import Claimed
+from stores.postgres.shard_rows import Claimed, ToldItem
 
 _SQL: Final = load_queries("digests")
-
-
-@dataclass(slots=True)
-class ToldItem:
-    """One of the newest items of a digest that is told."""
-
-    notification: bytes
-    type: str
-    content: str
-    """"" for all but the newest."""
-    expires_ms: int | None
-    shown_on: Sequence[str] = ()
-    """Devices that have shown the socket copy."""
 
 
 @dataclass(slots=True)

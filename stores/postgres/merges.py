@@ -7,34 +7,18 @@ transaction of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Final
 
 import asyncpg
 from asyncpg.pgproto.pgproto import UUID
 
-from carillon.errors import FencedError
 from carillon.merging import Window
-from carillon.messages import Outcome
-from carillon.notification import NotificationRow
-from stores.postgres.named import load_queries
+from stores.postgres.shard_connections import ShardConnections
+from stores.postgres.shard_rows import MergedInto, row_of, with_rows
 
-
-class MergedInto(NamedTuple):
-    """What became of an event that is no notification of its own."""
-
-    notification: bytes
-    stream_id: int
-    status: str
-    """merged | duplicate."""
-    seq: int
-    """Of the notification."""
-
-    def outcome(self) -> Outcome:
-        """The answer to the event."""
-        return Outcome(self.notification, self.seq, self.status)
+_SQL: Final = with_rows("merges")
 
 
 @dataclass(slots=True)
@@ -114,25 +98,12 @@ class MergeWrites:
         return found
 
 
-class MergeStore:
+class MergeStore(ShardConnections):
     """The part of `ShardStore` that is about merging."""
-
-    _shard: str
-
-    def __init__(self, row_columns: str) -> None:
-        self._merge_sql: Mapping[str, str] = {
-            name: text.replace("%(row)s", row_columns) for name, text in load_queries("merges").items()
-        }
-
-    def _writing(self) -> AbstractAsyncContextManager[asyncpg.Connection]:
-        raise NotImplementedError
-
-    def _reading(self) -> AbstractAsyncContextManager[asyncpg.Connection]:
-        raise NotImplementedError
 
     async def _fetch_merges(self, name: str, aside: bool, *args: Any) -> list[Any]:
         async with self._reading() if aside else self._writing() as connection:
-            return await connection.fetch(self._merge_sql[name], *args)
+            return await connection.fetch(_SQL[name], *args)
 
     async def find_windows(
         self, wanted: Sequence[tuple[int, str]], now_ms: int, aside: bool = False
@@ -144,7 +115,7 @@ class MergeStore:
         """
         keys = [s for s, _ in wanted], [k for _, k in wanted]
         rows = await self._fetch_merges("find_windows", aside, *keys, now_ms / 1000)
-        return [Window(r[0], r[1], _row(r[8:]), r[6], r[2], r[3], r[4], r[5], r[7]) for r in rows]
+        return [Window(r[0], r[1], row_of(r[8:]), r[6], r[2], r[3], r[4], r[5], r[7]) for r in rows]
 
     async def find_actors(
         self, wanted: Sequence[tuple[bytes, str]], aside: bool = False
@@ -166,8 +137,8 @@ class MergeStore:
     async def prune_merges(self, now_ms: int, since_ms: int) -> None:
         """Delete some windows that ended before `now_ms`, and some of what was merged before `since_ms`."""
         async with self._reading() as connection:
-            await connection.execute(self._merge_sql["prune_windows"], now_ms / 1000)
-            await connection.execute(self._merge_sql["prune_merged"], since_ms / 1000)
+            await connection.execute(_SQL["prune_windows"], now_ms / 1000)
+            await connection.execute(_SQL["prune_merged"], since_ms / 1000)
 
     async def _write_merges(
         self, connection: asyncpg.Connection, term: int, merges: MergeWrites, now_ms: int
@@ -176,7 +147,7 @@ class MergeStore:
         counts = merges.counts()
         rows, windows, events, pushes = merges.updates, merges.windows, merges.events, merges.pushes
         found = await connection.fetch(
-            self._merge_sql["merge_events"], self._shard, term, list(counts), list(counts.values()),
+            _SQL["merge_events"], self._shard, term, list(counts), list(counts.values()),
             [UUID(r.notification) for r in rows], [r.stream_id for r in rows], [r.back for r in rows],
             [r.content for r in rows], [r.priority for r in rows], [r.type for r in rows],
             [r.category for r in rows], [_s(r.expires_ms) for r in rows], [r.top for r in rows],
@@ -191,15 +162,9 @@ class MergeStore:
             [_s(p.hold_until_ms) for p in pushes], [p.reason for p in pushes], [p.channel for p in pushes],
             [p.chain for p in pushes], [p.step for p in pushes], now_ms / 1000,
         )  # fmt: skip
-        if not found:
-            raise FencedError(f"term {term} of {self._shard} is over")
+        self._check(found, term)
         return {r[0]: (r[1], r[2], r[3]) for r in found if r[0]}
 
 
 def _s(ms: int | None) -> float | None:
     return None if ms is None else ms / 1000
-
-
-def _row(record: Any) -> NotificationRow:
-    raw, *rest = record
-    return NotificationRow(raw.bytes, *rest)

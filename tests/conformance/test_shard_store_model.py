@@ -26,8 +26,7 @@ from stores.postgres.amendments import Amended, EditRow
 from stores.postgres.cluster import ClusterStore, ShardRow
 from stores.postgres.digests import DigestStore
 from stores.postgres.merges import MergedRow, MergeWrites, RepushRow, UpdateRow, WindowRow
-from stores.postgres.shard_store import (
-    OPERATIONS,
+from stores.postgres.shard_rows import (
     AppendRow,
     AttemptRow,
     CarrierRow,
@@ -38,10 +37,10 @@ from stores.postgres.shard_store import (
     ReleaseRow,
     ReplayRow,
     SettleRow,
-    ShardStore,
     SignalRow,
     UserRecord,
 )
+from stores.postgres.shard_store import OPERATIONS, ShardStore
 from tests.simulation.digests import ModelDigestStore
 from tests.simulation.store import Database, ModelClusterStore, ModelShardStore
 

@@ -26,7 +26,8 @@ from stores.postgres.dead_letters import DeadLetterReader
 from stores.postgres.feed import ROW_COLUMNS, TOP
 from stores.postgres.named import load_queries
 from stores.postgres.search import search_queries
-from stores.postgres.shard_store import PLANS, ShardStore
+from stores.postgres.shard_connections import PLANS
+from stores.postgres.shard_store import ShardStore
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -17,7 +17,9 @@ from carillon.messages import Event, PushTarget
 from carillon.settings import PostgresSettings
 from stores.postgres.migrate import ensure_partitions, month_bounds
 from stores.postgres.named import load_queries
-from stores.postgres.shard_store import (
+from stores.postgres.shard_documents import UserDocuments
+from stores.postgres.shard_outbox import Outbox
+from stores.postgres.shard_rows import (
     AppendRow,
     AttemptRow,
     CarrierRow,
@@ -26,10 +28,10 @@ from stores.postgres.shard_store import (
     ReleaseRow,
     ReplayRow,
     SettleRow,
-    ShardStore,
     SignalRow,
     UserRecord,
 )
+from stores.postgres.shard_store import ShardStore
 from tests.support import eventually
 
 NOW = 1_800_000_000_000
@@ -202,7 +204,8 @@ def test_every_write_of_the_store_is_in_the_list() -> None:
     """A method that takes the term is fenced, so it is tested above."""
     methods = {
         name
-        for name, value in vars(ShardStore).items()
+        for part in (ShardStore, Outbox, UserDocuments)
+        for name, value in vars(part).items()
         if not name.startswith("_") and "term" in getattr(value, "__annotations__", {})
     }
     tested = {name.split(" ")[0] for name in [*WRITES, *SILENT]} - {

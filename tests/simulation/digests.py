@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from carillon.attention import DEFERRED, WITHDRAWN
 from carillon.digest import REMOVED, Told
 from carillon.errors import FencedError
-from stores.postgres.digests import ToldItem, WaitingItem
-from stores.postgres.shard_store import Claimed
+from stores.postgres.digests import WaitingItem
+from stores.postgres.shard_rows import Claimed, ToldItem
 
 if TYPE_CHECKING:
     from tests.simulation.store import Database, Delivery, Note

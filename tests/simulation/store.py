@@ -29,15 +29,15 @@ from carillon.messages import Event, Member, PushTarget
 from carillon.notification import NotificationRow
 from carillon.settings import Settings
 from stores.postgres.cluster import ShardRow, StoredMap
-from stores.postgres.merges import MergedInto, MergedRow, MergeWrites, WindowRow
-from stores.postgres.shard_store import (
-    NOBODY,
+from stores.postgres.merges import MergedRow, MergeWrites, WindowRow
+from stores.postgres.shard_rows import (
     AppendRow,
     AttemptRow,
     CarrierRow,
     ChangeDone,
     Claimed,
     KeysTakenError,
+    MergedInto,
     OutboxRow,
     PoisonError,
     ReleaseRow,
@@ -47,6 +47,7 @@ from stores.postgres.shard_store import (
     StoredKey,
     UserRecord,
 )
+from stores.postgres.shard_store import NOBODY
 from tests.simulation.amendments import ModelAmendments
 from tests.simulation.digests import ModelDigestStore
 from tests.simulation.loop import NODE, Node, SimLoop

@@ -29,7 +29,7 @@ from carillon.templates import (
     sources,
     validate,
 )
-from stores.postgres.shard_store import Claimed
+from stores.postgres.shard_rows import Claimed
 
 MINIMAL: dict[str, Any] = {"content": {"default": {"title": "Hi"}}}
 LOCALES = st.sampled_from(["pt", "pt-BR", "pt-PT", "zh", "zh-Hant", "zh-Hant-TW", "de", "en-001"])
