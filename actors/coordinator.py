@@ -281,6 +281,7 @@ class Coordinator:
                 for entry in sorted(self._roster, key=lambda entry: (entry.member.kind, entry.member.name))
             ],
             "moves": list(self._table.moves),
+            "limited": self._roster.counters("events_limited"),
         }
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:

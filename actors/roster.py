@@ -10,6 +10,7 @@ import msgspec
 
 from actors.link import Link
 from carillon.messages import Member, MemberStats, Renew
+from carillon.metrics import split_name
 from carillon.placement import add_histograms, add_totals
 
 MOST_DEPARTED: Final = 1024
@@ -108,6 +109,16 @@ class Roster:
             numbers.counters = renew.counters
             numbers.gauges = renew.gauges
             numbers.histograms = renew.histograms
+
+    def counters(self, name: str) -> dict[str, float]:
+        """A counter by its labels (`a="b",c="d"`), all members together, those that left included."""
+        told: dict[str, float] = {}
+        for numbers in self._numbers.values():
+            for full, value in add_totals(numbers.past_counters, numbers.counters).items():
+                base, labels = split_name(full)
+                if base == name:
+                    told[labels] = told.get(labels, 0.0) + value
+        return told
 
     def stats_of(self, entry: Entry, age_s: float) -> MemberStats:
         """Statistics of one member, with the totals of its earlier processes."""

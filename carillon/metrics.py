@@ -26,6 +26,7 @@ HELP: Final[dict[str, str]] = {
     "events_delivered": "Events handed to a live session.",
     "events_acknowledged": "Events acknowledged by a device.",
     "events_rerouted": "Events sent again because their slot had moved or its shard was lost.",
+    "events_limited": "Events refused (429), or of an import held up, by a rate limit, by whose it is.",
     "events_refused": "Events answered busy or unavailable by a router.",
     "pushes_sent": "Pushes accepted by a provider.",
     "pushes_failed": "Pushes that a provider refused or did not answer.",

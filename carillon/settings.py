@@ -441,7 +441,7 @@ class IngressSettings:
     token_issuer: str = setting("", "Required `iss` of client tokens; empty means it is not looked at.")
     limit_lease_s: float = setting(
         0.05,
-        "Seconds of a key's rate limit that a replica takes from Redis ahead.",
+        "Seconds of a rate limit (of a key, of a tenant) that a replica takes from Redis ahead.",
         low=0.0,
         high=1.0,
         unit="s",

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from carillon import policy
+from carillon import limits, policy
 from carillon.clock import SystemClock, rfc3339
 from carillon.errors import ClusterError, SettingsError
 from carillon.settings import Settings
@@ -284,6 +284,31 @@ def _key_limit(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+def _tenant_limit(options: argparse.Namespace, settings: Settings) -> int:
+    settings = database(options, settings)
+    if options.rate is None and not options.off:
+        if options.burst is not None:
+            raise SettingsError("--burst goes with --rate")
+        told = limits.tenant_limit(
+            options.tenant, _with_store(settings, lambda store: store.limits(options.tenant))
+        )
+        shown = f"{told[0].rate_per_s:g}/s, {told[0].burst} at once" if told else "no limit"
+        print(f"{options.tenant}: {shown}")
+        return 0
+    rate = None if options.off else options.rate
+    _audited(
+        settings,
+        lambda store: store.limit_tenant(options.tenant, rate, options.burst),
+        options.tenant,
+        "tenant.limit",
+        ratePerS=rate,
+        burst=options.burst,
+    )
+    what = "no limit" if rate is None else f"{rate:g} events per second, all keys together"
+    print(f"{options.tenant}: {what}; replicas know within {settings.ingress.auth_cache_s:g} s")
+    return 0
+
+
 def _audit(options: argparse.Namespace, settings: Settings) -> int:
     records = _with_store(
         database(options, settings), lambda store: store.audit(options.tenant, options.limit)
@@ -303,6 +328,7 @@ HANDLERS: Final = {
     "tenant_rotate_secret": _tenant_rotate,
     "tenant_policy": _tenant_policy,
     "tenant_jwks": _tenant_jwks,
+    "tenant_limit": _tenant_limit,
     "key_create": _key_create,
     "key_list": _key_list,
     "key_revoke": _key_revoke,

@@ -223,6 +223,14 @@ def _add_admin_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
         help="whenAway, whenAwayDelayS or holdS, or types.TYPE.NAME of one type; empty: as by default again",
     )
     policy.add_argument("--file", metavar="FILE", help="a JSON document that replaces the policy")
+    limits = _command(
+        tenants,
+        "limit",
+        "tenant_limit",
+        "Show or set how many events per second a tenant may send, all its keys together.",
+    )
+    limits.add_argument("tenant", help="the tenant")
+    _rate_options(limits, required=False)
     key = commands.add_parser("key", help="API keys", description="Administer API keys.")
     keys = key.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
     make = _command(keys, "create", "key_create", "Create an API key and print it: it cannot be seen again.")
@@ -258,12 +266,7 @@ def _add_admin_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     limit = _command(keys, "limit", "key_limit", "Limit how many events per second an API key may send.")
     limit.add_argument("tenant", help="the tenant")
     limit.add_argument("key_id", help="the key's id, as listed")
-    rate = limit.add_mutually_exclusive_group(required=True)
-    rate.add_argument("--rate", type=float, metavar="N", help="events per second, over all replicas")
-    rate.add_argument("--off", action="store_true", help="no limit")
-    limit.add_argument(
-        "--burst", type=int, metavar="N", help="events that pass at once (default: those of one second)"
-    )
+    _rate_options(limit, required=True)
     audit = _command(commands, "audit", "audit", "Show who did what to tenants and keys, oldest first.")
     audit.add_argument("--tenant", help="of this tenant only")
     audit.add_argument("--limit", type=int, default=50, metavar="N", help="the latest N acts (default 50)")
@@ -285,9 +288,19 @@ def _add_admin_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
         revoke,
         renew,
         limit,
+        limits,
         audit,
     ):
         _dsn(parser)
+
+
+def _rate_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    rate = parser.add_mutually_exclusive_group(required=required)
+    rate.add_argument("--rate", type=float, metavar="N", help="events per second, over all replicas")
+    rate.add_argument("--off", action="store_true", help="no limit")
+    parser.add_argument(
+        "--burst", type=int, metavar="N", help="events that pass at once (default: those of one second)"
+    )
 
 
 def _seconds(text: str) -> float:

@@ -190,6 +190,10 @@ def status_lines(status: dict[str, Any], actors: dict[str, dict[str, Any]]) -> l
             f"{cells[0]:>5} {cells[1]:>8} {cells[2]:>8}  {cells[3]}".rstrip()
         )
         lines += [_app_line(app) for app in facts.get("apps", ())]
+    lines += [
+        f"refused or held up by rate limits: {count:.0f} events ({labels})"
+        for labels, count in sorted(status.get("limited", {}).items())
+    ]
     if status["missing"]:
         lines.append(f"missing: {', '.join(status['missing'])}")
     if status["ownerless"]:

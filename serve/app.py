@@ -33,8 +33,9 @@ from serve.http import (
     problem_response,
     read_body,
 )
+from serve.limits import admit
 from serve.routes import all_routes
-from serve.routes.events import admit, publish
+from serve.routes.events import publish
 from serve.routing import CLIENT, OPEN, SERVICE, Router
 from serve.services import Services
 from serve.stream import STREAM_HEADERS, Opening, open_stream
@@ -138,7 +139,7 @@ class IngressApp:
                     known.tenant,
                     started + self._timeout_s,
                     request_id,
-                    known,
+                    known.limits,
                 )
         except Exception as exc:
             response = _failed(exc, request_id, "POST", HOT_PATH)
@@ -164,7 +165,7 @@ class IngressApp:
                 body = await read_body(receive, headers, self._limit)
                 key = headers.get(b"idempotency-key")
                 response = await publish(
-                    services, body, key, known.tenant, started + self._timeout_s, request_id, known
+                    services, body, key, known.tenant, started + self._timeout_s, request_id, known.limits
                 )
             else:
                 response = await self._dispatch(scope, headers, receive, request_id, started)
@@ -253,8 +254,8 @@ class IngressApp:
         if route.door == SERVICE:
             caller = request.caller = await services.auth.service(authorization, route.scope)
             request.tenant = caller.tenant
-            if caller.rate_per_s is not None and route.path != HOT_PATH:  # there every event counts
-                await admit(services, caller, 1)
+            if caller.rate_per_s is not None and not route.counts:
+                await admit(services, caller.limits[:1], 1)  # the key's own: the tenant's is about events
         elif route.door == CLIENT:
             who = await services.auth.client(authorization)
             request.tenant, request.user, request.identity = who.tenant, who.user, who

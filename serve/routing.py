@@ -62,6 +62,8 @@ class Route:
     problems: Sequence[int] = field(default=())
     """Statuses of problem documents beyond those every route of the door can give."""
     tag: str = ""
+    counts: bool = False
+    """The handler counts events against the rate limits itself; other calls are one each of the key's."""
 
 
 class Router:

@@ -22,6 +22,7 @@ from carillon.api_keys import check_tenant_name
 from carillon.errors import CarillonError, InvalidInputError, UnavailableError
 from carillon.events import ProblemError
 from carillon.problems import Problem, problem_of
+from serve.limits import tenant_limits
 from serve.routes.events import publish
 from serve.services import Services
 
@@ -163,7 +164,8 @@ class StreamIn:
             raise PoisonEntryError("the event is larger than a request may be")
         key = b"stream." + self._stream.encode()[:100] + b"." + entry_id
         try:
-            answer = await publish(services, body, key, tenant, deadline, b"stream-" + entry_id)
+            limits = await tenant_limits(services, tenant)
+            answer = await publish(services, body, key, tenant, deadline, b"stream-" + entry_id, limits)
         except CarillonError as exc:
             told: Problem = exc.problem if isinstance(exc, ProblemError) else problem_of(exc)
             if told.temporary:

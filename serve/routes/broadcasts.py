@@ -38,6 +38,7 @@ from carillon.ids import Uuid7Source, parse_uuid, uuid_text
 from carillon.problems import FieldError, Problem, problem, shown
 from serve.audit import audited
 from serve.http import Header, Request, Response, json_response, whole_number
+from serve.limits import Limits, admit
 from serve.routes.bodies import known_query
 from serve.routing import SERVICE, Query, Route
 from serve.schemas import INSTANT, USER_ID, UUID, WHOLE, nullable, obj, text
@@ -94,6 +95,7 @@ async def post_broadcast(services: Services, request: Request) -> Response:
         body.get("scheduleAt"),
         key,
         request.deadline,
+        () if request.caller is None else request.caller.limits,
     )
     if not replayed:
         await audited(services, request, "broadcast.create", uuid_text(made))
@@ -110,12 +112,15 @@ async def start(
     at: Any,
     key: Any,
     deadline: float,
+    limits: Limits,
     where: str = "event/",
 ) -> tuple[bytes, bool]:
     """Check and keep a broadcast: its id, and whether it was there already.
 
     Args:
         audience, event, at, key: as the caller gave them.
+        limits: those of the API key and the tenant. A list counts as many events as it has users; of another
+            audience nobody knows how many it has, and it counts as one.
         where: what stands before the members of the event in errors.
 
     Raises:
@@ -131,6 +136,8 @@ async def start(
         if error is not None:
             raise _wrong([error])
         body_hash = hashlib.sha256(_encode_sorted([recipients.json(), checked, at])).digest()
+    if limits:
+        await admit(services, limits, len(recipients.users) or 1)
     new = NewBroadcast(
         _ids.next(now_ms), recipients, msgspec.json.encode(checked).decode(),
         SCHEDULED if start_ms > now_ms else RUNNING, max(start_ms, now_ms),
@@ -284,13 +291,18 @@ async def act(services: Services, request: Request) -> Response:
 
 
 async def to_topic(
-    services: Services, document: Mapping[str, Any], tenant: str, key: str | None, deadline: float
+    services: Services,
+    document: Mapping[str, Any],
+    tenant: str,
+    key: str | None,
+    deadline: float,
+    limits: Limits,
 ) -> Response:
     """An event of `POST /v1/events` that names a topic: a broadcast to its subscribers."""
     event = dict(document)
     topic, at, own = event.pop("topic"), event.pop("scheduleAt", None), event.pop("idempotencyKey", None)
     made, replayed = await start(
-        services, tenant, {"topic": topic}, event, at, key if own is None else own, deadline, where=""
+        services, tenant, {"topic": topic}, event, at, key if own is None else own, deadline, limits, where=""
     )
     return json_response({"broadcastId": uuid_text(made)}, 202, (_REPLAYED,) if replayed else ())
 
@@ -378,7 +390,8 @@ ROUTES: Final = (
             ["audience", "event"],
         ),
         body_example={"audience": {"userIds": ["ada", "bob"]}, "event": {"type": "goal", "title": "Goal!"}},
-        status=202, answer=_BROADCAST, answer_example=_TOLD, problems=(400, 413, 422), tag=_TAG,
+        status=202, answer=_BROADCAST, answer_example=_TOLD, problems=(400, 413, 422, 429), tag=_TAG,
+        counts=True,
     ),
     Route(
         "GET", "/v1/broadcasts", list_broadcasts, SERVICE, "List broadcasts", scope=_SCOPE,

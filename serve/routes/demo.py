@@ -11,6 +11,7 @@ import msgspec
 from carillon import policy, tokens
 from carillon.errors import NotFoundError, UnavailableError
 from serve.http import Request, Response, json_response
+from serve.limits import tenant_limits
 from serve.routes.events import dry_run, publish
 from serve.routing import OPEN, Route
 from serve.schemas import USER_ID, nullable, obj, ref, text
@@ -86,14 +87,10 @@ async def config(services: Services, request: Request) -> Response:
 
 async def send(services: Services, request: Request) -> Response:
     """POST /demo/send: an event to one of the demo tenant's users."""
-    return await publish(
-        services,
-        await _event(services, request),
-        None,
-        services.settings.ingress.demo_tenant,
-        request.deadline,
-        request.request_id,
-    )
+    tenant = services.settings.ingress.demo_tenant
+    limits = await tenant_limits(services, tenant)
+    body = await _event(services, request)
+    return await publish(services, body, None, tenant, request.deadline, request.request_id, limits)
 
 
 async def explain(services: Services, request: Request) -> Response:

@@ -21,6 +21,7 @@ from carillon.lines import TOO_LONG, LineSplitter
 from carillon.messages import Outcome
 from carillon.problems import Problem, problem, problem_document, problem_of
 from serve.http import PATIENT, ClientGoneError, Request, Response, json_response
+from serve.limits import admit_patiently
 from serve.routes.bodies import known_query
 from serve.routes.events import outcome_problem, parse_events, publish_some
 from serve.routing import SERVICE, Query, Route
@@ -127,7 +128,9 @@ class _Import:
         services, tenant = self.services, self.request.tenant
         if parsed.variants:
             await services.templates.note_variants(tenant, parsed)
-        await self._admit(len(parsed.events))
+        caller = self.request.caller
+        if caller is not None and caller.limits and parsed.events:
+            await admit_patiently(services, caller.limits, len(parsed.events))
         patience = services.clock.monotonic() + self.settings.import_patience_s
         outcomes: list[Outcome] = []
         if parsed.later:
@@ -154,15 +157,6 @@ class _Import:
             outcome = outcomes[slot.event]
             self.replayed += outcome.replayed
             self.statuses[outcome.status] = self.statuses.get(outcome.status, 0) + 1
-
-    async def _admit(self, events: int) -> None:
-        """Wait until the key's rate lets so many pass."""
-        caller = self.request.caller
-        if caller is None or caller.rate_per_s is None or not events:
-            return
-        limits = self.services.limits
-        while wait_s := await limits.take(caller.key_id, caller.rate_per_s, caller.burst, events):
-            await asyncio.sleep(wait_s)
 
     def _deadline(self) -> float:
         return self.services.clock.monotonic() + self.settings.request_timeout_s

@@ -7,19 +7,19 @@ from typing import Final
 import msgspec
 
 from carillon.clock import rfc3339
-from carillon.events import NotPlainError, ProblemError, refused, topic_of
+from carillon.events import NotPlainError, refused, topic_of
 from carillon.events import Request as ParsedEvents
 from carillon.ids import uuid_text
 from carillon.messages import Outcome
 from carillon.problems import FieldError, Problem, problem, problem_document, shown
 from serve.http import JSON, Header, Request, Response, problem_response
+from serve.limits import Limits, admit
 from serve.routes.broadcasts import to_topic
 from serve.routes.explain import preview
 from serve.routing import SERVICE, Query, Route
 from serve.schemas import UUID, obj, ref
 from serve.services import Services
 from stores.postgres.schedules import NewSchedule
-from stores.postgres.tenants import ApiKeyRecord
 
 _encode: Final = msgspec.json.Encoder().encode
 _REPLAYED: Final[Header] = (b"idempotent-replayed", b"true")
@@ -39,9 +39,8 @@ async def post_events(services: Services, request: Request) -> Response:
     body = await request.body()
     key = request.header(b"idempotency-key")
     answer = dry_run if dry == "true" else publish
-    return await answer(
-        services, body, key, request.tenant, request.deadline, request.request_id, request.caller
-    )
+    limits = () if request.caller is None else request.caller.limits
+    return await answer(services, body, key, request.tenant, request.deadline, request.request_id, limits)
 
 
 async def dry_run(
@@ -51,7 +50,7 @@ async def dry_run(
     tenant: str,
     deadline: float,
     request_id: bytes,
-    caller: ApiKeyRecord | None = None,
+    limits: Limits = (),
 ) -> Response:
     """What `publish` would do, and why; nothing is stored or sent."""
     try:
@@ -59,22 +58,9 @@ async def dry_run(
     except NotPlainError:
         told = FieldError("topic", "absent with dryRun: a plan is for users", "a topic")
         raise refused("a plan is made for users, not for a topic", [told], "not_supported") from None
-    if caller is not None and caller.rate_per_s is not None and parsed.events:
-        await admit(services, caller, len(parsed.events))
+    if limits and parsed.events:
+        await admit(services, limits, len(parsed.events))
     return await preview(services, parsed, deadline, request_id)
-
-
-async def admit(services: Services, caller: ApiKeyRecord, requests: int) -> None:
-    """Let so many requests of a key with a rate limit pass.
-
-    Raises:
-        ProblemError: `rate_limited` (429), with Retry-After: none of them passes.
-    """
-    assert caller.rate_per_s is not None
-    wait_s = await services.limits.take(caller.key_id, caller.rate_per_s, caller.burst, requests)
-    if wait_s:
-        detail = f"this API key may send {caller.rate_per_s:g} a second, {caller.burst} at once"
-        raise ProblemError(problem("rate_limited", detail, retry_after_s=wait_s))
 
 
 async def parse_events(
@@ -100,12 +86,12 @@ async def publish(
     tenant: str,
     deadline: float,
     request_id: bytes,
-    caller: ApiKeyRecord | None = None,
+    limits: Limits = (),
 ) -> Response:
     """Validate, publish and answer. The hot route calls this without a `Request`.
 
     Args:
-        caller: the API key, for its rate limit; None: there is no limit.
+        limits: those of the API key and the tenant; empty: there are none.
 
     Raises:
         ProblemError: the request as a whole is refused.
@@ -113,12 +99,10 @@ async def publish(
     try:
         parsed = await parse_events(services, body, key, tenant, deadline)
     except NotPlainError as wanted:
-        if caller is not None and caller.rate_per_s is not None:
-            await admit(services, caller, 1)
         text_key = None if key is None else key.decode("utf-8", "replace")
-        return await to_topic(services, wanted.document, tenant, text_key, deadline)
-    if caller is not None and caller.rate_per_s is not None and parsed.events:
-        await admit(services, caller, len(parsed.events))
+        return await to_topic(services, wanted.document, tenant, text_key, deadline, limits)
+    if limits and parsed.events:
+        await admit(services, limits, len(parsed.events))
     if parsed.variants:
         await services.templates.note_variants(tenant, parsed)
     if parsed.later:
@@ -272,5 +256,6 @@ ROUTES: Final = (
         },
         problems=(400, 409, 413, 422, 429),
         tag="Events",
+        counts=True,
     ),
 )

@@ -16,6 +16,7 @@ from carillon.problems import FieldError, problem, shown
 from carillon.templates import failed
 from serve.audit import audited
 from serve.http import Request, Response, json_response
+from serve.limits import tenant_limits
 from serve.routes.events import publish
 from serve.routing import OPEN, SERVICE, Route
 from serve.schemas import INSTANT, obj, ref, text
@@ -57,7 +58,10 @@ async def receive(services: Services, request: Request) -> Response:
     if event is None:
         return json_response({"status": "ignored"})
     key = inbound.delivery_key(source.id, delivery).encode()
-    return await publish(services, _encode(event), key, source.tenant, request.deadline, request.request_id)
+    limits = await tenant_limits(services, source.tenant)
+    return await publish(
+        services, _encode(event), key, source.tenant, request.deadline, request.request_id, limits
+    )
 
 
 async def mapped(services: Services, source: SourceRecord, body: Any, delivery: str, deadline: float) -> Any:

@@ -18,6 +18,7 @@ from carillon.quiet_hours import known_zone
 from carillon.schedules import MEMBERS, USER_ZONE, ScheduleError, look_ms, next_ms, parse
 from serve.audit import audited
 from serve.http import Header, Request, Response, json_response, whole_number
+from serve.limits import admit
 from serve.routes.bodies import known_query, valid_id
 from serve.routing import SERVICE, Query, Route
 from serve.schemas import INSTANT, USER_ID, UUID, WHOLE, nullable, obj, ref
@@ -85,6 +86,8 @@ async def post_schedule(services: Services, request: Request) -> Response:
     if apart_s < least_s:
         raise _wrong([FieldError(name, f"at least {least_s:g} s between two times", f"{apart_s:g} s")])
     key, body_hash = _key(request, rule, event)
+    if request.caller is not None and request.caller.limits:
+        await admit(services, request.caller.limits, len(users))  # once: later rounds come from the shards
     row_id = _ids.next(now_ms)
     row = NewSchedule(
         row_id, slot_of(request.tenant, user if user is not None else uuid_text(row_id)), user,
@@ -253,7 +256,7 @@ ROUTES: Final = (
         ),
         body=obj({**nullable(_RULE), "event": {"anyOf": [ref("Event"), ref("EventToMany")]}}, ["event"]),
         body_example=_EXAMPLE, status=201, answer=_SCHEDULE, answer_example=_TOLD,
-        problems=(400, 413, 422, 429), tag=_TAG,
+        problems=(400, 413, 422, 429), tag=_TAG, counts=True,
     ),
     Route(
         "GET", "/v1/schedules", list_schedules, SERVICE, "List schedules", scope=_SCOPE, doc="Newest first.",

@@ -5,7 +5,6 @@ Reads are not cached here: the ingress keeps them for `ingress.auth_cache_s`, ga
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import msgspec
 
 from carillon.api_keys import check_scopes, check_tenant_name, hash_key, make_key
 from carillon.errors import InvalidInputError, NotFoundError
+from carillon.limits import MEMBER, RateLimit, check_rate, key_limit, tenant_limit
 from carillon.token_keys import check_jwks_url, parse_jwks
 from carillon.tokens import ClientIdentity
 from stores.postgres.named import load_queries
@@ -42,6 +42,11 @@ class TenantRecord:
     """Where the tenant's public keys are read."""
     jwks: Any = None
     """A JWK Set document given instead."""
+
+    @property
+    def rate_limits(self) -> tuple[RateLimit, ...]:
+        """The tenant's own limit, shared by its keys and by what comes in without one; empty: none."""
+        return tenant_limit(self.tenant, self.settings.get(MEMBER))
 
     def secrets(self, now_ms: int) -> tuple[str, ...]:
         """The secrets that are valid now, the current one first."""
@@ -70,6 +75,8 @@ class ApiKeyRecord:
     """Events per second over all replicas; None: no limit."""
     burst: int = 0
     """Events at once, with `rate_per_s`."""
+    limits: tuple[RateLimit, ...] = ()
+    """All that hold for what the key sends: its own, the tenant's. Empty (usual): nothing to look at."""
 
     def valid(self, now_ms: int) -> bool:
         """Neither revoked nor at its end."""
@@ -206,7 +213,7 @@ class TenantStore:
             NotFoundError: there is no such tenant.
             InvalidInputError: a scope is unknown, or a limit makes no sense.
         """
-        rate_per_s, burst = _check_limit(rate_per_s, burst)
+        rate_per_s, burst = check_rate(rate_per_s, burst)
         allowed = check_scopes(scopes)
         key_id, key = make_key()
         try:
@@ -242,7 +249,7 @@ class TenantStore:
             NotFoundError: the tenant has no such key.
             InvalidInputError: the limit makes no sense.
         """
-        rate_per_s, burst = _check_limit(rate_per_s, burst)
+        rate_per_s, burst = check_rate(rate_per_s, burst)
         async with acquired(self._pool, self._timeout_s) as connection:
             found = await connection.fetchval(self._sql["limit_key"], tenant, key_id, rate_per_s, burst)
         if found is None:
@@ -296,6 +303,27 @@ class TenantStore:
             if await connection.fetchval(self._sql["put_policy"], tenant, text) is None:
                 raise NotFoundError(f"there is no tenant {tenant!r}", "tenant")
 
+    async def limits(self, tenant: str) -> dict[str, Any]:
+        """The document of limits as stored, {} if there is none. Raises NotFoundError: no such tenant."""
+        async with acquired(self._pool, self._timeout_s) as connection:
+            row = await connection.fetchrow(self._sql["limits"], tenant)
+        if row is None:
+            raise NotFoundError(f"there is no tenant {tenant!r}", "tenant")
+        return {} if row["limits"] is None else msgspec.json.decode(row["limits"])
+
+    async def limit_tenant(self, tenant: str, rate_per_s: float | None, burst: int | None = None) -> None:
+        """Set or (None) lift the rate limit of a tenant: of all its keys and ways in together.
+
+        Raises:
+            NotFoundError: there is no such tenant.
+            InvalidInputError: the limit makes no sense.
+        """
+        rate_per_s, burst = check_rate(rate_per_s, burst)
+        text = msgspec.json.encode({"ratePerS": rate_per_s, "burst": burst}).decode()
+        async with acquired(self._pool, self._timeout_s) as connection:
+            if await connection.fetchval(self._sql["put_limits"], tenant, text) is None:
+                raise NotFoundError(f"there is no tenant {tenant!r}", "tenant")
+
     async def touch_keys(self, used_ms: Mapping[str, int]) -> None:
         """Note when keys were last used.
 
@@ -317,22 +345,6 @@ class TenantStore:
         if row is None:
             return Revocations()
         return Revocations(row["valid_from_ms"] or 0, frozenset(row["revoked"]))
-
-
-def _check_limit(rate_per_s: float | None, burst: int | None) -> tuple[float | None, int | None]:
-    if rate_per_s is None:
-        return None, None
-    if not 0.01 <= rate_per_s <= 1e7:
-        raise InvalidInputError(
-            f"expected a rate of 0.01 to 10,000,000 events per second, got {rate_per_s}",
-            "ratePerS", "0.01 to 1e7", str(rate_per_s),
-        )  # fmt: skip
-    burst = max(1, math.ceil(rate_per_s)) if burst is None else burst
-    if not 1 <= burst <= 10_000_000:
-        raise InvalidInputError(
-            f"expected a burst of 1 to 10,000,000 events, got {burst}", "burst", "1 to 1e7", str(burst)
-        )
-    return rate_per_s, burst
 
 
 def _check_secret(secret: str) -> None:
@@ -359,9 +371,13 @@ def _tenant(row: asyncpg.Record) -> TenantRecord:
 
 
 def _key(row: asyncpg.Record) -> ApiKeyRecord:
+    tenant, key_id, rate_per_s, burst = (
+        row["tenant"], row["key_id"], row.get("rate_per_s"), row.get("burst") or 0,
+    )  # fmt: skip
+    limits = row.get("limits")
     return ApiKeyRecord(
-        key_id=row["key_id"],
-        tenant=row["tenant"],
+        key_id=key_id,
+        tenant=tenant,
         scopes=frozenset(row["scopes"]),
         revoked=row["revoked"],
         name=row["name"],
@@ -370,6 +386,8 @@ def _key(row: asyncpg.Record) -> ApiKeyRecord:
         revoked_ms=row.get("revoked_ms"),
         expires_ms=row.get("expires_ms"),
         rotated_to=row.get("rotated_to"),
-        rate_per_s=row.get("rate_per_s"),
-        burst=row.get("burst") or 0,
+        rate_per_s=rate_per_s,
+        burst=burst,
+        limits=key_limit(tenant, key_id, rate_per_s, burst)
+        + tenant_limit(tenant, None if limits is None else msgspec.json.decode(limits)),
     )

@@ -1,9 +1,10 @@
-"""Rate limits of API keys, shared by all ingress replicas through Redis.
+"""Rate limits of API keys and tenants, shared by all ingress replicas through Redis.
 
-A token bucket per key lives in Redis, in one script, on Redis' clock. A replica takes a little more than it
+A token bucket per limit lives in Redis, in one script, on Redis' clock. A replica takes a little more than it
 needs (`ingress.limit_lease_s` of the rate), so that most requests ask nobody. While Redis is away each
 replica keeps the rate by itself: with n replicas up to n times the rate passes then, and nobody is turned
-away for lack of Redis (guarantee G12).
+away for lack of Redis (guarantee G12). While it is there the limit is exact in this sense: over all replicas
+no more than `rate * t + burst` passes in t seconds, and what the last batch was larger than what was left.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from carillon.settings import RedisSettings
 log = logging.getLogger(__name__)
 
 MAX_KEYS: Final = 10_000
-"""Keys with local state; the oldest goes."""
+"""Limits with local state; the oldest goes."""
 LEASE_LIFE_S: Final = 1.0
 """What a replica took ahead and did not use within this time is forgotten."""
 
@@ -49,7 +50,7 @@ return {granted, wait}
 
 
 class _Key:
-    """One limited key at this replica."""
+    """One limit at this replica."""
 
     __slots__ = ("bucket", "lease", "lease_until", "limit")
 
@@ -61,7 +62,7 @@ class _Key:
 
 
 class RateLimiter:
-    """Admits requests at the rate of their key.
+    """Admits requests at the rate of their limits.
 
     Args:
         settings: where Redis is; an empty URL means: every replica by itself.
@@ -85,7 +86,7 @@ class RateLimiter:
             self._script: Any = self._redis.register_script(_SCRIPT)
 
     async def take(self, key_id: str, rate_per_s: float, burst: int, requests: int) -> float:
-        """Admit `requests` of a key, or not: seconds to wait, 0.0 if they may pass. Never raises."""
+        """Admit `requests` of a limit, or not: seconds to wait, 0.0 if they may pass. Never raises."""
         key = self._keys.get(key_id)
         if key is None or key.limit != (rate_per_s, burst):
             while len(self._keys) >= MAX_KEYS:
@@ -117,6 +118,14 @@ class RateLimiter:
         if not wait_s:
             key.bucket.take(requests)
         return wait_s
+
+    def give_back(self, key_id: str, requests: int) -> None:
+        """What `take` admitted did not go out after all: whoever asks this replica next uses it first."""
+        key = self._keys.get(key_id)
+        if key is not None:
+            now = self._clock.monotonic()
+            key.lease = min(requests + (key.lease if key.lease_until >= now else 0), requests + key.limit[1])
+            key.lease_until = now + LEASE_LIFE_S
 
     async def close(self) -> None:
         """Close connections."""

@@ -58,6 +58,7 @@ def test_commands_are_those_promised() -> None:
         "dead-letters replay",
         "key rotate",
         "key limit",
+        "tenant limit",
         "audit",
         "archive",
         "archive run",
@@ -160,6 +161,7 @@ def test_status_shows_what_matters() -> None:
                 member("shard", "shard-a-1", 511, joined=False),
             ],
             "missing": ["router-a"],
+            "limited": {'limit="tenant",tenant="acme"': 7.0},
             "ownerless": 1,
         },
         {
@@ -192,4 +194,5 @@ def test_status_shows_what_matters() -> None:
     assert rows["shard-a-1"][2] == "lost"
     assert "missing: router-a" in text
     assert "slots without owner: 1" in text
+    assert 'refused or held up by rate limits: 7 events (limit="tenant",tenant="acme")' in text
     assert text[-1] == "10 live sessions, 12 sockets"

@@ -54,10 +54,10 @@ where ($1::text is null or tenant = $1) and ($2::bigint is null or id < $2)
 order by id desc limit $3;
 
 -- name: api_key
--- The look-up of every request that is not cached: by the unique hash.
-select key_id, tenant, name, scopes, revoked_at is not null as revoked, rate_per_s, burst,
-       (extract(epoch from expires_at) * 1000)::bigint as expires_ms
-from api_keys where key_hash = $1;
+-- The look-up of every request that is not cached: by the unique hash, with what its tenant is limited to.
+select k.key_id, k.tenant, k.name, k.scopes, k.revoked_at is not null as revoked, k.rate_per_s, k.burst,
+       (extract(epoch from k.expires_at) * 1000)::bigint as expires_ms, t.settings -> 'limits' as limits
+from api_keys k join tenants t using (tenant) where k.key_hash = $1;
 
 -- name: list_keys
 -- Newest first; revoked ones stay visible.
@@ -85,6 +85,16 @@ select settings -> 'policy' as policy from tenants where tenant = $1;
 -- name: put_policy
 -- $1 tenant, $2 the document as text.
 update tenants set settings = jsonb_set(settings, '{policy}', $2::jsonb) where tenant = $1 returning tenant;
+
+-- name: limits
+-- The document of limits (carillon/limits.py), null if none is stored. $1 tenant.
+select settings -> 'limits' as limits from tenants where tenant = $1;
+
+-- name: put_limits
+-- $1 tenant, $2 members to set, as text; those that are null are taken out.
+update tenants set settings = jsonb_set(
+    settings, '{limits}', jsonb_strip_nulls(coalesce(settings -> 'limits', '{}') || $2::jsonb)
+) where tenant = $1 returning tenant;
 
 -- name: user_security
 -- Since when tokens of a user count (POST .../sessions/revoke), in ms, and which were logged out; no row: the user
