@@ -154,8 +154,9 @@ class Session:
         if self.at_hand():
             self._away_deadline = 0.0
         if len(self.attachments) > self._limits.max_connections:
-            oldest = self.attachments.pop(0)
+            oldest = self.attachments[0]
             effects.append(Close(oldest, 4004, "too many connections of this user: the oldest goes"))
+            effects += self.detach(oldest, False, now, now_ms)
         if reattach:
             attachment.first_frame_seen = ready
             if position is not None and self._take_position(attachment, *position):

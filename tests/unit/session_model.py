@@ -35,6 +35,8 @@ class New:
     rev: int
     unread: int
     content: str
+    expired: bool
+    """It had expired before it was committed: nobody is to see it."""
 
 
 @dataclass
@@ -60,10 +62,10 @@ class Store:
         self.known_pruned = (0, 0)
         """What the stream's row said when it was last loaded: (pruned_seq, pruned_rev)."""
         self.time = 0
+        self.inner: set[bytes] = set()
+        """Frames that others of the same rev follow: no badge is to be judged by them."""
         self.badge_at: dict[int, int] = {0: 0}
         """By rev what a badge has to show there: the unread ones that can be seen."""
-        self.unread_at: dict[int, int] = {0: 0}
-        """By rev what the stream's row counted."""
 
     @property
     def badge(self) -> int:
@@ -74,17 +76,9 @@ class Store:
             if not self.hidden(r.seq)
         )
 
-    @property
-    def unread(self) -> int:
-        """As the stream's row counts."""
-        return sum(
-            r.read_ms is None and r.archived_ms is None and r.dismissed_ms is None and r.retracted_ms is None
-            for r in self.rows
-        )
-
     def head(self) -> Head:
         """Position as committed."""
-        return Head(self.epoch, self.seq, self.rev, self.unread, *self.known_pruned)
+        return Head(self.epoch, self.seq, self.rev, self.badge, *self.known_pruned)
 
     def pruned_to(self) -> tuple[int, int]:
         """(pruned_seq, pruned_rev) of the stream's row."""
@@ -107,8 +101,8 @@ class Store:
         row = NotificationRow(id_of(self.seq), self.seq, self.rev, self.rev, '"title":"v0"')
         row.expires_ms = NOW_MS - 1 if expired else None
         self.rows.append(row)
-        self.badge_at[self.rev], self.unread_at[self.rev] = self.badge, self.unread
-        return New(row.id, row.seq, row.rev, self.unread, row.content)
+        self.badge_at[self.rev] = self.badge
+        return New(row.id, row.seq, row.rev, self.badge, row.content, expired)
 
     def change(self, op: str, seqs: list[int], upto: int = 0) -> Changed | None:
         """Commit a change; None if it changes nothing."""
@@ -143,8 +137,10 @@ class Store:
         for row in hit:
             row.rev = self.rev
             self.changed.add(row.seq)
-        self.badge_at[self.rev], self.unread_at[self.rev] = self.badge, self.unread
-        return Changed(self.seq, self.rev, self.unread, self._frames(op, hit, at, upto), op == "edit")
+        self.badge_at[self.rev] = self.badge
+        frames = self._frames(op, hit, at, upto)
+        self.inner.update(frames[:-1])
+        return Changed(self.seq, self.rev, self.badge, frames, op == "edit")
 
     def _frames(self, op: str, hit: list[NotificationRow], at: int, upto: int) -> list[bytes]:
         ids = [row.id for row in hit]
@@ -379,11 +375,11 @@ class Wire:
         """The next frame reaches the client. Live ones leave a right badge behind, each."""
         raw = self.written.pop(0)
         self.client.handle(raw)
-        if self.live_at is None:
+        if self.live_at is None or raw in self.client.store.inner:
             return
         frame = json.loads(raw)
         rev = frame.get("rev") or frame.get("notification", {}).get("rev", 0)
-        if rev > self.live_at and frame["type"] != "NOTIFICATION_UPDATED":  # else more of this rev follows
+        if rev > self.live_at:
             shown, right = self.client.badge, self.client.store.badge_at[rev]
             assert shown == right, f"{frame['type']} brings the badge to {shown}, at rev {rev} it is {right}"
             self.live_at = rev

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from carillon.attention import AWAY
 from carillon.change_frames import change_frames
 from carillon.ids import uuid_text
 from carillon.notification import NotificationRow
@@ -21,6 +22,7 @@ from carillon.session import (
     LoadNotifications,
     Phase,
     PresenceChanged,
+    PushSignal,
     Send,
     Session,
     SessionLimits,
@@ -390,6 +392,22 @@ def test_the_oldest_connection_goes() -> None:
     assert isinstance(sent, Send)
     assert oldest not in sent.to
     assert len(sent.to) == 3
+
+
+def test_what_was_held_for_the_oldest_connection_is_sent() -> None:
+    """A push held since a focused device showed its item is due once that device had to go and grace ends."""
+    kit = Kit()
+    oldest = kit.attach_live()
+    kit.look(oldest, "focused")
+    kit.publish()
+    kit.session.push_planned(id_of(1), 1, None, NOW_MS + 5000, NOW_MS + 60_000, kit.now, NOW_MS)
+    kit.ack(oldest, 1)
+    for _ in range(LIMITS.max_connections):
+        kit.attach_live()
+    due = kit.session.next_deadline()
+    assert due is not None
+    assert due <= kit.now + LIMITS.grace_s
+    assert PushSignal((id_of(1),), AWAY) in kit.session.tick(due, NOW_MS)
 
 
 def test_presence_follows_attention_and_grace() -> None:

@@ -31,6 +31,8 @@ from tests.unit.session_model import NOW_MS, Changed, Client, New, Store, Wire, 
 
 OPS = ("read", "seen", "click", "dismiss", "archive", "retract", "edit", "read_all")
 pick = st.integers(0, 1000)
+rarely = st.sampled_from((False, False, False, True))
+"""Whether a fault happens that undoes much: else few sessions would ever come to rest."""
 
 
 class Load:
@@ -80,8 +82,9 @@ class SessionMachine(RuleBasedStateMachine):
         page=st.sampled_from((1, 2, 3)),
         connections=st.sampled_from((2, 20)),
         earlier=st.integers(0, 6),
+        live=st.integers(0, 2),
     )
-    def start(self, window: int, page: int, connections: int, earlier: int) -> None:
+    def start(self, window: int, page: int, connections: int, earlier: int, live: int) -> None:
         self.limits = SessionLimits(recent_window=window, replay_page=page, max_connections=connections)
         self.store = Store()
         for _ in range(earlier):
@@ -97,6 +100,9 @@ class SessionMachine(RuleBasedStateMachine):
         self.by_attachment: dict[Attachment, Wire] = {}
         self.pushes: dict[bytes, Row] = {}
         self.told: dict[int, tuple[str, str | None]] = {}  # what each wire's gateway remembers of VISIBILITY
+        for number in range(live):
+            self.connect(0, "fresh")
+            self.all_arrives(number)
 
     # -- the shell ------------------------------------------------------------------------------------
 
@@ -147,7 +153,7 @@ class SessionMachine(RuleBasedStateMachine):
     def welcomed(self, send: Send) -> None:
         """A WELCOME's count is true for the rev beside it, whatever has happened since."""
         told = json.loads(send.frame)
-        assert told["unreadCount"] == self.store.unread_at[told["rev"]], "the count is of another rev"
+        assert told["unreadCount"] == self.store.badge_at[told["rev"]], "the count is of another rev"
 
     def attach(self, wire: Wire, position: tuple[str, int, int | None] | None, **more: Any) -> None:
         self.numbers += 1
@@ -199,13 +205,14 @@ class SessionMachine(RuleBasedStateMachine):
         due_ms, hold_ms = NOW_MS + round(wait * 1000), NOW_MS + round(HOLD * 1000)
         self.run(self.session.push_planned(commit.id, commit.seq, gate, due_ms, hold_ms, self.now, NOW_MS))
 
-    def dealt_with(self) -> None:
+    def dealt_with(self, told: bool = True) -> None:
         """The change's own statement cancels what waits."""
         for note in self.store.rows:
             row = self.pushes.get(note.id)
             seen = note.seen_ms or note.read_ms or note.dismissed_ms or note.archived_ms or note.retracted_ms
             if row is not None and seen and row.state == "planned":
                 row.state, row.why = "cancelled", "seen"
+            if row is not None and seen and told:
                 self.session.dealt_with([note.id])
 
     def tell(self) -> None:
@@ -217,16 +224,22 @@ class SessionMachine(RuleBasedStateMachine):
             )
             return
         try:
-            effects = self.session.deliver(commit.id, commit.seq, commit.rev, commit.unread, commit.content)
+            if commit.expired:
+                effects = self.session.pass_over(commit.seq, commit.rev, commit.unread)
+            else:
+                effects = self.session.deliver(
+                    commit.id, commit.seq, commit.rev, commit.unread, commit.content
+                )
         except ValueError:
             head = self.store.head()._replace(seq=commit.seq, rev=commit.rev, unread=commit.unread)
             effects = self.session.heal(head)
         self.run(effects)
-        self.plan_push(commit)
+        if not commit.expired:
+            self.plan_push(commit)
 
     # -- what happens to the stream -------------------------------------------------------------------
 
-    @rule(tell=st.booleans(), expired=st.sampled_from((False, False, False, True)))
+    @rule(tell=st.booleans(), expired=rarely)
     def publish(self, tell: bool, expired: bool) -> None:
         self.untold.append(self.store.append(expired))
         while tell and self.untold:
@@ -239,18 +252,22 @@ class SessionMachine(RuleBasedStateMachine):
         seqs = [n % self.store.seq + 1 for n in which]
         commit = self.store.change(op, seqs, upto=seqs[0])
         if commit is not None:
+            self.dealt_with(told=False)
             self.untold.append(commit)
         while tell and self.untold:
             self.tell()
 
-    @rule(op=st.sampled_from(("new", *OPS)), which=pick)
-    def another_writer(self, op: str, which: int) -> None:
+    @rule(happens=rarely, op=st.sampled_from(("new", *OPS)), which=pick)
+    def another_writer(self, happens: bool, op: str, which: int) -> None:
         """A commit that nobody tells this session of."""
+        if not happens:
+            return
         if op == "new":
             self.store.append()
         elif self.store.seq:
             seq = which % self.store.seq + 1
             self.store.change(op, [seq], upto=seq)
+            self.dealt_with(told=False)
 
     @precondition(lambda self: self.untold)
     @rule()
@@ -282,18 +299,20 @@ class SessionMachine(RuleBasedStateMachine):
         return [w for w in self.wires if w.attachment is not None]
 
     @precondition(lambda self: self.attached())
-    @rule(which=pick, without_rev=st.sampled_from((False, False, True)))
+    @rule(which=pick, without_rev=rarely)
     def first_frame(self, which: int, without_rev: bool) -> None:
         """The first client frame: RESUME by a client that has a position, else another."""
         wires = [w for w in self.attached() if w.welcomed and w.resume is None]
         if not wires:
             return
-        wire = wires[which % len(wires)]
+        self.first(wires[which % len(wires)], not without_rev)
+
+    def first(self, wire: Wire, with_rev: bool) -> None:
         assert wire.attachment is not None
         while wire.written and not wire.client.welcomes:
             wire.client_takes()
         if wire.client.asked:
-            wire.resume = wire.client.position(not without_rev)
+            wire.resume = wire.client.position(with_rev)
             wire.ready = True
             self.run(self.session.resume(wire.attachment, *wire.resume, self.now, NOW_MS))
         else:
@@ -301,9 +320,11 @@ class SessionMachine(RuleBasedStateMachine):
             self.run(self.session.ready(wire.attachment))
 
     @precondition(lambda self: self.wires)
-    @rule(which=pick, clean=st.booleans(), frames=st.integers(0, 9))
-    def socket_lost(self, which: int, clean: bool, frames: int) -> None:
+    @rule(happens=rarely, which=pick, clean=st.booleans(), frames=st.integers(0, 9))
+    def socket_lost(self, happens: bool, which: int, clean: bool, frames: int) -> None:
         """The client got some of what was written to it."""
+        if not happens:
+            return
         wire = self.wires.pop(which % len(self.wires))
         for _ in range(min(frames, len(wire.written))):
             wire.client_takes()
@@ -314,17 +335,21 @@ class SessionMachine(RuleBasedStateMachine):
             assert self.session.detach(attachment, clean, self.now, NOW_MS) == []
 
     @precondition(lambda self: self.attached())
-    @rule(which=pick)
-    def link_lost(self, which: int) -> None:
+    @rule(happens=rarely, which=pick)
+    def link_lost(self, happens: bool, which: int) -> None:
         """What was on its way to the gateway is gone; it attaches again where it is."""
+        if not happens:
+            return
         wires = self.attached()
         wire = wires[which % len(wires)]
         self.lose_attachment(wire)
         self.reattach(wire)
 
-    @rule()
-    def shard_restarts(self) -> None:
+    @rule(happens=rarely)
+    def shard_restarts(self, happens: bool) -> None:
         """A new session from the store, every socket attached again."""
+        if not happens:
+            return
         self.by_attachment.clear()
         self.loads.clear()
         self.untold.clear()
@@ -356,8 +381,20 @@ class SessionMachine(RuleBasedStateMachine):
         for _ in range(min(frames, len(wire.written))):
             wire.client_takes()
 
+    @precondition(lambda self: self.wires)
+    @rule(which=pick)
+    def all_arrives(self, which: int) -> None:
+        """A fast link and a client that asks for what it missed: it catches up as the store answers."""
+        wire = self.wires[which % len(self.wires)]
+        while wire.in_flight:
+            wire.gateway_takes()
+        while wire.written:
+            wire.client_takes()
+        if wire.welcomed and wire.attachment is not None and wire.resume is None and not wire.ready:
+            self.first(wire, True)
+
     @precondition(lambda self: self.attached())
-    @rule(which=pick, spurious=st.sampled_from((False, False, False, True)))
+    @rule(which=pick, spurious=rarely)
     def drained(self, which: int, spurious: bool) -> None:
         wires = [w for w in self.attached() if w.drain_due or spurious]
         if wires:
@@ -414,7 +451,7 @@ class SessionMachine(RuleBasedStateMachine):
                 assert all(s <= min(seq, attachment.cursor_seq) for s in seqs), "only what it was sent"
         if wire.welcomed and not single and attachment.cursor_seq >= wire.acked_seq:
             for raw, row in self.pushes.items():
-                if before < row.seq <= wire.acked_seq:
+                if before < row.seq <= wire.acked_seq and row.why != "seen":
                     assert row.acknowledged, f"{raw!r} was acknowledged and its push did not hear of it"
 
     @precondition(lambda self: self.attached())
@@ -465,7 +502,9 @@ class SessionMachine(RuleBasedStateMachine):
     @invariant()
     def badges_are_right(self) -> None:
         """Whoever is live and has taken everything shows what the store has; so it stays, frame by frame."""
-        if not hasattr(self, "session") or self.session.rev != self.store.rev:
+        if not hasattr(self, "session"):
+            return
+        if (self.session.seq, self.session.rev) != (self.store.seq, self.store.rev):
             return  # a commit is still to be told
         for wire in self.attached():
             assert wire.attachment is not None
@@ -546,6 +585,5 @@ class SessionMachine(RuleBasedStateMachine):
 
 # A failure is shrunk for up to five minutes before it is shown.
 TestSession = pytest.mark.timeout(1800)(SessionMachine.TestCase)
-# The same examples in each run: a rare one, with several writers of a stream, is known to fail. It is to be
-# looked for on purpose (derandomize=False), not met by chance.
-TestSession.settings = settings(max_examples=200, stateful_step_count=40, deadline=None, derandomize=True)
+# The same examples in each run; derandomize=False looks at others.
+TestSession.settings = settings(max_examples=500, stateful_step_count=60, deadline=None, derandomize=True)
