@@ -82,6 +82,7 @@ _TABLE: Final[dict[str, tuple[int, str]]] = {
     "idempotency_conflict": (422, "The idempotency key was used with another body"),
     "busy": (429, "Too many requests at once"),
     "rate_limited": (429, "Too many requests"),
+    "too_many": (429, "Too many at once"),
     "internal": (500, "Internal error"),
     "unavailable": (503, "Temporarily unavailable"),
     "store_unavailable": (503, "Temporarily unavailable"),

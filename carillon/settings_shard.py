@@ -286,6 +286,13 @@ class BroadcastSettings:
     retry_s: float = setting(
         0.5, "Pause after a chunk that could not be written before it is tried again.", low=0.01, unit="s"
     )
+    max_open: int = setting(
+        20, "Broadcasts of a tenant that run or are paused; another one is 429 `too_many`.", low=1
+    )
+    max_scheduled: int = setting(
+        200, "Broadcasts of a tenant that wait for their `scheduleAt`; another one is 429.", low=1
+    )
+    full_retry_s: float = setting(10.0, "Retry-After of that answer.", low=1.0, unit="s")
     failures_kept: int = setting(1000, "Users of a broadcast whose failure is listed.", low=0)
     keep_s: float = setting(
         2_592_000.0,

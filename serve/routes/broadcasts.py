@@ -43,7 +43,7 @@ from serve.routes.bodies import known_query
 from serve.routing import SERVICE, Query, Route
 from serve.schemas import INSTANT, USER_ID, UUID, WHOLE, nullable, obj, text
 from serve.services import Services
-from stores.postgres.broadcasts import BroadcastRecord, NewBroadcast
+from stores.postgres.broadcasts import BroadcastRecord, NewBroadcast, TooManyError
 
 MAX_LIMIT: Final = 100
 DEFAULT_LIMIT: Final = 20
@@ -143,8 +143,15 @@ async def start(
         SCHEDULED if start_ms > now_ms else RUNNING, max(start_ms, now_ms),
         None if key is None else f"broadcasts:{key}", body_hash,
     )  # fmt: skip
+    settings = services.settings.broadcast
+    scheduled = new.state == SCHEDULED
+    most = settings.max_scheduled if scheduled else settings.max_open
     try:
-        return await services.broadcasts.add(tenant, new, now_ms)
+        return await services.broadcasts.add(tenant, new, now_ms, most)
+    except TooManyError:
+        doing = "wait for their time" if scheduled else "run or are paused"
+        told = f"at most {most} broadcasts of a tenant {doing}: wait for one to end, or cancel one"
+        raise ProblemError(problem("too_many", told, retry_after_s=settings.full_retry_s)) from None
     except IdempotencyConflictError:
         told = "the idempotency key was used with another body"
         raise ProblemError(problem("idempotency_conflict", told)) from None

@@ -45,8 +45,15 @@ _ROW: Final = ", ".join(
 )
 
 
+_MANY: Final = 1 << 60
 COUNT_S: Final = 2.0
 """Longest count of an audience."""
+
+
+class TooManyError(UnavailableError):
+    """The tenant has as many broadcasts as it may: nothing was kept."""
+
+    code = "too_many"
 
 
 class NotRunningError(UnavailableError):
@@ -173,22 +180,32 @@ class BroadcastStore:
 
     # -- the ingress -----------------------------------------------------------------------------------
 
-    async def add(self, tenant: str, new: NewBroadcast, now_ms: int) -> tuple[bytes, bool]:
+    async def add(
+        self, tenant: str, new: NewBroadcast, now_ms: int, most: int | None = None
+    ) -> tuple[bytes, bool]:
         """Keep a broadcast: (id, whether it was there already).
+
+        Args:
+            most: how many the tenant may have of its kind: if it is scheduled those that wait for their time,
+                else those that began and have not ended. None: any number.
 
         Raises:
             IdempotencyConflictError: its key was used with another body.
+            TooManyError: the tenant has so many.
         """
-        async with acquired(self._pool, self._timeout_s) as connection:
+        async with acquired(self._pool, self._timeout_s) as connection, connection.transaction():
+            await connection.execute(self.sql["turn"], tenant)
             row = await connection.fetchrow(
                 self.sql["add"], UUID(bytes=new.id), tenant,
                 msgspec.json.encode(new.recipients.json()).decode(), new.event, new.state,
-                new.start_ms / 1000, new.key, new.body_hash, now_ms / 1000,
+                new.start_ms / 1000, new.key, new.body_hash, now_ms / 1000, _MANY if most is None else most,
             )  # fmt: skip
             if row is not None:
                 return new.id, False
             known = await connection.fetchrow(self.sql["known"], tenant, new.key)
-        if known is None or known["body_hash"] != new.body_hash:
+        if known is None:
+            raise TooManyError(f"expected fewer than {most} such broadcasts, the tenant has as many")
+        if known["body_hash"] != new.body_hash:
             raise IdempotencyConflictError("the idempotency key was used with another body")
         return known["broadcast_id"].bytes, True
 

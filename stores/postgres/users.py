@@ -10,14 +10,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import asyncpg
 
-from carillon.errors import FencedError
+from carillon.errors import FencedError, UnavailableError
 from carillon.profiles import Profile
 from stores.postgres.named import load_queries
 from stores.postgres.pool import acquired
+
+_TRIES: Final = 10
+
+
+class _NamedMeanwhileError(Exception):
+    """Between the lock of the lists and that of the stream the user came into another list."""
 
 
 @dataclass(slots=True)
@@ -96,11 +102,30 @@ class UserStore:
 
         Atomicity: after the commit nothing is found under the user's name; whoever loads the user makes a new
         stream with a new epoch.
+
+        Ordering: what names the user in a list is locked before the user's stream, as a chunk of a broadcast
+        does; what came to name the user between the two has the erasure begin again.
+
+        Raises:
+            UnavailableError: that happened each of `_TRIES` times.
         """
-        async with self._fenced(shard, term) as connection:
-            stream = await connection.fetchval(self._sql["lock_stream"], tenant, user)
-            await connection.execute(self._sql["erase"], tenant, user, slot, stream, now_ms / 1000)
-            rows = await connection.fetch(self._sql["erasures_of"], tenant, user, since_ms / 1000)
+        for _ in range(_TRIES):
+            try:
+                async with self._fenced(shard, term) as connection:
+                    return await self._erase(connection, tenant, user, slot, now_ms, since_ms)
+            except _NamedMeanwhileError:
+                continue
+        raise UnavailableError("the user is named in new broadcasts or schedules all the time")
+
+    async def _erase(
+        self, connection: Any, tenant: str, user: str, slot: int, now_ms: int, since_ms: int
+    ) -> list[Erasure] | None:
+        lists = await connection.fetchrow(self._sql["lock_lists"], tenant, user)
+        stream = await connection.fetchval(self._sql["lock_stream"], tenant, user)
+        if await connection.fetchval(self._sql["missed_lists"], tenant, user, *lists):
+            raise _NamedMeanwhileError
+        await connection.execute(self._sql["erase"], tenant, user, slot, stream, now_ms / 1000, *lists)
+        rows = await connection.fetch(self._sql["erasures_of"], tenant, user, since_ms / 1000)
         if not rows:
             return None
         return [Erasure(row["erasure_id"], row["stream_id"]) for row in rows if row["open"]]

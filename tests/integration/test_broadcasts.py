@@ -267,3 +267,38 @@ async def test_the_command_line(world: World, capsys: pytest.CaptureFixture[str]
     assert (status, out) == (0, f"[{'#' * 30}] 100%  2/2  done  1 delivered  1 failed\n")
     assert (await cli(world, capsys, "cancel", broadcast))[0] == 1
     assert (await cli(world, capsys, "show", "nonsense"))[0] == 1
+
+
+async def test_a_tenant_has_so_many(world: World) -> None:
+    """Beyond its number of running ones, or of scheduled ones, another is 429 that says so, however many ask
+    at once; a known key, another tenant and one that ended are none."""
+    services = world.ingress.app.services
+    before = services.settings
+    services.settings = before.with_values(broadcast={"max_open": 3, "max_scheduled": 1, "full_retry_s": 7.0})
+    try:
+        body = {"audience": "all", "event": EVENT}
+        first = await post(world, {**body, "idempotencyKey": "first"})
+        answers = await asyncio.gather(*(post(world, body) for _ in range(8)))
+        made = [answer.json()["broadcastId"] for answer in answers if answer.status_code == 202]
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert (len(made), len(refused)) == (2, 6)
+        assert refused[0].headers["retry-after"] == "7"
+        told = refused[0].json()
+        assert (told["code"], told["temporary"]) == ("too_many", True)
+        assert told["detail"] == (
+            "at most 3 broadcasts of a tenant run or are paused: wait for one to end, or cancel one"
+        )
+        again = await post(world, {**body, "idempotencyKey": "first"})
+        assert again.json()["broadcastId"] == first.json()["broadcastId"]
+        to_topic = await post(world, {**EVENT, "topic": "goals"}, "/v1/events")
+        assert (to_topic.status_code, to_topic.json()["code"]) == (429, "too_many")
+        others = world.service(world.other_key)
+        assert (await world.http.post("/v1/broadcasts", json=body, headers=others)).status_code == 202
+        later = {**body, "scheduleAt": rfc3339(world.clock.now_ms() + 60_000)}
+        assert [(await post(world, later)).status_code for _ in range(2)] == [202, 429]
+        await post(world, {}, f"/v1/broadcasts/{made[0]}/pause")
+        assert (await post(world, body)).status_code == 429
+        await post(world, {}, f"/v1/broadcasts/{made[1]}/cancel")
+        assert (await post(world, body)).status_code == 202
+    finally:
+        services.settings = before

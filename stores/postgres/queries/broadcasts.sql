@@ -1,13 +1,20 @@
 -- Broadcasts. Times are parameters in seconds since the epoch.
 
+-- name: turn
+-- Broadcasts of a tenant are made one after the other: each counts those before. $1 tenant.
+select pg_advisory_xact_lock(hashtextextended('broadcasts:' || $1, 0));
+
 -- name: add
--- A row comes back unless the key is known. $1 id, $2 tenant, $3 audience, $4 event, $5 state, $6 start, $7 key, $8 hash,
--- $9 now. What is not scheduled has begun.
+-- A row comes back unless the key is known, or the tenant has $10 of the kind: that wait for their time, or that run or
+-- are paused. $1 id, $2 tenant, $3 audience, $4 event, $5 state, $6 start, $7 key, $8 hash, $9 now. What is not scheduled
+-- has begun.
 insert into broadcasts
     (broadcast_id, tenant, audience, event, state, start_at, started_at, resumed_at, idempotency_key, body_hash,
      created_at, updated_at)
-values ($1, $2, $3, $4, $5, to_timestamp($6), case when $5 = 'running' then to_timestamp($6) end,
-        case when $5 = 'running' then to_timestamp($6) end, $7, $8, to_timestamp($9), to_timestamp($9))
+select $1, $2, $3, $4, $5, to_timestamp($6), case when $5 = 'running' then to_timestamp($6) end,
+       case when $5 = 'running' then to_timestamp($6) end, $7, $8, to_timestamp($9), to_timestamp($9)
+where (select count(*) from broadcasts
+       where tenant = $2 and ended_at is null and (started_at is null) = ($5 = 'scheduled')) < $10
 on conflict (tenant, idempotency_key) where idempotency_key is not null do nothing
 returning broadcast_id;
 
@@ -171,6 +178,6 @@ returning b.broadcast_id;
 delete from broadcast_slots where broadcast_id = $1;
 
 -- name: prune
--- Broadcasts that ended before $1, some at a time.
+-- Broadcasts that ended before $1, some at a time; one that an erasure works on is left for the next time.
 delete from broadcasts where broadcast_id in (
-    select broadcast_id from broadcasts where ended_at < to_timestamp($1) limit 20);
+    select broadcast_id from broadcasts where ended_at < to_timestamp($1) limit 20 for update skip locked);

@@ -83,4 +83,5 @@ select (select count(*) from fence) as fenced, (select count(*) from done) as do
 -- name: prune
 -- Schedules that ended before $1, some at a time.
 delete from schedules where (tenant, schedule_id) in (
-    select tenant, schedule_id from schedules where state <> 'active' and updated_at < to_timestamp($1) limit 1000);
+    select tenant, schedule_id from schedules where state <> 'active' and updated_at < to_timestamp($1) limit 1000
+    for update skip locked);

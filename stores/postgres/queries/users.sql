@@ -29,13 +29,39 @@ select count(*) from fence;
 -- $1 shard, $2 term.
 select term from shards where shard = $1 and term = $2 for share;
 
+-- name: lock_lists
+-- Broadcasts and schedules that name the user, locked in an order before the stream is: a chunk of a broadcast locks its
+-- broadcast and then streams, and two that wait for one another would end one of them. $1 tenant, $2 user.
+with of_schedules as materialized (
+    select schedule_id from schedules
+    where tenant = $1 and user_id is null and event like '%"userIds"%' and (event::jsonb -> 'userIds') ? $2::text
+    order by schedule_id for no key update
+),
+of_broadcasts as materialized (
+    select broadcast_id from broadcasts
+    where tenant = $1 and audience like '%"userIds"%' and (audience::jsonb -> 'userIds') ? $2::text
+    order by broadcast_id for no key update
+)
+select array(select schedule_id from of_schedules) as schedules,
+       array(select broadcast_id from of_broadcasts) as broadcasts;
+
+-- name: missed_lists
+-- Whether more of them name the user by now. $1 tenant, $2 user, $3 schedules, $4 broadcasts that are locked.
+select exists (select from schedules
+               where tenant = $1 and user_id is null and event like '%"userIds"%'
+                 and (event::jsonb -> 'userIds') ? $2::text and schedule_id <> all ($3::uuid[]))
+    or exists (select from broadcasts
+               where tenant = $1 and audience like '%"userIds"%' and (audience::jsonb -> 'userIds') ? $2::text
+                 and broadcast_id <> all ($4::uuid[]));
+
 -- name: lock_stream
 -- Whoever appends waits until the erasure is through, and then finds no stream. $1 tenant, $2 user.
 select stream_id from streams where tenant = $1 and user_id = $2 for update;
 
 -- name: erase
 -- Everything that has the user's name on it, in one statement; what hangs on the stream has no owner any more and
--- goes in pieces (`purge`). $1 tenant, $2 user, $3 slot, $4 stream (null: none), $5 now.
+-- goes in pieces (`purge`). $1 tenant, $2 user, $3 slot, $4 stream (null: none), $5 now, $6 schedules and $7 broadcasts
+-- that are locked: what came to name the user after that came after the erasure.
 with gone_stream as (delete from streams where tenant = $1 and user_id = $2 returning 1),
 gone_devices as (delete from devices where tenant = $1 and user_id = $2 returning 1),
 gone_preferences as (delete from preferences where tenant = $1 and user_id = $2 returning 1),
@@ -49,8 +75,7 @@ left_schedules as (  -- those for several go on without this one
         state = case when s.state = 'active' and jsonb_array_length((s.event::jsonb -> 'userIds') - $2::text) = 0
                      then 'cancelled' else s.state end,
         updated_at = to_timestamp($5)
-    where s.tenant = $1 and s.user_id is null and s.event like '%"userIds"%'
-      and (s.event::jsonb -> 'userIds') ? $2::text
+    where s.tenant = $1 and s.schedule_id = any ($6::uuid[])
     returning 1
 ),
 gone_failures as (
@@ -69,7 +94,7 @@ left_broadcasts as (
                  state in ('scheduled', 'running', 'paused')
                      and jsonb_array_length((audience::jsonb -> 'userIds') - $2::text) = 0 as over
           from broadcasts
-          where tenant = $1 and audience like '%"userIds"%' and (audience::jsonb -> 'userIds') ? $2::text) as o
+          where tenant = $1 and broadcast_id = any ($7::uuid[])) as o
     where b.broadcast_id = o.broadcast_id
     returning 1
 ),
