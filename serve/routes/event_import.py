@@ -2,6 +2,10 @@
 
 The body is read as fast as its events are stored: while one batch is on its way the next is read, then
 nothing is until the first has its outcomes. TCP tells the sender.
+
+Behind Serve's route that holds only for requests with `X-Request-Disconnect-Disabled: ?1`: to notice callers
+who hang up Serve reads every other body ahead, as fast as it comes and into memory without a bound (Ray 2.60,
+ASGIDIReceiveProxy). What comes without the header there has to be of a known, bounded length.
 """
 
 from __future__ import annotations
@@ -15,14 +19,15 @@ import msgspec
 
 from carillon.errors import CarillonError
 from carillon.event_rules import Text, text_error
-from carillon.events import ProblemError, refused
+from carillon.events import NotPlainError, ProblemError, refused
 from carillon.events import Request as ParsedEvents
 from carillon.lines import TOO_LONG, LineSplitter
 from carillon.messages import Outcome
 from carillon.problems import Problem, problem, problem_document, problem_of
-from serve.http import PATIENT, ClientGoneError, Request, Response, json_response
+from serve.http import BEHIND_SERVE, PATIENT, ClientGoneError, Request, Response, json_response
 from serve.limits import admit_patiently
 from serve.routes.bodies import known_query
+from serve.routes.broadcasts import to_topic
 from serve.routes.events import outcome_problem, parse_events, publish_some
 from serve.routing import SERVICE, Query, Route
 from serve.schemas import WHOLE, obj, ref
@@ -32,11 +37,14 @@ log = logging.getLogger(__name__)
 
 MAX_KEY: Final = 200
 _KEY: Final = Text(1, MAX_KEY)
+UNBUFFERED: Final = b"x-request-disconnect-disabled"
+"""Header, `?1`: Serve hands the body on as it is read."""
 _AGAIN: Final = frozenset({"busy", "unavailable", "store_unavailable"})
 """Failures that pass: the events are sent again, and nothing more is read meanwhile."""
 _encode: Final = msgspec.json.Encoder().encode
 _any: Final = msgspec.json.Decoder(msgspec.Raw).decode
 _object: Final = msgspec.json.Decoder(dict[str, Any]).decode
+_value: Final = msgspec.json.Decoder(Any).decode
 
 
 class _Import:
@@ -51,12 +59,12 @@ class _Import:
         self.failed = 0
         self.replayed = 0
         self.statuses: dict[str, int] = {}
-        self.failures: list[tuple[int, Problem]] = []
-        self._fresh: list[tuple[int, Problem]] = []
+        self.failures: list[tuple[int, Problem, str | None]] = []
+        self._fresh: list[tuple[int, Problem, str | None]] = []
 
-    def fail(self, line: int, told: Problem) -> None:
+    def fail(self, line: int, told: Problem, user: str | None = None) -> None:
         self.failed += 1
-        self._fresh.append((line, told))
+        self._fresh.append((line, told, user))
 
     def answer(self, *, complete: bool, read: int) -> Response:
         request_id = self.request.request_id.decode()
@@ -71,8 +79,12 @@ class _Import:
                 "failed": self.failed,
                 "statuses": self.statuses,
                 "failures": [
-                    {"line": line, "error": problem_document(told, request_id)}
-                    for line, told in self.failures
+                    {
+                        "line": line,
+                        **({} if user is None else {"userId": user}),
+                        "error": problem_document(told, request_id),
+                    }
+                    for line, told, user in self.failures
                 ],
             },
             200,
@@ -92,10 +104,50 @@ class _Import:
         good: list[tuple[int, bytes]] = []
         for number, line in batch:
             told = self._unreadable(line)
-            if told is None:
-                good.append((number, self._keyed(number, line)))
-            else:
+            if told is not None:
                 self.fail(number, told)
+                continue
+            line = self._keyed(number, line)
+            if _for_many(line):
+                await self._store_plain(good)  # a user's events are stored in the order of the lines
+                good = []
+                await self._store_one(number, line)
+            else:
+                good.append((number, line))
+        await self._store_plain(good)
+
+    async def _store_one(self, number: int, line: bytes) -> None:
+        """Store a line that is for several users, or for a topic."""
+        try:
+            parsed = await parse_events(self.services, line, None, self.request.tenant, self._deadline())
+        except NotPlainError as wanted:
+            await self._to_topic(number, wanted.document)
+            return
+        except CarillonError as exc:
+            self.fail(number, exc.problem if isinstance(exc, ProblemError) else problem_of(exc))
+            return
+        slots = parsed.slots or ()
+        self.lines += len(slots) - 1
+        try:
+            await self._publish(parsed, [number] * len(slots))
+        except CarillonError as exc:
+            for slot in slots:
+                self.fail(number, problem_of(exc), slot.user)
+
+    async def _to_topic(self, number: int, document: dict[str, Any]) -> None:
+        caller = self.request.caller
+        limits = () if caller is None else caller.limits
+        try:
+            if limits:
+                await admit_patiently(self.services, limits, 1)
+            answer = await to_topic(self.services, document, self.request.tenant, None, self._deadline(), ())
+        except CarillonError as exc:
+            self.fail(number, exc.problem if isinstance(exc, ProblemError) else problem_of(exc))
+        else:
+            self.replayed += bool(answer.headers)
+            self.statuses["broadcast"] = self.statuses.get("broadcast", 0) + 1
+
+    async def _store_plain(self, good: list[tuple[int, bytes]]) -> None:
         if not good:
             return
         deadline = self._deadline()
@@ -108,8 +160,7 @@ class _Import:
                 self.fail(good[0][0], exc.problem)
                 return
             for one in good:  # what is wrong with one of them is no reason to refuse the others
-                self.lines -= 1
-                await self.store([one])
+                await self._store_plain([one])
             return
         except CarillonError as exc:
             self._fail_all(good, exc)
@@ -152,7 +203,7 @@ class _Import:
         for number, slot in zip(numbers, parsed.slots, strict=True):
             refusal = slot.refused if slot.event < 0 else outcome_problem(outcomes[slot.event])
             if refusal is not None:
-                self.fail(number, refusal)
+                self.fail(number, refusal, slot.user)
                 continue
             outcome = outcomes[slot.event]
             self.replayed += outcome.replayed
@@ -180,6 +231,29 @@ class _Import:
         return line[:-1] + b',"idempotencyKey":' + _encode(f"{self.key}#{number}") + b"}"
 
 
+def _for_many(line: bytes) -> bool:
+    """Whether a readable line names several users, or a topic."""
+    if b'"userIds"' not in line and b'"topic"' not in line:
+        return False
+    document = _value(line)
+    return isinstance(document, dict) and (
+        document.get("userIds") is not None or document.get("topic") is not None  # pyright: ignore[reportUnknownMemberType]
+    )
+
+
+def _check_door(request: Request, limit: int) -> None:
+    """Refuse what Serve would read into memory whole, however long it is."""
+    if BEHIND_SERVE not in request.scope or request.header(UNBUFFERED) == b"?1":
+        return
+    length = request.header(b"content-length") or b""
+    if not length.isdigit() or int(length[:18]) > limit:
+        told = (
+            f"through this door an import of more than {limit} bytes, or of unknown length, needs the header "
+            "X-Request-Disconnect-Disabled: ?1"
+        )
+        raise ProblemError(problem("too_large", told, headers=(("Connection", "close"),)))
+
+
 async def import_events(services: Services, request: Request) -> Response:
     """POST /v1/events/import."""
     known_query(request)
@@ -188,8 +262,9 @@ async def import_events(services: Services, request: Request) -> Response:
     wrong = None if key is None else text_error("Idempotency-Key", key, _KEY)
     if wrong is not None:
         raise refused(f"expected Idempotency-Key to be {wrong.expected}, got {wrong.got}", [wrong])
-    request.scope[PATIENT] = True  # the door lets it take its time; here every piece has to come in time
     settings = services.settings.ingress
+    _check_door(request, settings.max_request_bytes)
+    request.scope[PATIENT] = True  # the door lets it take its time; here every piece has to come in time
     one = _Import(services, request, key)
     lines = LineSplitter(settings.import_line_bytes)
     waiting: list[tuple[int, bytes]] = []
@@ -248,7 +323,9 @@ _ANSWER: Final = obj(
         "replayed": WHOLE, "failed": WHOLE, "statuses": {"type": "object", "additionalProperties": WHOLE},
         "failures": {
             "type": "array",
-            "items": obj({"line": WHOLE, "error": ref("Problem")}, ["line", "error"]),
+            "items": obj(
+                {"line": WHOLE, "userId": {"type": "string"}, "error": ref("Problem")}, ["line", "error"]
+            ),
         },
     },
     ["complete", "lines", "events", "accepted", "replayed", "failed", "statuses", "failures"],
@@ -257,14 +334,20 @@ _ANSWER: Final = obj(
 ROUTES: Final = (
     Route(
         "POST", "/v1/events/import", import_events, SERVICE, "Send a stream of events", scope="events:write",
-        doc="Body: lines of JSON (application/x-ndjson), each an event for one user, of any number. Read as "
-        "fast as they are stored. A line that fails does not fail the others; the first "
-        "`ingress.import_failures` are told.",
+        doc="Body: lines of JSON (application/x-ndjson), each an event as POST /v1/events takes it (with "
+        "`userIds`: one for each), of any number. Read as fast as they are stored. A line that fails does "
+        "not fail the others; the first `ingress.import_failures` are told. By Serve's route a body beyond "
+        "`ingress.max_request_bytes` needs the header below.",
         headers=(
             Query(
                 "Idempotency-Key",
                 {"type": "string", "minLength": 1, "maxLength": MAX_KEY, "pattern": "^[!-~]+$"},
                 "A line without `idempotencyKey` gets `<key>#<line number>`: the file may be sent again.",
+            ),
+            Query(
+                "X-Request-Disconnect-Disabled",
+                {"enum": ["?1"]},
+                "Has Serve's route hand the body on as it is stored, instead of reading all of it first.",
             ),
         ),
         answer=_ANSWER,
@@ -282,6 +365,6 @@ ROUTES: Final = (
                 }
             ],
         },
-        problems=(422, 429), tag="Events",
+        problems=(413, 422, 429), tag="Events",
     ),
 )  # fmt: skip

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import jwt
 import pytest
 from websockets.sync.client import connect
@@ -226,6 +227,27 @@ def test_event_reaches_a_stream_and_a_poll(dev: dict[str, Any]) -> None:
         assert refused.value.code == 404
         assert dev["directUrl"] in json.loads(refused.value.read())["detail"]
         refused.value.close()
+
+
+@pytest.mark.parametrize("door", ["httpUrl", "directUrl"])
+def test_an_import_is_stored_while_it_is_read(dev: dict[str, Any], door: str) -> None:
+    """Through either door: what was sent first is in the feed before the stream has ended."""
+
+    def line(n: int) -> bytes:
+        return json.dumps({"userId": f"{door}-{n}", "type": "t", "title": "imported"}).encode() + b"\n"
+
+    def lines() -> Iterator[bytes]:
+        for n in range(3000):
+            yield line(n)
+        wait_until(lambda: feed(dev, f"{door}-0"), 60, "the first line in the feed")
+        yield json.dumps({"userIds": [f"{door}-0", f"{door}-1"], "type": "t", "title": "last"}).encode()
+
+    headers = {"Authorization": f"Bearer {dev['apiKey']}", "X-Request-Disconnect-Disabled": "?1"}
+    with httpx.Client(trust_env=False, timeout=120) as http:
+        answer = http.post(f"{dev[door]}/v1/events/import", content=lines(), headers=headers)
+    told = answer.json()
+    assert (told["complete"], told["lines"], told["accepted"]) == (True, 3001, 3002), told
+    assert [one["title"] for one in feed(dev, f"{door}-0")] == ["last", "imported"]
 
 
 @pytest.mark.parametrize(("user", "received"), [("alice", "fcmReceivedUrl"), ("bob", "apnsReceivedUrl")])

@@ -7,9 +7,11 @@ import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import httpx
 import pytest
 
 from carillon.messages import Outcome, Outcomes, Publish
+from serve.app import ServeDoor
 from tests.integration.ingress_world import World
 from tests.support import eventually
 
@@ -197,3 +199,48 @@ async def test_a_key_with_a_rate(world: World) -> None:
         PATH, content=b"".join(line(n) for n in range(30)), headers=world.service(slow)
     )
     assert answer.json()["accepted"] == 30
+
+
+async def test_lines_for_many(world: World) -> None:
+    """`userIds` is one event each, with its own key, in the order of the lines; who is refused is named, and
+    `topic` is a broadcast. What stands in `data` under these names means nothing."""
+    many = {"userId": None, "userIds": ["u0", "b", "", "b"], "idempotencyKey": "mine"}
+    body = [line(0), line(1, **many), line(0, data={"userIds": ["x"], "topic": "y"}), line(2, userIds=["z"])]
+    body += [line(3, userId=None, userIds=[]), line(4, userId=None, topic="goals", idempotencyKey="t")]
+    told = await send(world, b"".join(body), **{"Idempotency-Key": "day"})
+    sent = [(event.user, event.idempotency_key.partition(":")[2]) for event in world.router.events]
+    assert sent == [("u0", "day#1"), ("u0", "mine#u0"), ("b", "mine#b"), ("u0", "day#3")]
+    assert [(one["line"], one.get("userId")) for one in told["failures"]] == [(2, ""), (4, None)]
+    assert (told["lines"], told["accepted"], told["failed"]) == (6, 6, 2)
+    assert told["statuses"] == {"stored": 5, "broadcast": 1}
+    assert told["events"] == told["accepted"] + told["failed"]
+    again = await send(world, body[5])
+    assert (again["accepted"], again["replayed"]) == (1, 1)
+    (audience,) = [row[0] for row in await world.pool.fetch("select audience from broadcasts")]
+    assert json.loads(audience) == {"topic": "goals"}
+    templated = await send(world, line(5, userId=None, userIds=["a", "b"], title=None, template="none"))
+    assert (templated["accepted"], templated["failed"]) == (0, 1)
+
+
+async def test_by_serves_route(world: World) -> None:
+    """Serve reads a body ahead unless a header forbids it: without it only a bounded one is taken."""
+    limit = world.settings.ingress.max_request_bytes
+    transport = httpx.ASGITransport(app=ServeDoor(world.ingress.app))
+
+    async def endless() -> AsyncIterator[bytes]:
+        yield line(1)
+        yield line(2)
+
+    async with httpx.AsyncClient(transport=transport, base_url="http://serve") as serve:
+
+        async def post(content: Any, **more: str) -> Any:
+            return await serve.post(PATH, content=content, headers=world.service() | more)
+
+        assert (await post(line(0))).json()["accepted"] == 1
+        for answer in (await post(endless()), await post(line(1), **{"Content-Length": str(limit + 1)})):
+            assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
+            assert "X-Request-Disconnect-Disabled: ?1" in answer.json()["detail"]
+            assert answer.headers["connection"] == "close"
+        taken = await post(endless(), **{"X-Request-Disconnect-Disabled": "?1"})
+        assert taken.json()["accepted"] == 2
+    assert [event.user for event in world.router.events] == ["u0", "u1", "u2"]

@@ -423,6 +423,8 @@ class FailedLine(_Wire, frozen=True):
     line: int
     error: dict[str, Any]
     """The problem: `code`, `detail`, `errors`, ..."""
+    user_id: str | None = None
+    """Which recipient, of a line with `userIds`."""
 
 
 class ImportReport(_Wire, frozen=True):

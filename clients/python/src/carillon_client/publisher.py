@@ -20,7 +20,14 @@ from carillon_client.core.delivery import (
     items_to_many,
 )
 from carillon_client.core.exchange import Call, CallMachine, Machine, RetryPolicy, Wait
-from carillon_client.core.importing import IMPORT_TIMEOUT_S, IMPORT_TRIES, counted, parts, report_of
+from carillon_client.core.importing import (
+    IMPORT_HEADERS,
+    IMPORT_TIMEOUT_S,
+    IMPORT_TRIES,
+    counted,
+    parts,
+    report_of,
+)
 from carillon_client.errors import CarillonError, ClosedError
 from carillon_client.http_shell import arguments_of, client_options, response_of, transport_error
 from carillon_client.models import (
@@ -243,7 +250,7 @@ class Publisher:
         idempotency_key: str,
         sent: Callable[[int], None] | None = None,
     ) -> ImportReport:
-        """Send lines of JSON, each an event for one user, as fast as they are stored.
+        """Send lines of JSON, each an event (`userIds`: one for each), as fast as they are stored.
 
         Args:
             open_lines: gives the lines from the first on; called again if the connection broke.
@@ -261,7 +268,7 @@ class Publisher:
                 answer = self._client.post(
                     "/v1/events/import",
                     content=counted(parts(open_lines()), sent),
-                    headers={"Content-Type": "application/x-ndjson", "Idempotency-Key": idempotency_key},
+                    headers=IMPORT_HEADERS | {"Idempotency-Key": idempotency_key},
                     timeout=IMPORT_TIMEOUT_S,
                 )
             except httpx.RequestError as exc:

@@ -14,6 +14,11 @@ from carillon_client.models import ImportReport
 IMPORT_TRIES = 5
 IMPORT_TIMEOUT_S = 120.0
 """Longest wait for the connection to take or give anything: the server reads as fast as it stores."""
+IMPORT_HEADERS = {
+    "Content-Type": "application/x-ndjson",
+    # Behind Ray Serve's route the body would otherwise be read whole before the first event is stored.
+    "X-Request-Disconnect-Disabled": "?1",
+}
 PART = 65_536
 """Bytes handed to the connection at a time."""
 
