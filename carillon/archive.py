@@ -1,9 +1,10 @@
 """The archive's format: what a line holds, what a manifest says, what a search finds. Pure.
 
-One line of JSON for each notification: `{"user", "notification", "deliveries", "amendments", "exposure"}`,
-where `notification` is the row as Postgres shows it (columns that are null left out), each delivery has its
-`tries`, and `exposure` is its part in an experiment. Lines are compressed with Zstandard and lie in
-`tenant={tenant}/month={YYYY-MM}/part-{id}.ndjson.zst`, each part with a `.manifest.json` beside it.
+One line of JSON for each notification: `{"user", "notification", "deliveries", "amendments", "exposure",
+"merged"}`, where `notification` is the row as Postgres shows it (columns that are null left out), each
+delivery has its `tries`, `exposure` is its part in an experiment, `merged` are the events in it. Lines are
+compressed with Zstandard and lie in `tenant={tenant}/month={YYYY-MM}/part-{id}.ndjson.zst`, each part with a
+`.manifest.json` beside it.
 """
 
 from __future__ import annotations
@@ -153,6 +154,8 @@ class Archived(NamedTuple):
     deliveries: list[dict[str, Any]]
     amendments: list[dict[str, Any]]
     exposure: dict[str, Any] | None
+    merged: list[dict[str, Any]]
+    """Events that are part of it; empty in archives of before there were any."""
 
     @property
     def id(self) -> uuid.UUID:
@@ -168,8 +171,9 @@ def read_line(raw: bytes) -> Archived:
     """A line as data."""
     told = msgspec.json.decode(raw)
     return Archived(
-        told["user"], told["notification"], told["deliveries"], told["amendments"], told.get("exposure")
-    )
+        told["user"], told["notification"], told["deliveries"], told["amendments"], told.get("exposure"),
+        told.get("merged", []),
+    )  # fmt: skip
 
 
 def words_of(text: str) -> list[str]:

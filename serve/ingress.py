@@ -35,6 +35,7 @@ from serve.connections import Connections
 from serve.door import DoorProtocol, protocol_of
 from serve.services import Services
 from serve.stream_in import StreamIn
+from stores.archive_export import ArchiveExport
 from stores.cached_feed import CachedFeed
 from stores.postgres.audience import AudienceReader
 from stores.postgres.broadcasts import BroadcastStore
@@ -145,7 +146,12 @@ class Ingress:
                 CachedFeed(feed, HotFeedStore(settings.redis, self._clock), self.stats, settings.redis),
                 SearchReader(self._pool, settings.ingress, self._clock, settings.postgres.connect_timeout_s),
                 UserStore(self._pool, settings.postgres.connect_timeout_s),
-                Exporter(self._pool, settings.postgres.connect_timeout_s, settings.shard.idempotency_ttl_s),
+                Exporter(
+                    self._pool,
+                    settings.postgres.connect_timeout_s,
+                    settings.shard.idempotency_ttl_s,
+                    ArchiveExport(self._pool, settings, settings.postgres.connect_timeout_s),
+                ),
                 TopicStore(self._pool, settings.postgres.connect_timeout_s),
                 SegmentStore(self._pool, settings.postgres.connect_timeout_s),
                 AudienceReader(self._pool, settings.postgres.connect_timeout_s),

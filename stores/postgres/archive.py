@@ -30,7 +30,14 @@ _CHANGE: Final = 0x4341_5252
 _BOUND: Final = re.compile(r"FOR VALUES FROM \('([0-9a-f-]{36})'\) TO \('([0-9a-f-]{36})'\)")
 _STREAMS: Final = 50
 """Streams that are told at once: their rows are locked for that moment."""
-_TABLES: Final = ("notifications", "deliveries", "delivery_attempts", "amendments", "template_exposures")
+_TABLES: Final = (
+    "notifications",
+    "deliveries",
+    "delivery_attempts",
+    "amendments",
+    "template_exposures",
+    "merged_events",
+)
 
 
 class DueRow(NamedTuple):
@@ -286,6 +293,7 @@ class ArchiveStore:
                 await self._restored(
                     "template_exposures", [row.exposure for row in rows if row.exposure is not None]
                 )
+                await self._restored("merged_events", [event for row in rows for event in row.merged])
                 return made
 
     async def _restored(self, table: str, rows: Sequence[Mapping[str, Any]]) -> int:

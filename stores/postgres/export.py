@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ import msgspec
 from carillon.decision import unpack
 from carillon.explain import told
 from carillon.notification import NotificationRow, notification_json, user_json_of
+from stores.archive_export import ArchiveExport
 from stores.postgres.feed import ROW_COLUMNS
 from stores.postgres.named import load_queries
 from stores.postgres.pool import acquired
@@ -31,9 +33,17 @@ class Exporter:
         pool: not owned.
         acquire_timeout_s: longest wait for a free connection; none is held between two pieces.
         keys_s: how long idempotency keys live.
+        archive: reads what is archived; None: that is left out.
     """
 
-    def __init__(self, pool: asyncpg.Pool, acquire_timeout_s: float, keys_s: float) -> None:
+    def __init__(
+        self,
+        pool: asyncpg.Pool,
+        acquire_timeout_s: float,
+        keys_s: float,
+        archive: ArchiveExport | None = None,
+    ) -> None:
+        self._archive = archive
         self._pool = pool
         self._timeout_s = acquire_timeout_s
         self._keys_s = keys_s
@@ -66,8 +76,14 @@ class Exporter:
             rows = await self._fetch("notifications", stream, after, PAGE)
             yield [_notification(row, user_json) for row in rows]
             if len(rows) < PAGE:
-                return
+                break
             after = rows[-1]["seq"]
+        if (
+            self._archive is not None
+        ):  # last: what is archived meanwhile is told there, or twice, never left out
+            async with contextlib.aclosing(self._archive.lines(tenant, user)) as pieces:
+                async for piece in pieces:
+                    yield piece
 
     async def _fetch(self, name: str, *args: Any) -> list[asyncpg.Record]:
         async with acquired(self._pool, self._timeout_s) as connection:

@@ -21,7 +21,14 @@ from stores.archiver import Archiver
 NOW = Month(2026, 6).start_ms + 14 * 86_400_000 + 4 * 3_600_000
 """2026-06-15 04:00."""
 MARCH, FEBRUARY, APRIL = Month(2026, 3), Month(2026, 2), Month(2026, 4)
-CARRIED = ("notifications", "deliveries", "delivery_attempts", "amendments", "template_exposures")
+CARRIED = (
+    "notifications",
+    "deliveries",
+    "delivery_attempts",
+    "amendments",
+    "template_exposures",
+    "merged_events",
+)
 
 
 class ArchiveWorld:
@@ -114,7 +121,7 @@ class ArchiveWorld:
             await self.db.execute(
                 "insert into notifications (id, stream_id, seq, rev, position, changed, priority, type,"
                 " content, created_at, read_at, receipt, decision)"
-                " values ($1, $2, $3, $4, $5, $6, 1, $7, $8, to_timestamp($9), to_timestamp($10), 3, 'x')",
+                " values ($1, $2, $3, $4, $5, $6, 1, $7, $8, to_timestamp($9), to_timestamp($10), 3, '[]')",
                 made, stream_id, seq, rev, rev - read, read, members["type"], encode_content(members), at,
                 at + 60 if read else None,
             )  # fmt: skip
@@ -136,6 +143,17 @@ class ArchiveWorld:
                     "insert into amendments values ($1, $2, $3, 'edit', to_timestamp($4), 'k', 2, '\"t\":1')",
                     made, uuid.UUID(int=self._counter), stream_id, at,
                 )  # fmt: skip
+                await self.db.execute(
+                    "insert into merged_events values ($1, $2, $3, to_timestamp($4), 'merged', 'count',"
+                    " 'tenant', 'grace', 'quiet')",
+                    uuid.UUID(int=self._counter + (1 << 100)), made, stream_id, at,
+                )  # fmt: skip
+                if push is not None:  # told in a digest, whose push was this one
+                    await self.db.execute(
+                        "update deliveries set digest = $2, carrier = id where notification_id = $1",
+                        made,
+                        uuid.UUID(int=self._counter),
+                    )
                 await self.db.execute(
                     "insert into template_exposures values ($1, $2, 'welcome', 3, 'b')", made, tenant
                 )

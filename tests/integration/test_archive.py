@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from carillon.errors import ArchiveError, BusyError
+from carillon.errors import ArchiveError, BusyError, UnavailableError
 from carillon.retention import Month
+from stores.archive_export import ArchiveExport
+from stores.postgres.export import Exporter
 from stores.postgres.named import load_queries
-from tests.integration.archive_world import APRIL, FEBRUARY, MARCH, NOW, ArchiveWorld
+from stores.postgres.pool import open_pool
+from tests.integration.archive_world import APRIL, CARRIED, FEBRUARY, MARCH, NOW, ArchiveWorld
 
 
 @pytest.fixture
@@ -290,7 +295,7 @@ async def test_who_is_erased_meanwhile_is_not_archived(world: ArchiveWorld) -> N
     await world.tenant("acme")
     erase = load_queries("users")["erase"]
     await world.add("acme", "eve", FEBRUARY, 2)
-    await world.db.execute(erase, "acme", "eve", 1, None, 0.0)
+    await world.db.execute(erase, "acme", "eve", 1, None, 0.0, [], [])
     assert not await world.db.fetch("select from archive_erasures"), "there is no archive yet"
     await world.add("acme", "ada", FEBRUARY, 3)
     bob = await world.add("acme", "bob", FEBRUARY, 3)
@@ -298,7 +303,7 @@ async def test_who_is_erased_meanwhile_is_not_archived(world: ArchiveWorld) -> N
 
     async def step(name: str) -> None:
         if name == "told" and await world.db.fetch("select from streams where user_id = 'ada'"):
-            await world.db.execute(erase, "acme", "ada", 1, None, 0.0)
+            await world.db.execute(erase, "acme", "ada", 1, None, 0.0, [], [])
 
     archiver.step = step
     report = await archiver.run()
@@ -308,8 +313,78 @@ async def test_who_is_erased_meanwhile_is_not_archived(world: ArchiveWorld) -> N
         ("acme", "ada")
     ]
     assert (await archiver.run()).erased == 1
-    await world.db.execute(erase, "acme", "bob", 1, None, 0.0)
+    await world.db.execute(erase, "acme", "bob", 1, None, 0.0, [], [])
     assert await world.archived() == []
     assert (await archiver.erase_asked()).erased == 1
     await archiver.close()
     assert not list(world.root.rglob("part-*"))
+
+
+async def test_nothing_that_hangs_on_a_notification_is_left_behind(world: ArchiveWorld) -> None:
+    """Every table that names notifications is archived with them, or said here not to be; every column is
+    restored, those of later migrations included."""
+    tables = await world.db.fetch(
+        "select distinct c.table_name::text from information_schema.columns c"
+        " join information_schema.tables t using (table_schema, table_name)"
+        " where c.table_schema = 'public' and t.table_type = 'BASE TABLE'"
+        " and c.column_name in ('notification_id', 'delivery_id')"
+    )
+    not_archived = {
+        "idempotency_keys",  # lives a day
+        "merge_windows",  # of the user, not of the notification
+        "search_documents",  # follow the notifications by a trigger
+    }
+    assert {row[0] for row in tables} - not_archived == set(CARRIED) - {"notifications"}
+    await world.tenant("acme")
+    await world.add("acme", "ada", FEBRUARY, 3, exposed=True)
+    before = await world.db.fetch("select * from deliveries order by id")
+    assert all(row["digest"] is not None and row["carrier"] == row["id"] for row in before)
+    await world.run()
+    assert [await world.db.fetchval(f"select count(*) from {table}") for table in CARRIED] == [0] * 6
+    archiver = await world.archiver()
+    await archiver.restore("acme")
+    await archiver.close()
+    assert await world.db.fetch("select * from deliveries order by id") == before
+    assert await world.db.fetchval("select count(*) from merged_events where actor = 'grace'") == 3
+
+
+async def test_an_export_tells_what_is_archived(world: ArchiveWorld) -> None:
+    """The user's notifications in files stand in the export with all that hangs on them, nobody else's do; of
+    a user who is to be erased none; and a file that cannot be read is told, not left out."""
+    await world.tenant("acme")
+    mine = await world.add("acme", "ada", FEBRUARY, 5, exposed=True)
+    await world.add("acme", "adb", FEBRUARY, 5)
+    live = await world.add("acme", "ada", APRIL, 1)
+    assert (await world.run()).archived == 10
+    pool = await open_pool(world.settings.postgres, 2)
+    exporter = Exporter(pool, 5.0, 86_400.0, ArchiveExport(pool, world.settings, 5.0))
+
+    async def export(user: str) -> list[dict[str, Any]]:
+        told = [json.loads(line) async for piece in exporter.lines("acme", user, NOW) for line in piece]
+        return [line for line in told if line["kind"] in ("notification", "archivedNotification")]
+
+    try:
+        told = await export("ada")
+        assert [line["notification"]["id"] for line in told] == [str(one) for one in [*live, *mine]]
+        first = told[1]
+        assert first["notification"]["title"] == "n1 von ada"
+        assert first["notification"]["createdAt"] == "2026-02-03T00:00:00.000Z"
+        assert first["notification"]["readAt"] == "2026-02-03T00:01:00.000Z"
+        assert first["deliveries"][0]["digest"]
+        assert first["deliveries"][0]["tries"][0]["deviceId"] == "d"
+        assert (first["mergedEvents"][0]["actor"], first["variant"]["variant"]) == ("grace", "b")
+        assert "streamId" not in json.dumps(told)
+        assert "adb" not in json.dumps(told)
+        archiver = await world.archiver()
+        await archiver.store.ask_erasure("acme", "ada")
+        assert [line["kind"] for line in await export("ada")] == ["notification"]
+        assert (await archiver.erase_asked()).erased == 1
+        await archiver.close()
+        assert [line["kind"] for line in await export("ada")] == ["notification"]
+        assert len(await export("adb")) == 5
+        for path in world.root.rglob("*.zst"):
+            path.unlink()
+        with pytest.raises(UnavailableError):
+            await export("adb")
+    finally:
+        await pool.close()

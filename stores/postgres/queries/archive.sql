@@ -66,7 +66,10 @@ json_build_object(
     'amendments', coalesce((
         select jsonb_agg(jsonb_strip_nulls(to_jsonb(m)) order by m.act_id)
         from amendments m where m.notification_id = n.id), '[]'),
-    'exposure', (select to_jsonb(e) from template_exposures e where e.notification_id = n.id))::text
+    'exposure', (select to_jsonb(e) from template_exposures e where e.notification_id = n.id),
+    'merged', coalesce((
+        select jsonb_agg(jsonb_strip_nulls(to_jsonb(g)) order by g.event_id)
+        from merged_events g where g.notification_id = n.id), '[]'))::text
 
 -- name: pruned
 -- Positions before which rows are missing; told before they are. What somebody holds is left out: shards lock the
@@ -124,6 +127,7 @@ sent as (delete from deliveries where notification_id = any ($1::uuid[]) returni
 tried as (delete from delivery_attempts a using sent where a.delivery_id = sent.id),
 amended as (delete from amendments where notification_id = any ($1::uuid[])),
 exposed as (delete from template_exposures where notification_id = any ($1::uuid[])),
+merged as (delete from merged_events where notification_id = any ($1::uuid[])),
 counted as (
     insert into archive_partitions as p (partition, removed)
     select g.partition, count(*) from gone g group by 1
