@@ -6,14 +6,12 @@ point is met, what left is not, and nobody is met twice.
 
 from __future__ import annotations
 
-from typing import Any
-
-import asyncpg
+from typing import Any, Final
 
 from carillon.audience import ALL, KINDS, SEGMENT, Audience
 from carillon.errors import NotFoundError
 from stores.postgres.named import load_queries
-from stores.postgres.pool import acquired
+from stores.postgres.pool import Store, acquired
 
 
 def audience_queries(*, counts: bool = False) -> dict[str, str]:
@@ -26,21 +24,11 @@ def audience_queries(*, counts: bool = False) -> dict[str, str]:
     }
 
 
-class AudienceReader:
-    """Pages through audiences.
+class AudienceReader(Store):
+    """Pages through audiences."""
 
-    Args:
-        pool: not owned.
-        acquire_timeout_s: longest wait for a free connection.
-
-    All methods raise StoreUnavailableError while Postgres does not answer.
-    """
-
-    def __init__(self, pool: asyncpg.Pool, acquire_timeout_s: float = 5.0) -> None:
-        self._pool = pool
-        self._timeout_s = acquire_timeout_s
-        self._sql = audience_queries()
-        self._segment_sql = load_queries("segments")["get"]
+    _sql: Final = audience_queries()
+    _segment_sql: Final = load_queries("segments")["get"]
 
     async def page(
         self, tenant: str, audience: Audience, slot: int, after_user: str, limit: int

@@ -29,7 +29,7 @@ from carillon.errors import FencedError, IdempotencyConflictError, StoreUnavaila
 from carillon.ids import SLOTS
 from stores.postgres.audience import AudienceReader, audience_queries
 from stores.postgres.named import load_queries
-from stores.postgres.pool import acquired
+from stores.postgres.pool import Store, acquired
 from stores.postgres.shard_store import Around
 
 _COUNTS: Final = ("stored", "delivered", "queued", "deferred", "suppressed", "failed")
@@ -154,19 +154,11 @@ def _each(text: str, after: str, rest: str) -> str:
     )
 
 
-class BroadcastStore:
-    """Reads and writes broadcasts.
-
-    Args:
-        pool: not owned.
-        acquire_timeout_s: longest wait for a free connection.
-
-    All methods raise StoreUnavailableError while Postgres does not answer.
-    """
+class BroadcastStore(Store):
+    """Reads and writes broadcasts."""
 
     def __init__(self, pool: asyncpg.Pool, acquire_timeout_s: float = 5.0) -> None:
-        self._pool = pool
-        self._timeout_s = acquire_timeout_s
+        super().__init__(pool, acquire_timeout_s)
         queries = load_queries("broadcasts")
         self.sql: Mapping[str, str] = {
             name: text.replace("%(row)s", _ROW).replace("%(sums)s", queries["sums"])

@@ -11,7 +11,7 @@ import asyncpg
 
 from carillon.errors import InvalidInputError
 from stores.postgres.named import load_queries
-from stores.postgres.pool import acquired
+from stores.postgres.pool import Store, acquired
 
 _ROW: Final = """d.id, d.notification_id, s.user_id, d.slot, d.channel, d.step, d.reason, d.attempts, n.type,
        n.content, (extract(epoch from d.created_at) * 1000)::bigint as created_ms,
@@ -85,19 +85,11 @@ def decode_cursor(cursor: str) -> tuple[int, int]:
     return position
 
 
-class DeadLetterReader:
-    """Reads dead letters.
-
-    Args:
-        pool: of `stores.postgres.pool.open_pool`; not owned.
-        acquire_timeout_s: longest wait for a free connection.
-
-    All methods raise StoreUnavailableError while Postgres does not answer.
-    """
+class DeadLetterReader(Store):
+    """Reads dead letters."""
 
     def __init__(self, pool: asyncpg.Pool, acquire_timeout_s: float = 5.0) -> None:
-        self._pool = pool
-        self._timeout_s = acquire_timeout_s
+        super().__init__(pool, acquire_timeout_s)
         self._sql = {
             name: text.replace("%(row)s", _ROW) for name, text in load_queries("dead_letters").items()
         }

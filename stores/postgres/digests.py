@@ -12,7 +12,7 @@ import asyncpg
 from carillon.digest import Told
 from carillon.errors import FencedError
 from stores.postgres.named import load_queries
-from stores.postgres.pool import acquired
+from stores.postgres.pool import Store, acquired
 from stores.postgres.shard_rows import Claimed, ToldItem
 
 _SQL: Final = load_queries("digests")
@@ -205,17 +205,8 @@ class DigestStore:
             raise FencedError(f"term {term} of {self._shard} is over")
 
 
-class DigestReader:
-    """Reads open digests.
-
-    Args:
-        pool: not owned.
-        acquire_timeout_s: longest wait for a free connection.
-    """
-
-    def __init__(self, pool: asyncpg.Pool, acquire_timeout_s: float = 5.0) -> None:
-        self._pool = pool
-        self._timeout_s = acquire_timeout_s
+class DigestReader(Store):
+    """Reads open digests."""
 
     async def open(self, tenant: str, user: str, *, items: int, digests: int) -> list[OpenDigest]:
         """Open digests of a user by due time.

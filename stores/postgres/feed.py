@@ -16,7 +16,7 @@ from carillon.errors import InvalidInputError
 from carillon.hot_feed import NOWHERE, Standing
 from carillon.notification import NotificationRow, gone
 from stores.postgres.named import load_queries
-from stores.postgres.pool import acquired
+from stores.postgres.pool import Store, acquired
 
 _STATES: Final = (
     "delivered",
@@ -183,23 +183,14 @@ class Found:
     """None: nobody asked for merging."""
 
 
-class FeedReader:
+class FeedReader(Store):
     """Reads of users.
-
-    Args:
-        pool: of `stores.postgres.pool.open_pool`; not owned.
-        acquire_timeout_s: longest wait for a free connection.
 
     All methods raise StoreUnavailableError while Postgres does not answer. Ids are given as they come from
     outside: what PostgreSQL cannot hold (NUL) is simply not found.
     """
 
-    def __init__(self, pool: asyncpg.Pool, acquire_timeout_s: float = 5.0) -> None:
-        self._pool = pool
-        self._timeout_s = acquire_timeout_s
-        self._sql = {
-            name: text.replace("%(row)s", ROW_COLUMNS) for name, text in load_queries("feed").items()
-        }
+    _sql: Final = {name: text.replace("%(row)s", ROW_COLUMNS) for name, text in load_queries("feed").items()}
 
     async def page(
         self,

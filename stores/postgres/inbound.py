@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import asyncpg
 import msgspec
 
 from stores.postgres.named import load_queries
-from stores.postgres.pool import acquired
+from stores.postgres.pool import Store, acquired
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,10 @@ class SourceRecord:
         return [self.secret, self.previous_secret]
 
 
-class InboundStore:
-    """Reads and writes sources.
+class InboundStore(Store):
+    """Reads and writes sources."""
 
-    Args:
-        pool: not owned.
-        acquire_timeout_s: longest wait for a free connection.
-
-    All methods raise StoreUnavailableError while Postgres does not answer.
-    """
-
-    def __init__(self, pool: asyncpg.Pool, acquire_timeout_s: float = 5.0) -> None:
-        self._pool = pool
-        self._timeout_s = acquire_timeout_s
-        self._sql = load_queries("inbound")
+    _sql: Final = load_queries("inbound")
 
     async def put(
         self, tenant: str, name: str, document: dict[str, Any], new_id: str, secret: str, given: bool,

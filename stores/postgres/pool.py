@@ -84,3 +84,18 @@ async def acquired(pool: asyncpg.Pool, timeout_s: float) -> AsyncIterator[asyncp
     with translated():
         async with pool.acquire(timeout=timeout_s) as connection:
             yield connection  # type: ignore[misc]
+
+
+class Store:
+    """What reads and writes through a pool.
+
+    Args:
+        pool: not owned.
+        acquire_timeout_s: longest wait for a free connection.
+
+    All methods raise StoreUnavailableError while Postgres does not answer.
+    """
+
+    def __init__(self, pool: asyncpg.Pool, acquire_timeout_s: float = 5.0) -> None:
+        self._pool = pool
+        self._timeout_s = acquire_timeout_s

@@ -11,7 +11,7 @@ import asyncpg
 
 from carillon.errors import FencedError, IdempotencyConflictError
 from stores.postgres.named import load_queries
-from stores.postgres.pool import acquired
+from stores.postgres.pool import Store, acquired
 
 _ROW: Final = (
     "schedule_id, user_id, rule, event, single, state, fired, missed, result, "
@@ -73,20 +73,10 @@ class ClaimedSchedule:
     zone: str
 
 
-class ScheduleStore:
-    """Reads and writes schedules.
+class ScheduleStore(Store):
+    """Reads and writes schedules."""
 
-    Args:
-        pool: not owned.
-        acquire_timeout_s: longest wait for a free connection.
-
-    All methods raise StoreUnavailableError while Postgres does not answer.
-    """
-
-    def __init__(self, pool: asyncpg.Pool, acquire_timeout_s: float = 5.0) -> None:
-        self._pool = pool
-        self._timeout_s = acquire_timeout_s
-        self._sql = {name: text.replace("%(row)s", _ROW) for name, text in load_queries("schedules").items()}
+    _sql: Final = {name: text.replace("%(row)s", _ROW) for name, text in load_queries("schedules").items()}
 
     # -- the ingress -----------------------------------------------------------------------------------
 

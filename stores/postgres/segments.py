@@ -6,14 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-import asyncpg
 import msgspec
 
 from carillon.ids import SLOTS
 from carillon.segments import compile_path, parse_filter, uses
 from stores.postgres.audience import audience_queries
 from stores.postgres.named import load_queries
-from stores.postgres.pool import acquired
+from stores.postgres.pool import Store, acquired
 
 _CHUNK: Final = 64
 """Slots counted by one statement."""
@@ -40,21 +39,11 @@ class SegmentCount:
     """Users there are, as exact as `count`."""
 
 
-class SegmentStore:
-    """Reads and writes segments.
+class SegmentStore(Store):
+    """Reads and writes segments."""
 
-    Args:
-        pool: not owned.
-        acquire_timeout_s: longest wait for a free connection.
-
-    All methods raise StoreUnavailableError while Postgres does not answer.
-    """
-
-    def __init__(self, pool: asyncpg.Pool, acquire_timeout_s: float = 5.0) -> None:
-        self._pool = pool
-        self._timeout_s = acquire_timeout_s
-        self._sql = load_queries("segments")
-        self._count_sql = audience_queries(counts=True)["segment_count"]
+    _sql: Final = load_queries("segments")
+    _count_sql: Final = audience_queries(counts=True)["segment_count"]
 
     async def put(self, tenant: str, segment: str, document: str, now_ms: int) -> None:
         """Keep a segment.

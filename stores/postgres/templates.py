@@ -12,26 +12,19 @@ import msgspec
 from carillon.errors import BusyError
 from carillon.templates import Template
 from stores.postgres.named import load_queries
-from stores.postgres.pool import acquired
+from stores.postgres.pool import Store, acquired
 
 _TRIES: Final = 5
 
 
-class TemplateStore:
-    """Reads and writes templates.
+class TemplateStore(Store):
+    """Reads and writes templates."""
 
-    Args:
-        pool: not owned.
-        acquire_timeout_s: longest wait for a free connection.
-
-    All methods raise StoreUnavailableError while Postgres does not answer.
-    """
+    _sql: Final = load_queries("templates")
 
     def __init__(self, pool: asyncpg.Pool, acquire_timeout_s: float = 5.0, versions_kept: int = 100) -> None:
-        self._pool = pool
-        self._timeout_s = acquire_timeout_s
+        super().__init__(pool, acquire_timeout_s)
         self._kept = versions_kept
-        self._sql = load_queries("templates")
 
     async def get(self, tenant: str, template: str, version: int | None = None) -> Template | None:
         """A version, by default the present one; None if there is none."""

@@ -20,7 +20,7 @@ from carillon.limits import MEMBER, RateLimit, check_rate, key_limit, tenant_lim
 from carillon.token_keys import check_jwks_url, parse_jwks
 from carillon.tokens import ClientIdentity
 from stores.postgres.named import load_queries
-from stores.postgres.pool import acquired
+from stores.postgres.pool import Store, acquired
 
 MIN_SECRET_BYTES: Final = 32
 """RFC 7518 §3.2: an HS256 key is at least as long as the hash."""
@@ -110,20 +110,10 @@ class AuditRecord:
     detail: Mapping[str, Any]
 
 
-class TenantStore:
-    """Reads and writes tenants and their API keys.
+class TenantStore(Store):
+    """Reads and writes tenants and their API keys."""
 
-    Args:
-        pool: of `stores.postgres.pool.open_pool`; not owned.
-        acquire_timeout_s: longest wait for a free connection.
-
-    All methods raise StoreUnavailableError while Postgres does not answer.
-    """
-
-    def __init__(self, pool: asyncpg.Pool, acquire_timeout_s: float = 5.0) -> None:
-        self._pool = pool
-        self._timeout_s = acquire_timeout_s
-        self._sql = load_queries("tenants")
+    _sql: Final = load_queries("tenants")
 
     async def tenant(self, name: str) -> TenantRecord | None:
         """The tenant, or None if there is none of that name."""

@@ -11,29 +11,17 @@ import re
 import secrets
 from typing import Final
 
-import asyncpg
-
 from carillon.tokens import ClientIdentity
 from stores.postgres.named import load_queries
-from stores.postgres.pool import acquired
+from stores.postgres.pool import Store, acquired
 
 _TICKET: Final = re.compile(r"tkt_[A-Za-z0-9_-]{32}")
 
 
-class TicketStore:
-    """Makes and redeems tickets.
+class TicketStore(Store):
+    """Makes and redeems tickets."""
 
-    Args:
-        pool: of `stores.postgres.pool.open_pool`; not owned.
-        acquire_timeout_s: longest wait for a free connection.
-
-    All methods raise StoreUnavailableError while Postgres does not answer.
-    """
-
-    def __init__(self, pool: asyncpg.Pool, acquire_timeout_s: float = 5.0) -> None:
-        self._pool = pool
-        self._timeout_s = acquire_timeout_s
-        self._sql = load_queries("tickets")
+    _sql: Final = load_queries("tickets")
 
     async def make(self, who: ClientIdentity, now_ms: int, ttl_s: float) -> tuple[str, int]:
         """A ticket for a verified token: (ticket, end of it in ms). It never outlives its token."""

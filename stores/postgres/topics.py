@@ -6,13 +6,11 @@ A subscription is a row and nothing else: no shard keeps it in memory, so that a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-import asyncpg
+from typing import Any, Final, NamedTuple
 
 from carillon.ids import slot_of
 from stores.postgres.named import load_queries
-from stores.postgres.pool import acquired
+from stores.postgres.pool import Store, acquired
 
 
 class Subscriber(NamedTuple):
@@ -23,20 +21,10 @@ class Subscriber(NamedTuple):
     since_ms: int
 
 
-class TopicStore:
-    """Reads and writes subscriptions.
+class TopicStore(Store):
+    """Reads and writes subscriptions."""
 
-    Args:
-        pool: not owned.
-        acquire_timeout_s: longest wait for a free connection.
-
-    All methods raise StoreUnavailableError while Postgres does not answer.
-    """
-
-    def __init__(self, pool: asyncpg.Pool, acquire_timeout_s: float = 5.0) -> None:
-        self._pool = pool
-        self._timeout_s = acquire_timeout_s
-        self._sql = load_queries("topics")
+    _sql: Final = load_queries("topics")
 
     async def subscribe(self, tenant: str, topic: str, users: Sequence[str], now_ms: int) -> int:
         """Subscribe users, each once; returns how many were not subscribed yet."""

@@ -12,12 +12,10 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import asyncpg
-
 from carillon.errors import FencedError, UnavailableError
 from carillon.profiles import Profile
 from stores.postgres.named import load_queries
-from stores.postgres.pool import acquired
+from stores.postgres.pool import Store, acquired
 
 _TRIES: Final = 10
 
@@ -45,21 +43,14 @@ class Erasure:
     stream_id: int | None
 
 
-class UserStore:
+class UserStore(Store):
     """Profiles and erasures.
-
-    Args:
-        pool: not owned.
-        acquire_timeout_s: longest wait for a free connection.
 
     All methods raise StoreUnavailableError while Postgres does not answer; those that take a term raise
     FencedError once it is over: nothing was written then.
     """
 
-    def __init__(self, pool: asyncpg.Pool, acquire_timeout_s: float = 5.0) -> None:
-        self._pool = pool
-        self._timeout_s = acquire_timeout_s
-        self._sql = load_queries("users")
+    _sql: Final = load_queries("users")
 
     async def profile(self, tenant: str, user: str) -> KnownUser | None:
         """What is known of a user; None: nothing."""
