@@ -40,7 +40,7 @@ from stores.postgres.broadcasts import (
     Failure,
     NotRunningError,
 )
-from stores.postgres.pool import translated
+from stores.postgres.pool import acquired
 from stores.postgres.shard_rows import OutboxRow, PoisonError
 from stores.postgres.shard_store import Around, ShardStore
 
@@ -70,6 +70,15 @@ class Shared(NamedTuple):
     term: Callable[[], int]
     owns: Callable[[int], bool]
     due_now: Callable[[], None]
+
+
+class _Chunk(NamedTuple):
+    """What one transaction writes."""
+
+    made: list[Made]
+    marks: Sequence[Mark]
+    failures: Sequence[Failure]
+    now_ms: int
 
 
 class Work:
@@ -347,12 +356,11 @@ class Work:
         careful = self._careful or bool(failures) or not made
         careful = careful or not self._touched.isdisjoint(one.slot for one in users)
         try:
-            with translated():
-                async with shared.shard_store.pool.acquire(
-                    timeout=shared.settings.postgres.connect_timeout_s
-                ) as connection:
-                    write = self._carefully if careful else self._at_once
-                    outbox = await write(connection, made, marks, failures, now_ms)  # type: ignore[arg-type]
+            async with acquired(
+                shared.shard_store.pool, shared.settings.postgres.connect_timeout_s
+            ) as connection:
+                write = self._carefully if careful else self._at_once
+                outbox = await write(connection, _Chunk(made, marks, failures, now_ms))
         except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError) as exc:
             raise PoisonError(f"PostgreSQL refuses the data: {exc}") from exc
         shared.stats.count("broadcast_users", len(users))
@@ -361,14 +369,8 @@ class Work:
         if outbox:
             shared.due_now()
 
-    async def _at_once(
-        self,
-        connection: asyncpg.Connection,
-        made: list[Made],
-        marks: Sequence[Mark],
-        failures: Sequence[Failure],
-        now_ms: int,
-    ) -> bool:
+    async def _at_once(self, connection: asyncpg.Connection, chunk: _Chunk) -> bool:
+        made, marks, failures, now_ms = chunk
         assert not failures
         shared = self._shared
         outbox = await self._outbox(connection, made)
@@ -386,14 +388,8 @@ class Work:
             await shared.store.mark(connection, self.one.id, [], less)
         return bool(outbox)
 
-    async def _carefully(
-        self,
-        connection: asyncpg.Connection,
-        made: list[Made],
-        marks: Sequence[Mark],
-        failures: Sequence[Failure],
-        now_ms: int,
-    ) -> bool:
+    async def _carefully(self, connection: asyncpg.Connection, chunk: _Chunk) -> bool:
+        made, marks, failures, now_ms = chunk
         shared = self._shared
         async with connection.transaction():
             stored = await self._enter(connection, [one.row.event.id for one in made])

@@ -160,11 +160,16 @@ async def _open(bench: Bench, duration_s: float) -> dict[str, float]:
     began = now()
     await open_loop(bench, duration_s)
     await bench.settle()
+    return latencies_ms(bench, began)
+
+
+def latencies_ms(bench: Bench, began_s: float) -> dict[str, float]:
+    """From the intended moment to the receipt, of the events intended since `began_s`."""
     waits = []
     for receiver in bench.receivers:
         for at, notification, _ in receiver.device.receipts:
             entry = bench.ledger.accepted.get(notification)
-            if entry is not None and entry.intended_s >= began:
+            if entry is not None and entry.intended_s >= began_s:
                 waits.append(at - entry.intended_s)
     return summary_ms(waits)
 

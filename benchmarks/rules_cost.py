@@ -18,8 +18,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from benchmarks.bench import Bench, Measurement, Options, Progress, opened
-from benchmarks.outbox_cost import merged
-from benchmarks.stats import summary_ms
+from benchmarks.outbox_cost import latencies_ms, merged
 from benchmarks.target import ROOT, Target, TargetError
 from benchmarks.wire import HttpConnection, http_request, now
 
@@ -189,13 +188,7 @@ async def _one_by_one(bench: Bench, events: int) -> tuple[int, dict[str, float]]
 
     began = now()
     missed = await one_by_one(bench, events)
-    waits = []
-    for receiver in bench.receivers:
-        for at, notification, _ in receiver.device.receipts:
-            entry = bench.ledger.accepted.get(notification)
-            if entry is not None and entry.intended_s >= began:
-                waits.append(at - entry.intended_s)
-    return missed, summary_ms(waits)
+    return missed, latencies_ms(bench, began)
 
 
 async def _batches(bench: Bench, duration_s: float) -> float:

@@ -15,7 +15,7 @@ from typing import Any, Final
 from carillon.clock import SystemClock
 from carillon.errors import SettingsError
 from carillon.settings import Settings
-from cluster.dead_letters import Api, Commands
+from cluster.api_calls import Api, Commands, add_api_options, command
 
 BAR: Final = 30
 """Characters of the bar."""
@@ -31,34 +31,26 @@ def add_commands(commands: Commands) -> list[argparse.ArgumentParser]:
         description="List, show, watch, pause, resume and cancel broadcasts.",
     )
     below = parser.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
-    listing = _command(below, "list", "broadcast_list", "List broadcasts, newest first.")
+    listing = command(below, "list", "broadcast_list", "List broadcasts, newest first.")
     listing.add_argument("--limit", type=int, default=20, metavar="N", help="at most so many (default 20)")
     listing.add_argument("--state", help="only those in this state, e.g. running")
-    show = _command(below, "show", "broadcast_show", "Show one broadcast and users it could not reach.")
-    watch = _command(below, "watch", "broadcast_watch", "Follow a broadcast until it has ended.")
+    show = command(below, "show", "broadcast_show", "Show one broadcast and users it could not reach.")
+    watch = command(below, "watch", "broadcast_watch", "Follow a broadcast until it has ended.")
     watch.add_argument(
         "--every", type=float, default=1.0, metavar="S", help="seconds between looks (default 1)"
     )
     acts = [
-        _command(below, "pause", "broadcast_pause", "Pause a broadcast: nothing more is stored for it."),
-        _command(below, "resume", "broadcast_resume", "Let a paused broadcast go on where it stood."),
-        _command(below, "cancel", "broadcast_cancel", "End a broadcast, for good. What is stored stays."),
+        command(below, "pause", "broadcast_pause", "Pause a broadcast: nothing more is stored for it."),
+        command(below, "resume", "broadcast_resume", "Let a paused broadcast go on where it stood."),
+        command(below, "cancel", "broadcast_cancel", "End a broadcast, for good. What is stored stays."),
     ]
     for one in (show, watch, *acts):
         one.add_argument("id", help="its id, as listed")
     for one in (listing, show, *acts):
         one.add_argument("--json", action="store_true", help="JSON as the API answers it")
     parsers = [listing, show, watch, *acts]
-    for one in parsers:
-        one.add_argument("--url", help="of the HTTP API (default: that of the run in the data folder)")
-        one.add_argument("--key", help="API key (default: that of the run in the data folder)")
+    add_api_options(parsers)
     return parsers
-
-
-def _command(below: Commands, name: str, handler: str, text: str) -> argparse.ArgumentParser:
-    parser = below.add_parser(name, help=text[0].lower() + text[1:].split(".")[0], description=text)
-    parser.set_defaults(handler=handler)
-    return parser
 
 
 def _path(options: argparse.Namespace, rest: str = "") -> str:

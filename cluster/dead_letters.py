@@ -8,15 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
-import urllib.error
 import urllib.parse
-import urllib.request
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
-from carillon.errors import ClusterError, SettingsError
+from carillon.errors import SettingsError
 from carillon.settings import Settings
-from cluster.run_folder import RunFolder
+from cluster.api_calls import Api, Commands, add_api_options, command
 
 FILTERS: Final = {
     "user": ("userId", "of this user"),
@@ -28,12 +25,6 @@ FILTERS: Final = {
 }
 """Option -> (name in the API, what it says)."""
 
-TRIES: Final = 5
-"""Calls of a replay that fail for a temporary reason are made so often."""
-
-
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-
 
 def add_commands(commands: Commands) -> list[argparse.ArgumentParser]:
     """Add `dead-letters` to the command line; returns the parsers that work on a run in a data folder."""
@@ -43,11 +34,11 @@ def add_commands(commands: Commands) -> list[argparse.ArgumentParser]:
         description="List, show and replay deliveries that were given up.",
     )
     below = parser.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
-    listing = _command(below, "list", "dead_letters_list", "List dead letters, newest first.")
+    listing = command(below, "list", "dead_letters_list", "List dead letters, newest first.")
     listing.add_argument("--limit", type=int, default=50, metavar="N", help="at most so many (default 50)")
-    show = _command(below, "show", "dead_letters_show", "Show one dead letter with every try.")
+    show = command(below, "show", "dead_letters_show", "Show one dead letter with every try.")
     show.add_argument("id", help="its id, as listed")
-    replay = _command(
+    replay = command(
         below,
         "replay",
         "dead_letters_replay",
@@ -62,78 +53,9 @@ def add_commands(commands: Commands) -> list[argparse.ArgumentParser]:
             one.add_argument(f"--{name}", metavar=name.upper(), help=f"only those {text}")
     for one in (listing, show):
         one.add_argument("--json", action="store_true", help="JSON as the API answers it")
-    for one in (listing, show, replay):
-        one.add_argument("--url", help="of the HTTP API (default: that of the run in the data folder)")
-        one.add_argument("--key", help="API key (default: that of the run in the data folder)")
-    return [listing, show, replay]
-
-
-def _command(below: Commands, name: str, handler: str, text: str) -> argparse.ArgumentParser:
-    parser = below.add_parser(name, help=text[0].lower() + text[1:].split(".")[0], description=text)
-    parser.set_defaults(handler=handler)
-    return parser
-
-
-class Api:
-    """The HTTP API as a service sees it."""
-
-    def __init__(self, options: argparse.Namespace, settings: Settings) -> None:
-        url, key = options.url, options.key
-        if not (url and key):
-            try:
-                facts = json.loads(RunFolder(settings.cluster.runtime_dir).dev_file.read_text())
-                url, key = url or facts["directUrl"], key or facts["apiKey"]
-            except (OSError, ValueError, KeyError):
-                facts = {}
-        if not (url and key):
-            raise ClusterError(f"no API: give --url and --key, or run `up` in {settings.cluster.runtime_dir}")
-        if not url.startswith(("http://", "https://")):
-            raise SettingsError(f"expected --url to begin with http:// or https://, got {url!r}")
-        self._url = url.rstrip("/")
-        self._key = key
-
-    def call(self, method: str, path: str, body: Any = None) -> Any:
-        """One call. Raises ClusterError with the problem's own sentence."""
-        request = urllib.request.Request(  # noqa: S310  checked above
-            self._url + path,
-            data=None if body is None else json.dumps(body).encode(),
-            method=method,
-            headers={"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"},
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=30.0) as answer:  # noqa: S310
-                return json.load(answer)
-        except urllib.error.HTTPError as exc:
-            raise _CallError(exc.code, _told(exc)) from exc
-        except (OSError, ValueError) as exc:
-            raise _CallError(503, f"{self._url} does not answer: {exc}") from exc
-
-    def call_again(self, method: str, path: str, body: Any) -> Any:
-        """The same, again and again while the reason is temporary. Only for calls that may run twice."""
-        for number in range(1, TRIES + 1):
-            try:
-                return self.call(method, path, body)
-            except _CallError as exc:
-                if exc.status not in (429, 503) or number == TRIES:
-                    raise
-                time.sleep(0.2 * 2**number)
-        raise AssertionError
-
-
-class _CallError(ClusterError):
-    """The API refused. Args (positional): status, sentence."""
-
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status = status
-
-
-def _told(exc: urllib.error.HTTPError) -> str:
-    try:
-        document = json.loads(exc.read(10_000))
-        return f"{exc.code}: {document['detail'] or document['title']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{exc.code} {exc.reason}"
+    parsers = [listing, show, replay]
+    add_api_options(parsers)
+    return parsers
 
 
 def _chosen(options: argparse.Namespace) -> dict[str, str]:

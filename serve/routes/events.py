@@ -54,29 +54,30 @@ async def dry_run(
 ) -> Response:
     """What `publish` would do, and why; nothing is stored or sent."""
     try:
-        parsed = await parse_events(services, body, key, tenant, deadline)
+        parsed = await parse_events(services, body, key, tenant, deadline, limits)
     except NotPlainError:
         told = FieldError("topic", "absent with dryRun: a plan is for users", "a topic")
         raise refused("a plan is made for users, not for a topic", [told], "not_supported") from None
-    if limits and parsed.events:
-        await admit(services, limits, len(parsed.events))
     return await preview(services, parsed, deadline, request_id)
 
 
 async def parse_events(
-    services: Services, body: bytes, key: bytes | None, tenant: str, deadline: float
+    services: Services, body: bytes, key: bytes | None, tenant: str, deadline: float, limits: Limits = ()
 ) -> ParsedEvents:
-    """Read a body. Raises ProblemError: it is refused as a whole."""
+    """Read a body whose events the limits let pass. Raises ProblemError: it is refused as a whole."""
     text_key = None if key is None else key.decode("utf-8", "replace")
     try:
-        return services.parser.parse(body, tenant, services.clock.now_ms(), text_key)
+        parsed = services.parser.parse(body, tenant, services.clock.now_ms(), text_key)
     except NotPlainError as wanted:
         if topic_of(wanted.document) is not None:
             raise
         prepared = await services.templates.prepare(wanted.document, tenant, deadline)
-        return services.parser.parse_prepared(
+        parsed = services.parser.parse_prepared(
             wanted.document, prepared, tenant, services.clock.now_ms(), text_key
         )
+    if limits and parsed.events:
+        await admit(services, limits, len(parsed.events))
+    return parsed
 
 
 async def publish(
@@ -97,12 +98,10 @@ async def publish(
         ProblemError: the request as a whole is refused.
     """
     try:
-        parsed = await parse_events(services, body, key, tenant, deadline)
+        parsed = await parse_events(services, body, key, tenant, deadline, limits)
     except NotPlainError as wanted:
         text_key = None if key is None else key.decode("utf-8", "replace")
         return await to_topic(services, wanted.document, tenant, text_key, deadline, limits)
-    if limits and parsed.events:
-        await admit(services, limits, len(parsed.events))
     if parsed.variants:
         await services.templates.note_variants(tenant, parsed)
     if parsed.later:
