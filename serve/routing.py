@@ -33,6 +33,13 @@ class Query:
     doc: str
 
 
+def paging(default: int, most: int) -> tuple[Query, Query]:
+    """The query parameters of a list that is read page by page: `limit`, and `cursor` as text."""
+    limit = {"type": "integer", "minimum": 1, "maximum": most, "default": default}
+    cursor = Query("cursor", {"type": "string"}, "`nextCursor` of the page before.")
+    return Query("limit", limit, "Page size."), cursor
+
+
 @dataclass(frozen=True)
 class Route:
     """One call of the API."""

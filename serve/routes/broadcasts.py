@@ -40,7 +40,7 @@ from serve.audit import audited
 from serve.http import Header, Request, Response, json_response, whole_number
 from serve.limits import Limits, admit
 from serve.routes.bodies import known_query
-from serve.routing import SERVICE, Query, Route
+from serve.routing import SERVICE, Query, Route, paging
 from serve.schemas import INSTANT, USER_ID, UUID, WHOLE, nullable, obj, text
 from serve.services import Services
 from stores.postgres.broadcasts import BroadcastRecord, NewBroadcast, TooManyError
@@ -369,10 +369,7 @@ _TOLD: Final = {
 }
 _TAG: Final = "Broadcasts"
 _SCOPE: Final = "events:write"
-_LIMIT: Final = Query(
-    "limit", {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT}, "Page size."
-)
-_CURSOR: Final = Query("cursor", {"type": "string"}, "`nextCursor` of the page before.")
+_LIMIT, _CURSOR = paging(DEFAULT_LIMIT, MAX_LIMIT)
 
 ROUTES: Final = (
     Route(

@@ -23,7 +23,7 @@ from carillon.notification import decode_content
 from carillon.problems import FieldError, shown
 from serve.http import Request, Response, json_response, whole_number
 from serve.routes.bodies import attempt_json, id_list
-from serve.routing import SERVICE, Query, Route
+from serve.routing import SERVICE, Query, Route, paging
 from serve.schemas import INSTANT, USER_ID, WHOLE, nullable, obj, ref, text
 from serve.services import Services
 from stores.postgres.dead_letters import MAX_ID, DeadFilter, DeadLetter
@@ -218,9 +218,7 @@ ROUTES: Final = (
         "GET", "/v1/dead-letters", list_dead_letters, SERVICE, "What could not be delivered",
         scope="users:read", doc="Newest first.",
         query=(
-            Query("limit", {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT},
-                  "Page size."),
-            Query("cursor", {"type": "string"}, "`nextCursor` of the page before."),
+            *paging(DEFAULT_LIMIT, MAX_LIMIT),
             *(Query(name, schema, schema.get("description", f"Only this {name}."))
               for name, schema in _FILTER.items()),
         ),

@@ -20,7 +20,7 @@ from serve.audit import audited
 from serve.http import Header, Request, Response, json_response, whole_number
 from serve.limits import admit
 from serve.routes.bodies import known_query, valid_id
-from serve.routing import SERVICE, Query, Route
+from serve.routing import SERVICE, Query, Route, paging
 from serve.schemas import INSTANT, USER_ID, UUID, WHOLE, nullable, obj, ref
 from serve.services import Services
 from stores.postgres.schedules import NewSchedule, ScheduleRecord
@@ -261,9 +261,7 @@ ROUTES: Final = (
     Route(
         "GET", "/v1/schedules", list_schedules, SERVICE, "List schedules", scope=_SCOPE, doc="Newest first.",
         query=(
-            Query("limit", {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT},
-                  "Page size."),
-            Query("cursor", {"type": "string"}, "`nextCursor` of the page before."),
+            *paging(DEFAULT_LIMIT, MAX_LIMIT),
             Query("userId", USER_ID, "Only for this user."),
             Query("state", {"enum": list(STATES)}, "Only in this state."),
         ),

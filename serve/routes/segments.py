@@ -18,7 +18,7 @@ from carillon.segments import MEMBERS, SegmentError, parse_filter
 from serve.audit import audited
 from serve.http import Request, Response, json_response, whole_number
 from serve.routes.bodies import known_query
-from serve.routing import SERVICE, Query, Route
+from serve.routing import SERVICE, Route, paging
 from serve.schemas import INSTANT, SUCCESS, WHOLE, nullable, obj, text
 from serve.services import Services
 from stores.postgres.segments import SegmentRecord
@@ -166,11 +166,7 @@ ROUTES: Final = (
     ),
     Route(
         "GET", "/v1/segments", list_segments, SERVICE, "List segments", scope=_READ, doc="By id.",
-        query=(
-            Query("limit", {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT},
-                  "Page size."),
-            Query("cursor", {"type": "string"}, "`nextCursor` of the page before."),
-        ),
+        query=paging(DEFAULT_LIMIT, MAX_LIMIT),
         answer=obj(
             {"segments": {"type": "array", "items": _SEGMENT}, "nextCursor": {"type": ["string", "null"]}},
             ["segments", "nextCursor"],

@@ -27,7 +27,7 @@ from carillon.templates import (
 from serve.audit import audited
 from serve.http import Request, Response, json_response, whole_number
 from serve.routes.bodies import known_query, valid_id
-from serve.routing import SERVICE, Query, Route
+from serve.routing import SERVICE, Query, Route, paging
 from serve.schemas import INSTANT, USER_ID, nullable, obj, text
 from serve.services import Services
 
@@ -282,11 +282,7 @@ _SCOPE: Final = "templates:write"
 ROUTES: Final = (
     Route(
         "GET", "/v1/templates", list_templates, SERVICE, "List templates", scope=_SCOPE, doc="By id.",
-        query=(
-            Query("limit", {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT},
-                  "Page size."),
-            Query("cursor", {"type": "string"}, "`nextCursor` of the page before."),
-        ),
+        query=paging(DEFAULT_LIMIT, MAX_LIMIT),
         answer=obj(
             {
                 "templates": {

@@ -12,7 +12,7 @@ from carillon.events import ProblemError, refused
 from carillon.problems import FieldError, shown
 from serve.http import Request, Response, json_response, whole_number
 from serve.routes.bodies import MAX_LIST, id_list, known_query, path_id, valid_id
-from serve.routing import CLIENT, SERVICE, Query, Route
+from serve.routing import CLIENT, SERVICE, Route, paging
 from serve.schemas import INSTANT, SUCCESS, USER_ID, WHOLE, obj
 from serve.services import Services
 
@@ -110,14 +110,7 @@ _SUBSCRIBER: Final = obj(
     ["topic", "userId", "since"],
 )
 _EXAMPLE: Final = {"topic": "goals.rapid", "userId": "ada", "since": "2026-01-02T03:04:05.000Z"}
-_PAGE: Final = (
-    Query(
-        "limit",
-        {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT},
-        "Page size.",
-    ),
-    Query("cursor", {"type": "string"}, "`nextCursor` of the page before."),
-)
+_PAGE: Final = paging(DEFAULT_LIMIT, MAX_LIMIT)
 _CURSOR: Final[dict[str, Any]] = {"type": ["string", "null"]}
 _TAG: Final = "Topics"
 

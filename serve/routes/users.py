@@ -32,7 +32,7 @@ from serve.routes.bodies import (
     valid_id,
 )
 from serve.routes.merged import MERGED, merged_json
-from serve.routing import SERVICE, Query, Route
+from serve.routing import SERVICE, Query, Route, paging
 from serve.schemas import INSTANT, SUCCESS, USER_ID, nullable, obj, ref
 from serve.services import Services
 from stores.postgres.feed import STATUSES, FeedFilter
@@ -287,12 +287,7 @@ async def post_token(services: Services, request: Request) -> Response:
 # -- the table ----------------------------------------------------------------------------------------
 
 FEED_QUERY: Final = (
-    Query(
-        "limit",
-        {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT},
-        "Page size.",
-    ),
-    Query("cursor", {"type": "string"}, "`nextCursor` of the page before."),
+    *paging(DEFAULT_LIMIT, MAX_LIMIT),
     Query("unread", {"enum": ["true", "false"]}, "true: only unread ones."),
     Query("status", {"enum": list(STATUSES)}, "archived lists what was archived or dismissed."),
     Query("type", {"type": "string", "maxLength": 64}, "Only this type."),
