@@ -104,9 +104,9 @@ def _camel(row: dict[str, Any]) -> dict[str, Any]:
         if name in _OURS:
             continue
         first, *others = name.split("_")
-        if isinstance(value, str) and (name == "at" or name.endswith("_at")):
-            value = rfc3339(round(msgspec.convert(value, datetime).timestamp() * 1000))
-        elif name == "tries":
+        if name == "tries":
             value = [_camel(one) for one in value]
+        elif isinstance(value, str) and (name == "at" or name.endswith("_at")):
+            value = rfc3339(round(msgspec.convert(value, datetime).timestamp() * 1000))
         out[first + "".join(word.capitalize() for word in others)] = value
     return out
