@@ -353,13 +353,13 @@ class Shard:
     async def _settled(self) -> None:
         await self._writer.settled()
 
-    def _planned(self, user: User, event: Event, seq: int, row: OutboxRow) -> None:
+    def _planned(self, user: User, event: Event, seq: int, row: OutboxRow, rev: int) -> None:
         session = user.session
         self._outbox.planned(user, event, seq, row, live=session is not None and session.live)
         if session is not None and not row.claimed and row.gate != DEFERRED:
             effects = session.push_planned(
                 event.id, seq, row.gate, row.due_ms, row.hold_until_ms,
-                self._clock.monotonic(), self._clock.now_ms(),
+                self._clock.monotonic(), self._clock.now_ms(), rev,
             )  # fmt: skip
             self._sessions.run(user, effects)
 

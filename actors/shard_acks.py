@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterable
 
 from actors.shard_users import User
-from carillon.attention import ACTIVE, AWAY, RECEIVED, SILENT
+from carillon.attention import ACTIVE, AWAY, RECEIVED, SILENT, STALE
 from carillon.clock import Clock
 from carillon.effects import Acknowledged, AcknowledgedRange, PushSignal
 from carillon.errors import CarillonError, FencedError
@@ -30,7 +30,10 @@ RANGE = 1000
 RANGES = 200
 """Pieces asked for at a time."""
 
-_STRENGTH = {RECEIVED: 0, ACTIVE: 1, SILENT: 2}
+_STRENGTH = {STALE: -1, RECEIVED: 0, ACTIVE: 1, SILENT: 2}
+
+_WATCHED = frozenset((RECEIVED, STALE))
+"""After these the push is watched as before."""
 
 
 class Acknowledgements:
@@ -95,7 +98,7 @@ class Acknowledgements:
                 told[raw] = SignalRow(stream, raw, signal, device)
             else:
                 self._merge(known, signal, device)
-        if signal != RECEIVED:
+        if signal not in _WATCHED:
             self._settled(effect.ids)
         while len(told) > MAX_UNWRITTEN:
             del told[next(iter(told))]
@@ -187,20 +190,23 @@ class Acknowledgements:
 
     async def _resolve(self, pieces: list[tuple[int, int, int, AcknowledgedRange]]) -> None:
         """Turn ranges into ids; idempotent, so that a failure repeats it."""
-        found = await self._store.ids_between([piece[:3] for piece in pieces])
+        found = await self._store.ids_between([(*piece[:3], piece[3].by_rev) for piece in pieces])
         by_stream: dict[int, list[tuple[int, int, int, AcknowledgedRange]]] = {}
         for piece in pieces:
             by_stream.setdefault(piece[0], []).append(piece)
         ids: list[bytes] = []
-        for raw, stream, seq in found:
+        for raw, stream, seq, rev in found:
             for _, after, upto, effect in by_stream[stream]:
-                if not after < seq <= upto:
+                if not after < (rev if effect.by_rev else seq) <= upto:
                     continue
+                signal, device = effect.signal, effect.device
+                if effect.rev is not None and rev > effect.rev:
+                    signal, device = STALE, ""
                 known = self._told.get(raw)
                 if known is None:
-                    self._told[raw] = SignalRow(stream, raw, effect.signal, effect.device)
+                    self._told[raw] = SignalRow(stream, raw, signal, device)
                 else:
-                    self._merge(known, effect.signal, effect.device)
-                if effect.signal != RECEIVED:
+                    self._merge(known, signal, device)
+                if signal not in _WATCHED:
                     ids.append(raw)
         self._settled(ids)

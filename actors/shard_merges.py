@@ -289,16 +289,18 @@ class MergingBatch:
         self,
         heads: dict[int, tuple[int, int, int]],
         run: Callable[[User, list[Effect]], None],
-        planned: Callable[[User, Event, int, OutboxRow], None],
+        planned: Callable[[User, Event, int, OutboxRow, int], None],
         expires: Callable[[User, int], None],
     ) -> None:
         """After the commit and the new notifications: tell sessions and outbox what changed."""
+        revs: dict[bytes, int] = {}
         for row in self.writes.updates:
             target, user = self._targets[row.notification], self._users[row.notification]
             head = heads.get(row.stream_id)
             if head is None:
                 continue
             user.rev, user.unread = head[1] - row.back, head[2]
+            revs[row.notification] = user.rev
             if target.expires_ms is not None and not target.filed:
                 expires(user, target.expires_ms)
             session = user.session
@@ -319,7 +321,7 @@ class MergingBatch:
                     push.hold_until_ms, push.reason, push.channel, push.chain, push.step,
                 )  # fmt: skip
                 told = msgspec.structs.replace(event, id=target.id)
-                planned(user, told, target.seq, row)
+                planned(user, told, target.seq, row, revs.get(push.notification, 0))
 
 
 def _row_after(target: Target, rev: int, content: str, now_ms: int) -> NotificationRow:

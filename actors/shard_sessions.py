@@ -227,7 +227,12 @@ class Sessions:
         kind = type(message)
         if kind is ClientAck:
             effects = session.acknowledge(
-                attachment, message.seq, message.ids, self._clock.monotonic(), self._clock.now_ms()
+                attachment,
+                message.seq,
+                message.ids,
+                self._clock.monotonic(),
+                self._clock.now_ms(),
+                message.rev,
             )
             self.run(user, effects)
         elif kind is ClientReady:
@@ -253,14 +258,19 @@ class Sessions:
         elif kind is ClientWatch:
             self._watch(link, message, user)
             return
-        if message.__struct_fields__[-1] == "ref" and message.ref is not None:
+        if getattr(message, "ref", None) is not None:
             self.answer(link, message.conn, server_frames.ok(message.ref))
 
     def device_ack(self, user: User, message: DeviceAck) -> None:
         """What a device acknowledges by HTTP; it need not be connected."""
         session = user.session or Session(user.key.user, user.head(), self._limits)
         mine, effects = session.acknowledge_from(
-            message.device, message.seq, message.ids, self._clock.monotonic(), self._clock.now_ms()
+            message.device,
+            message.seq,
+            message.ids,
+            self._clock.monotonic(),
+            self._clock.now_ms(),
+            message.rev,
         )
         self.run(user, effects)
         if message.seq is not None:

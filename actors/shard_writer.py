@@ -85,7 +85,7 @@ class Writer:
         run: Callable[[User, list[Effect]], None],
         reach: Callable[[User], tuple[Reach, int]],
         policy: Callable[[str], TenantPolicy],
-        planned: Callable[[User, Event, int, OutboxRow], None],
+        planned: Callable[[User, Event, int, OutboxRow, int], None],
         withdrawn: Callable[[], None],
         stopped: Callable[[bytes, str], None],
         expires: Callable[[User, int], None],
@@ -612,7 +612,7 @@ class Writer:
             self._committed(entry, head[0] - row.back, rev, unread, committed_ms)
         for user, entry, outbox_row in pushes:
             if entry.event.id in seqs:
-                self._planned(user, entry.event, seqs[entry.event.id], outbox_row)
+                self._planned(user, entry.event, seqs[entry.event.id], outbox_row, 0)
         if merging is not None:
             self._merged(merging, merged, heads, seqs)
 

@@ -37,8 +37,10 @@ class Attachment:
         conn: number of the connection at that gateway.
         cursor_seq, cursor_rev: everything up to here was written to this connection.
         acked_seq: cumulative acknowledgement of this connection; starts at its first cursor.
+        acked_rev: the same for updates, of a connection that acknowledges by revisions.
         positioned: its position was told by the client or the gateway, and the store can complete it.
         written_before: up to here another attachment of this connection wrote: ids are not known here.
+        updated_before: the same for updates, a revision.
         reported: it told its visibility at least once.
         poll: a long poll; see `Session.attach`.
         owes_since_ms: since when it has a delivery with a waiting push unacknowledged; 0: it has none.
@@ -49,10 +51,10 @@ class Attachment:
     """
 
     __slots__ = (
-        "acked_seq", "attention", "attention_since_ms", "conn", "count_due", "cursor_rev", "cursor_seq",
-        "device", "first_frame_seen", "legacy", "loading", "owes_since_ms", "peer", "phase", "poll",
-        "positioned", "replay", "reported", "session", "session_id", "token_id", "viewing", "wait_deadline",
-        "written_before",
+        "acked_rev", "acked_seq", "attention", "attention_since_ms", "conn", "count_due", "cursor_rev",
+        "cursor_seq", "device", "first_frame_seen", "legacy", "loading", "owes_since_ms", "peer", "phase",
+        "poll", "positioned", "replay", "reported", "session", "session_id", "token_id", "updated_before",
+        "viewing", "wait_deadline", "written_before",
     )  # fmt: skip
 
     def __init__(
@@ -67,7 +69,7 @@ class Attachment:
         self.phase = Phase.WAITING
         self.cursor_seq = 0
         self.cursor_rev = 0
-        self.acked_seq = 0
+        self.acked_seq = self.acked_rev = 0
         self.replay: ReplayStart | None = None
         self.loading: LoadNotifications | LoadChanges | None = None
         self.first_frame_seen = False
@@ -76,7 +78,7 @@ class Attachment:
         self.attention = "visible"
         self.reported = self.positioned = False
         self.owes_since_ms = 0
-        self.written_before = 0
+        self.written_before = self.updated_before = 0
         self.attention_since_ms = now_ms
         self.viewing: str | None = None
         self.wait_deadline = 0.0
@@ -96,19 +98,20 @@ class DeviceMemory:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._positions: dict[str, int] = {}
+        self._positions: dict[str, tuple[int, int]] = {}
         self.told: dict[str, tuple[str, str | None]] = {}
 
     def tell(self, device: str, attention: str, viewing: str | None) -> None:
         """Where a device's user looks, until it tells again."""
         self._keep(self.told, device, (attention, viewing))
 
-    def acknowledged(self, device: str, seq: int) -> int:
-        """A device has everything up to `seq`; returns up to where it had said so before (0: never)."""
+    def acknowledged(self, device: str, seq: int, rev: int) -> tuple[int, int]:
+        """A device has everything up to `seq`, and updates up to `rev`; returns up to where it had said so
+        before (0: never)."""
         if not device:
-            return 0
-        known = self._positions.get(device, 0)
-        self._keep(self._positions, device, max(known, seq))
+            return 0, 0
+        known = self._positions.get(device, (0, 0))
+        self._keep(self._positions, device, (max(known[0], seq), max(known[1], rev)))
         return known
 
     def _keep(self, known: dict[str, Any], device: str, value: Any) -> None:

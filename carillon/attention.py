@@ -44,7 +44,9 @@ DONE: Final = "done"
 """Signal: its time came and the user is active and has it: it is dropped."""
 KEEP: Final = "keep"
 """Signal: the same, and it may still be held."""
-ACKNOWLEDGED: Final = frozenset((SILENT, ACTIVE, RECEIVED))
+STALE: Final = "stale"
+"""Signal: a device acknowledged it as it was before the update that its push tells: it ends nothing."""
+ACKNOWLEDGED: Final = frozenset((SILENT, ACTIVE, RECEIVED, STALE))
 """The signals that set deliveredAt."""
 
 ACTIVE_STATES: Final = frozenset(("focused", "visible"))

@@ -275,10 +275,12 @@ def _ack(frame: Members, conn: int, ref: Ref) -> ClientAck:
         wanted = "one of notificationId, notificationIds and seq"
         raise BadFrameError(f"expected {wanted}, got {shown}", "", wanted, shown)
     name = given[0]
+    told = frame.get("rev")
+    rev = None if told is None else _count(told, "rev")
     if name == "seq":
-        return ClientAck(conn, _count(frame[name], name), [], ref)
+        return ClientAck(conn, _count(frame[name], name), [], ref, rev)
     ids = [_id(frame[name], name)] if name == "notificationId" else _ids(frame[name], name)
-    return ClientAck(conn, None, ids, ref)
+    return ClientAck(conn, None, ids, ref, rev)
 
 
 def _change_many(op: str) -> Callable[[Members, int, Ref], ClientChange]:

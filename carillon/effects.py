@@ -72,6 +72,10 @@ class AcknowledgedRange(NamedTuple):
     upto_seq: int
     signal: str
     device: str
+    rev: int | None = None
+    """The device has their updates up to here; None: not told, then as they are."""
+    by_rev: bool = False
+    """True: not the notifications, but the updates with after_seq < rev <= upto_seq."""
 
 
 class PushSignal(NamedTuple):

@@ -79,6 +79,8 @@ class ClientAck(Struct, array_like=True, tag=24):
     seq: int | None = None
     ids: list[bytes] = []
     ref: str | int | None = None
+    rev: int | None = None
+    """The newest `rev` of any notification that this device shows; None: not told."""
 
 
 class ClientChange(Struct, array_like=True, tag=25):

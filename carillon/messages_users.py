@@ -247,6 +247,8 @@ class DeviceAck(Struct, array_like=True, tag=16):
     seq: int | None = None
     """Cumulative: everything the device's connection was sent up to here."""
     ids: list[bytes] = []
+    rev: int | None = None
+    """As in `ClientAck`."""
 
 
 class PresenceMode(Struct, array_like=True, tag=18):

@@ -22,10 +22,11 @@ _NEVER: Final = float("inf")
 class Waiting:
     """One push that waits."""
 
-    __slots__ = ("acknowledged", "due", "gate", "hold_until", "seq")
+    __slots__ = ("acknowledged", "due", "gate", "hold_until", "rev", "seq")
 
-    def __init__(self, seq: int, gate: str | None, due: float, hold_until: float) -> None:
+    def __init__(self, seq: int, gate: str | None, due: float, hold_until: float, rev: int = 0) -> None:
         self.seq = seq
+        self.rev = rev  # of the update that it tells; 0: it tells a new notification
         self.gate = gate
         self.due = due
         self.hold_until = hold_until
@@ -39,12 +40,12 @@ class PushWatch:
     none of these looks at all of them.
     """
 
-    __slots__ = ("_due", "_in_order", "_last_seq", "_rows")
+    __slots__ = ("_due", "_in_order", "_last_rev", "_last_seq", "_rows")
 
     def __init__(self) -> None:
         self._rows: dict[bytes, Waiting] = {}
         self._due: list[tuple[float, bytes]] = []  # heap; entries of rows that moved on are skipped
-        self._last_seq = 0
+        self._last_seq = self._last_rev = 0
         self._in_order = True  # rows were added with rising seq
 
     @property
@@ -69,6 +70,7 @@ class PushWatch:
         elif row.seq < self._last_seq:  # something was merged into an older one
             self._in_order = False
         self._last_seq = row.seq
+        self._last_rev = max(self._last_rev, row.rev)
         rows[notification] = row
         if row.gate == SEEN:
             self._wait(row.due, notification)
@@ -91,6 +93,18 @@ class PushWatch:
                 found.append(raw)
         found.reverse()
         return found
+
+    def updates(self, after: int, upto: int) -> list[bytes]:
+        """Those that tell updates with after < rev <= upto."""
+        if self._last_rev <= after:
+            return []
+        return [raw for raw, row in self._rows.items() if after < row.rev <= upto]
+
+    def newer(self, ids: Iterable[bytes], rev: int) -> set[bytes]:
+        """Those of the ids whose push tells an update after `rev`."""
+        if self._last_rev <= rev:
+            return set()
+        return {raw for raw in ids if (row := self._rows.get(raw)) is not None and row.rev > rev}
 
     def forget(self, ids: Iterable[bytes], upto: int = 0) -> None:
         """The user dealt with these, and with everything up to a seq."""

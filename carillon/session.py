@@ -37,6 +37,7 @@ from carillon.attention import (
     DONE,
     KEEP,
     RECEIVED,
+    STALE,
     Attention,
     combined,
     device_attention,
@@ -75,9 +76,9 @@ class Session:
     """
 
     __slots__ = (
-        "_away_deadline", "_began_seq", "_devices", "_limits", "_pruned", "_pushes", "_status", "_unacked",
-        "attachments", "epoch", "grace_deadline", "last_seen_ms", "recent", "rev", "seq", "unread",
-        "user_json",
+        "_away_deadline", "_began_rev", "_began_seq", "_devices", "_limits", "_pruned", "_pushes",
+        "_status", "_unacked", "attachments", "epoch", "grace_deadline", "last_seen_ms", "recent", "rev",
+        "seq", "unread", "user_json",
     )  # fmt: skip
 
     def __init__(self, user: str, head: Head, limits: SessionLimits) -> None:
@@ -93,6 +94,7 @@ class Session:
         self._status = "offline"
         self._pushes: PushWatch | None = None
         self._began_seq = head.seq  # ids of later ones were all told
+        self._began_rev = head.rev  # so were later updates
         self._devices: DeviceMemory | None = None  # of those that come back by HTTP
         self._away_deadline = 0.0  # monotonic; the last active device is gone, it may be back until then
 
@@ -146,7 +148,7 @@ class Session:
         if poll and attention is None and self._devices is not None:
             attention, viewing = self._devices.told.get(device, (None, None))
         attachment.cursor_seq = attachment.acked_seq = self.seq
-        attachment.cursor_rev = self.rev
+        attachment.cursor_rev = attachment.acked_rev = self.rev
         if attention is not None:
             attachment.attention, attachment.viewing, attachment.reported = attention, viewing, True
         self.attachments.append(attachment)
@@ -377,16 +379,27 @@ class Session:
         self.epoch, self.seq, self.rev, self.unread = head[:4]
         self._pruned = head[4:]
         self.recent.clear(head.rev)
-        self._began_seq = head.seq
+        self._began_seq, self._began_rev = head.seq, head.rev
         for attachment in self.attachments:
             if attachment.phase is Phase.LIVE:
                 self._advance(attachment, effects)
         return effects
 
     def acknowledge(
-        self, attachment: Attachment, seq: int | None, ids: Iterable[bytes], now: float, now_ms: int
+        self,
+        attachment: Attachment,
+        seq: int | None,
+        ids: Iterable[bytes],
+        now: float,
+        now_ms: int,
+        rev: int | None = None,
     ) -> list[Effect]:
-        """ACK of one connection: cumulative `seq` (bounded by what it was sent) and single ids."""
+        """ACK of one connection: cumulative `seq` (bounded by what it was sent) and single ids.
+
+        Args:
+            rev: the newest that this device shows of any notification: what was updated after it is not
+                covered. With `seq` it is cumulative, too, for updates. None: not told; all is as it is now.
+        """
         effects: list[Effect] = []
         signal = signal_of(attachment.attention, attachment.reported)
         hits: list[int] = []
@@ -402,7 +415,9 @@ class Session:
                     acked |= dict.fromkeys(self._pushes.between(since, reached))
                 if since < attachment.written_before:
                     upto = min(reached, attachment.written_before)
-                    effects.append(self._range(attachment, since, upto))
+                    effects.append(self._range(attachment, since, upto, rev))
+            if rev is not None:
+                acked |= self._updates(attachment, min(rev, attachment.cursor_rev), effects)
         wanted = set(ids)
         if wanted:  # the store ignores ids of others and those acknowledged before
             named = [s for s, raw in self._unacked.items() if raw in wanted]
@@ -411,6 +426,11 @@ class Session:
             acked |= dict.fromkeys(wanted)
         if attachment.owes_since_ms:  # it acknowledges: what it still owes is owed since now
             attachment.owes_since_ms = 0 if reached >= attachment.cursor_seq else now_ms
+        if rev is not None and acked and self._pushes:
+            newer = self._pushes.newer(acked, rev)
+            if newer:
+                effects.append(Acknowledged(tuple(newer), STALE))
+                acked = {raw: None for raw in acked if raw not in newer}
         if not acked:
             return effects
         if signal != RECEIVED:  # else another device has yet to show it
@@ -425,13 +445,31 @@ class Session:
                 effects.append(Wake())
         return effects
 
+    def _updates(self, attachment: Attachment, reached: int, effects: list[Effect]) -> dict[bytes, None]:
+        """Updates up to a revision are acknowledged: those with a push known here; the rest is a range."""
+        since = attachment.acked_rev
+        if reached <= since:
+            return {}
+        attachment.acked_rev = reached
+        if since < attachment.updated_before:
+            upto = min(reached, attachment.updated_before)
+            effects.append(self._range(attachment, since, upto)._replace(by_rev=True))
+        return dict.fromkeys(self._pushes.updates(since, reached)) if self._pushes else {}
+
     def acknowledge_from(
-        self, device: str | None, seq: int | None, ids: Iterable[bytes], now: float, now_ms: int
+        self,
+        device: str | None,
+        seq: int | None,
+        ids: Iterable[bytes],
+        now: float,
+        now_ms: int,
+        rev: int | None = None,
     ) -> tuple[list[Attachment], list[Effect]]:
         """An acknowledgement that came by another way than a connection.
 
         Args:
             device: None or one without a connection: some device of the user, of which nothing more is known.
+            rev: as in `acknowledge`.
 
         Returns:
             The device's attachments, and the effects.
@@ -440,13 +478,14 @@ class Session:
         effects: list[Effect] = []
         mine = [a for a in self.attachments if a.device == device]
         for attachment in mine:
-            effects += self.acknowledge(attachment, seq, ids, now, now_ms)
+            effects += self.acknowledge(attachment, seq, ids, now, now_ms, rev)
         if not mine:
             nobody = Attachment(self, None, 0, device or "", "", now_ms)
-            nobody.cursor_seq = self.seq
+            nobody.cursor_seq, nobody.cursor_rev = self.seq, self.rev
             if seq is not None:
-                self._position_acknowledges(nobody, min(seq, self.seq))
-            effects += self.acknowledge(nobody, seq, ids, now, now_ms)
+                told = None if rev is None else min(rev, self.rev)
+                self._position_acknowledges(nobody, min(seq, self.seq), told)
+            effects += self.acknowledge(nobody, seq, ids, now, now_ms, rev)
         return mine, effects
 
     def visibility_from(
@@ -515,8 +554,13 @@ class Session:
         hold_until_ms: int | None,
         now: float,
         now_ms: int,
+        rev: int = 0,
     ) -> list[Effect]:
-        """A push of a notification was committed and waits; call it after `deliver`."""
+        """A push of a notification was committed and waits; call it after `deliver`, or `updated`.
+
+        Args:
+            rev: of the update that it tells; 0: it tells a new notification.
+        """
         for attachment in self.attachments:
             if not attachment.owes_since_ms and attachment.phase is Phase.LIVE:
                 attachment.owes_since_ms = now_ms
@@ -524,7 +568,7 @@ class Session:
             self._pushes = PushWatch()
         due = self._pushes.next_due
         hold_until = 0.0 if hold_until_ms is None else now + (hold_until_ms - now_ms) / 1000
-        waiting = Waiting(seq, gate, now + (due_ms - now_ms) / 1000, hold_until)
+        waiting = Waiting(seq, gate, now + (due_ms - now_ms) / 1000, hold_until, rev)
         self._pushes.add(notification_id, waiting)
         return [Wake()] if self._pushes.next_due < due else []
 
@@ -548,25 +592,34 @@ class Session:
         """What this connection was written, and acknowledged, at the attachment before."""
         attachment.written_before = attachment.cursor_seq
         attachment.acked_seq = max(0, min(acked_seq, attachment.cursor_seq))
+        attachment.updated_before = attachment.cursor_rev
+        attachment.acked_rev = max(0, attachment.cursor_rev - MAX_UNACKED)  # which of them, it says itself
         if began_seq < attachment.acked_seq:
             # It may have been told to a shard that died before it wrote that down.
-            effects.append(self._range(attachment, began_seq, attachment.acked_seq))
+            rev = attachment.cursor_rev
+            effects.append(self._range(attachment, began_seq, attachment.acked_seq, rev))
 
-    def _position_acknowledges(self, attachment: Attachment, seq: int) -> None:
+    def _position_acknowledges(self, attachment: Attachment, seq: int, rev: int | None) -> None:
         """What a position covers its device has: prepares `acknowledge` of it. How much of that is new only
         this session knows; of what was before it, as much as fits a page is told again."""
-        known = self._memory().acknowledged(attachment.device, seq)
+        known, known_rev = self._memory().acknowledged(attachment.device, seq, rev or 0)
         attachment.acked_seq = max(known, seq - MAX_UNACKED, 0)
         attachment.written_before = min(seq, self._began_seq)
+        if rev is not None:
+            attachment.acked_rev = max(known_rev, rev - MAX_UNACKED, 0)
+            attachment.updated_before = min(rev, self._began_rev)
 
     def _memory(self) -> DeviceMemory:
         if self._devices is None:
             self._devices = DeviceMemory(self._limits.remembered_devices)
         return self._devices
 
-    def _range(self, attachment: Attachment, after_seq: int, upto_seq: int) -> AcknowledgedRange:
+    def _range(
+        self, attachment: Attachment, after_seq: int, upto_seq: int, rev: int | None = None
+    ) -> AcknowledgedRange:
         signal = signal_of(attachment.attention, attachment.reported)
-        return AcknowledgedRange(after_seq, upto_seq, signal, attachment.device if signal == ACTIVE else "")
+        device = attachment.device if signal == ACTIVE else ""
+        return AcknowledgedRange(after_seq, upto_seq, signal, device, rev)
 
     # -- replay -----------------------------------------------------------------------------------------
 
@@ -708,7 +761,7 @@ class Session:
         """Something between a replay's position and the head was pruned: a WELCOME says so, at the head."""
         attachment.replay = None
         attachment.cursor_seq = attachment.acked_seq = self.seq
-        attachment.cursor_rev = self.rev
+        attachment.cursor_rev = attachment.acked_rev = self.rev
         effects: list[Effect] = [self._welcome(attachment, False, now_ms)]
         self._advance(attachment, effects)
         return effects
@@ -719,13 +772,14 @@ class Session:
             return False
         attachment.cursor_seq = attachment.acked_seq = last_seq
         attachment.cursor_rev = self.rev if last_rev is None else max(0, min(last_rev, self.rev))
+        attachment.acked_rev = attachment.cursor_rev
         seq, rev = self._pruned
         there = last_seq >= seq and attachment.cursor_rev >= rev
         attachment.positioned = there and last_rev is not None
         if there or self._in_log(attachment):
             return True  # nothing of it is gone, or not from here
         attachment.cursor_seq = attachment.acked_seq = self.seq
-        attachment.cursor_rev = self.rev
+        attachment.cursor_rev = attachment.acked_rev = self.rev
         return False
 
     def _resume(
@@ -739,13 +793,14 @@ class Session:
     ) -> list[Effect]:
         self.recent.expire(now_ms)
         attachment.cursor_seq = attachment.acked_seq = self.seq
-        attachment.cursor_rev = self.rev
+        attachment.cursor_rev = attachment.acked_rev = self.rev
         recovered = self._take_position(attachment, epoch, last_seq, last_rev)
         attachment.first_frame_seen = True
         effects: list[Effect] = [self._welcome(attachment, recovered, now_ms)]
         if recovered and acknowledged_at is not None:
-            self._position_acknowledges(attachment, last_seq)
-            effects += self.acknowledge(attachment, last_seq, (), acknowledged_at, now_ms)
+            rev = None if last_rev is None else attachment.cursor_rev
+            self._position_acknowledges(attachment, last_seq, rev)
+            effects += self.acknowledge(attachment, last_seq, (), acknowledged_at, now_ms, rev)
         self._advance(attachment, effects)
         return effects
 

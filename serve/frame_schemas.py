@@ -81,7 +81,7 @@ CLIENT_FRAMES: Final[dict[str, Schema]] = {
         {"lastRev": _COUNT},
     ),
     "ACK": {
-        **_client("ACK", "This device has them.", {}, {**_ONE, **_MANY, "seq": _COUNT}),
+        **_client("ACK", "This device has them.", {}, {**_ONE, **_MANY, "seq": _COUNT, "rev": _COUNT}),
         # Exactly one of the three.
         "oneOf": [
             {"required": [name], "properties": {name: {"type": kind}}}

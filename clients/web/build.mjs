@@ -19,7 +19,7 @@ const BUNDLES = { index: "carillon-client.js", fallback: "fallback.js", ledger: 
  * Members of Core and Feed, which no application, wire, other tab or other bundle sees: shortened in the minified
  * bundle. A name that is used for anything else must not be here.
  */
-const INTERNAL = /^(feed|effects|generation|order|uncertain|unread|counted|finish|restore|queued|closed|attend|wake|tries|refresh|apply|view|tidy)$/;
+const INTERNAL = /^(feed|effects|generation|order|uncertain|unread|counted|finish|restore|queued|closed|attend|wake|tries|refresh|apply|view|tidy|reset|start|stop)$/;
 const common = { bundle: true, format: "esm", target: "es2022", legalComments: "none", logLevel: "warning", absWorkingDir: path(".") };
 
 /** The minified module of one entry point, and its source map. */

@@ -248,7 +248,8 @@ async def post_ack(services: Services, request: Request) -> Response:
         ids = notification_ids({"notificationIds": [document["notificationId"]]})
     if ids or seq is not None:
         slot = slot_of(request.tenant, request.user)
-        message = DeviceAck(request.tenant, request.user, slot, device, seq, ids)
+        rev = None if document.get("rev") is None else _seq(document, "rev")
+        message = DeviceAck(request.tenant, request.user, slot, device, seq, ids, rev)
         await services.backend.request(message, request.deadline)
     return json_response({"success": True})
 
@@ -424,11 +425,12 @@ ROUTES: Final = (
                 "notificationIds": {"type": "array", "items": {"type": "string"}, "maxItems": 1000},
                 "notificationId": {"type": "string"},
                 "seq": {"type": "integer", "minimum": 0, "maximum": MAX_INT},
+                "rev": {"type": "integer", "minimum": 0, "maximum": MAX_INT},
                 "deviceId": text(1, 128),
             },
             strict=False,
         ),
-        body_example={"seq": 17, "deviceId": "tablet"},
+        body_example={"seq": 17, "rev": 40, "deviceId": "tablet"},
         answer=SUCCESS, answer_example={"success": True}, problems=(400, 413, 422), tag=_TAG,
     ),
     Route(

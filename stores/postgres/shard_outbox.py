@@ -38,12 +38,19 @@ class Outbox(ShardConnections):
         self._check(row["fenced"], term)
         return row["marked"]
 
-    async def ids_between(self, ranges: Sequence[tuple[int, int, int]]) -> list[tuple[bytes, int, int]]:
-        """What of ranges (stream id, after seq, up to seq) may be unacknowledged: (id, stream id, seq)."""
-        rows = await self._pool_rows(
-            "ids_between", [r[0] for r in ranges], [r[1] for r in ranges], [r[2] for r in ranges]
-        )
-        return [(r[0].bytes, r[1], r[2]) for r in rows]
+    async def ids_between(
+        self, ranges: Sequence[tuple[int, int, int, bool]]
+    ) -> list[tuple[bytes, int, int, int]]:
+        """What of ranges may be unacknowledged.
+
+        Args:
+            ranges: (stream id, after seq, up to seq, False), or with True updates between revs.
+
+        Returns:
+            (id, stream id, seq, rev of the latest update; 0: there was none).
+        """
+        rows = await self._pool_rows("ids_between", *([r[column] for r in ranges] for column in range(4)))
+        return [(r[0].bytes, r[1], r[2], r[3]) for r in rows]
 
     async def claim_due(
         self, term: int, slots: Sequence[int], now_ms: int, limit: int, lease_end_ms: int

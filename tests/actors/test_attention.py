@@ -402,7 +402,7 @@ async def test_a_withdrawal_gives_up_quietly(postgres_dsn: str) -> None:
 async def test_the_database_decides_as_the_core_does(postgres_dsn: str) -> None:
     """delivery_signal and on_signal agree on every combination of their arguments."""
     async with Kit(postgres_dsn) as kit:
-        signals = ("silent", "active", "received", "away", "done", "keep")
+        signals = ("silent", "active", "received", "stale", "away", "done", "keep")
         states = ("planned", "failed", "unknown", "sending", "sent", "dead", "cancelled")
         gates = (None, "any", "seen", "held", "always", "withdrawn")
         cases = list(itertools.product(signals, states, gates, (True, False)))

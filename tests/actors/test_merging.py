@@ -287,6 +287,51 @@ async def test_an_acknowledged_update_needs_no_push(postgres_dsn: str) -> None:
         assert kit.router.jobs[0].title == "c liked your post"
 
 
+async def test_an_update_is_acknowledged_by_the_revision_that_is_shown(postgres_dsn: str) -> None:
+    """A cumulative acknowledgement ends the push of an update that is shown, and no other's."""
+    async with Kit(postgres_dsn, ack_window_s=600.0, merge={"renotify_s": 0.0}) as kit:
+        await kit.router.link.request(phone())
+        await kit.gateway.attach_ready(1)
+        await kit.publish(like("a"))
+        kit.gateway.link.send_nowait(ClientAck(1, seq=1, rev=1))
+        ended = "select array_agg(reason order by id) from deliveries where state = 'cancelled'"
+        await eventually(lambda: said(kit, ended, ["acknowledged"]))
+        await kit.publish(like("b"))
+        await kit.gateway.seen(1, 3)
+        kit.gateway.link.send_nowait(ClientAck(1, seq=1, rev=1))  # of before: "b" is not on the screen
+        await kit.publish(make_event())
+        kit.gateway.link.send_nowait(ClientAck(1, seq=2, rev=1))
+        await eventually(lambda: said(kit, ended, ["acknowledged"] * 2))
+        waits = (
+            "select n.seq from deliveries d join notifications n on n.id = notification_id where state = $1"
+        )
+        assert await kit.db.fetchval(waits, "planned") == 1
+        kit.gateway.link.send_nowait(ClientAck(1, seq=2, rev=3))
+        await eventually(lambda: said(kit, ended, ["acknowledged"] * 3))
+
+
+async def test_a_position_acknowledges_the_updates_that_it_covers(postgres_dsn: str) -> None:
+    """A stream or poll that goes on from (seq, rev) shows what was updated up to rev, and no more."""
+    async with Kit(postgres_dsn, ack_window_s=600.0, merge={"renotify_s": 0.0}) as kit:
+        await kit.router.link.request(phone())
+        await kit.gateway.attach_ready(1)
+        await kit.publish(like("a"))
+        await kit.publish(like("b"))
+        epoch = await kit.db.fetchval("select epoch from streams")
+        kit.gateway.attach(2, epoch=epoch, last_seq=1, last_rev=1, began_seq=1)
+        await kit.gateway.seen(2, 1)
+        ended = "select array_agg(reason order by id) from deliveries where state = 'cancelled'"
+        delivered = "select delivered_at is not null from notifications"
+        await eventually(lambda: said(kit, delivered, True))
+        assert await kit.db.fetchval(ended) is None
+        kit.gateway.attach(3, epoch=epoch, last_seq=1, last_rev=2, began_seq=1)
+        await eventually(lambda: said(kit, ended, ["acknowledged"]))
+
+
+async def said(kit: Kit, query: str, answer: object) -> bool:
+    return await kit.db.fetchval(query) == answer
+
+
 async def test_a_hundred_likes_at_once_are_one_notification_with_one_push(postgres_dsn: str) -> None:
     """From many requests at the same time: the count is that of the actors, and nothing is lost."""
     async with Kit(postgres_dsn) as kit:

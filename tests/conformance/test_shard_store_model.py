@@ -15,7 +15,20 @@ from typing import Any
 import asyncpg
 import pytest
 
-from carillon.attention import ACTIVE, ALWAYS, ANY, AWAY, DEFERRED, DONE, HELD, KEEP, RECEIVED, SEEN, SILENT
+from carillon.attention import (
+    ACTIVE,
+    ALWAYS,
+    ANY,
+    AWAY,
+    DEFERRED,
+    DONE,
+    HELD,
+    KEEP,
+    RECEIVED,
+    SEEN,
+    SILENT,
+    STALE,
+)
 from carillon.clock import SystemClock
 from carillon.digest import Item, Told, tell
 from carillon.errors import FencedError, VersionError
@@ -47,7 +60,7 @@ from tests.simulation.store import Database, ModelClusterStore, ModelShardStore
 DIGESTS = (bytes(15) + b"a", bytes(15) + b"b")
 USERS = [UserKey("t", name) for name in ("ann", "bob", "cat")]
 ACTS = [bytes([n]) * 16 for n in range(40)]
-SIGNALS = (ACTIVE, AWAY, DONE, KEEP, RECEIVED, SILENT)
+SIGNALS = (ACTIVE, AWAY, DONE, KEEP, RECEIVED, SILENT, STALE)
 EXPECTED = (FencedError, KeysTakenError, PoisonError, VersionError)
 
 
@@ -420,7 +433,8 @@ class Pair:
         if self.streams:
             stream = self.rng.choice(list(self.streams.values()))
             after = self.rng.randrange(20)
-            await self.both("ids_between", [(stream, after, after + self.rng.randrange(30))], order=sorted)
+            ranges = [(stream, after, after + self.rng.randrange(30), by_rev) for by_rev in (False, True)]
+            await self.both("ids_between", ranges, order=sorted)
             await self.both("save_last_seen", self.term(), [(stream, self.now_ms)])
             since_ms = self.rng.choice((None, self.now_ms, self.now_ms + 5))
             await self.both("set_invisible", self.term(), stream, since_ms)

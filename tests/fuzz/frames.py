@@ -36,7 +36,12 @@ MEMBERS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "AUTH": {"token": st.text(max_size=30), "deviceId": st.text("abc", min_size=1, max_size=8)},
     "PING": {},
     "RESUME": {"epoch": st.text("abc", min_size=1, max_size=8), "lastSeq": counts, "lastRev": counts},
-    "ACK": {"notificationId": ids, "notificationIds": st.lists(ids, min_size=1, max_size=4), "seq": counts},
+    "ACK": {
+        "notificationId": ids,
+        "notificationIds": st.lists(ids, min_size=1, max_size=4),
+        "seq": counts,
+        "rev": counts,
+    },
     "MARK_READ": {"notificationIds": st.lists(ids, min_size=1, max_size=4)},
     "MARK_SEEN": {"notificationIds": st.lists(ids, min_size=1, max_size=4)},
     "MARK_ALL_READ": {"upToSeq": counts},
@@ -64,8 +69,8 @@ def documents(draw: st.DrawFn, kinds: tuple[str, ...] = tuple(MEMBERS)) -> Any:
         frame["id"] = draw(refs)
     members = MEMBERS[kind]
     if kind == "ACK" and draw(st.booleans()):  # it has exactly one of them
-        name = draw(st.sampled_from(tuple(members)))
-        members = {name: members[name]}
+        name = draw(st.sampled_from(("notificationId", "notificationIds", "seq")))
+        members = {name: members[name], "rev": counts}
     for name, values in members.items():
         way = draw(st.integers(0, 9))
         if way < 7:

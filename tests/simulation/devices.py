@@ -235,7 +235,7 @@ class Device:
         elif kind == "NEW_NOTIFICATION":
             world.frames += 1
             self._acknowledge(frame["notification"])
-        elif kind == "NOTIFICATION_UPDATED" and self.acks != "by_seq":
+        elif kind == "NOTIFICATION_UPDATED":
             self._acknowledge(frame["notification"])
 
     def _first_frame(self, socket: _Socket) -> None:
@@ -258,6 +258,8 @@ class Device:
         wait_s = world.rng.uniform(0.0, 0.05) if how != "slow" else world.rng.uniform(1.0, 9.0)
         raw = parse_uuid(shown["id"])
         assert raw is not None
+        if self._socket is not None:
+            self._socket.shown_rev = max(self._socket.shown_rev, shown["rev"])
         world.loop.call_later(wait_s, self._ack, shown["seq"], raw, context=self.node.context)
 
     def _ack(self, seq: int, raw: bytes) -> None:
@@ -265,7 +267,7 @@ class Device:
             return
         if self.acks == "by_seq":
             self.acked |= {row.id for row in self.view.store.rows[:seq]}
-            self._socket.send({"type": "ACK", "seq": seq})
+            self._socket.send({"type": "ACK", "seq": seq, "rev": self._socket.shown_rev})
         else:
             self.acked.add(raw)
             self._socket.send({"type": "ACK", "notificationIds": [uuid_text(raw)]})
@@ -319,6 +321,7 @@ class _Socket(asyncio.Protocol):
         self.stream: Any = None
         self.resume: dict[str, Any] | None = None
         self.ended = False
+        self.shown_rev = 0
         self.heard_at = device.world.loop.now
         self._buffer = b""
         self._shaken = False

@@ -674,18 +674,19 @@ class ModelShardStore(ModelAmendments):
             delivery.shown_on = [*delivery.shown_on, *shown]
         self._told("follows", f"push {delivery.id}: {told.signal} -> {done}")
 
-    async def ids_between(self, ranges: Sequence[tuple[int, int, int]]) -> list[tuple[bytes, int, int]]:
-        def statement() -> list[tuple[bytes, int, int]]:
-            return [
-                (n.row.id, stream, n.row.seq)
-                for stream, after, upto in ranges
-                for n in self._db.by_id[stream].notes
-                if after < n.row.seq <= upto
-                and (
-                    n.row.delivered_ms is None
-                    or any(d.state in PENDING for d in self._db.of_note.get(n.row.id, ()))
-                )
-            ]
+    async def ids_between(
+        self, ranges: Sequence[tuple[int, int, int, bool]]
+    ) -> list[tuple[bytes, int, int, int]]:
+        def statement() -> list[tuple[bytes, int, int, int]]:
+            found: list[tuple[bytes, int, int, int]] = []
+            for stream, after, upto, by_rev in ranges:
+                for n in self._db.by_id[stream].notes:
+                    rev = 0 if n.row.updated_ms is None else n.row.rev
+                    pending = any(d.state in PENDING for d in self._db.of_note.get(n.row.id, ()))
+                    open_ = pending or (n.row.delivered_ms is None and not by_rev)
+                    if open_ and after < (rev if by_rev else n.row.seq) <= upto:
+                        found.append((n.row.id, stream, n.row.seq, rev))
+            return found
 
         return await self._db.run(statement)
 

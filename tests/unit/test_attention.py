@@ -17,6 +17,7 @@ from carillon.attention import (
     RECEIVED,
     SEEN,
     SILENT,
+    STALE,
     Attention,
     at_due,
     combined,
@@ -27,7 +28,7 @@ from carillon.attention import (
 
 GATES = (None, ANY, SEEN, HELD, ALWAYS)
 STATES = ("planned", "failed", "unknown", "sending", "sent", "dead", "cancelled")
-SIGNALS = (SILENT, ACTIVE, RECEIVED, AWAY, DONE, KEEP)
+SIGNALS = (SILENT, ACTIVE, RECEIVED, STALE, AWAY, DONE, KEEP)
 device = st.tuples(
     st.sampled_from(("focused", "visible", "idle", "hidden")), st.booleans(), st.integers(0, 20_000)
 )

@@ -35,6 +35,7 @@ VALID: list[tuple[dict[str, Any], Any]] = [
     ({"type": "RESUME", "epoch": "e", "lastSeq": 4, "lastRev": 9, "id": -3}, ClientResume(C, "e", 4, 9, -3)),
     ({"type": "RESUME", "epoch": "e", "lastSeq": 4, "lastRev": None}, ClientResume(C, "e", 4)),
     ({"type": "ACK", "seq": 12}, ClientAck(C, 12)),
+    ({"type": "ACK", "seq": 12, "rev": 30}, ClientAck(C, 12, rev=30)),
     ({"type": "ACK", "notificationId": str(ID)}, ClientAck(C, None, [ID.bytes])),
     ({"type": "ACK", "notificationIds": [str(ID), str(ID2)]}, ClientAck(C, None, [ID.bytes, ID2.bytes])),
     ({"type": "MARK_READ", "notificationIds": [str(ID)]}, ClientChange(C, "read", [ID.bytes])),

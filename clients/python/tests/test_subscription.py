@@ -354,17 +354,17 @@ def test_acknowledgements_outlive_connections() -> None:
     self.connecting(1.0)
     self.receive(welcome(1, 1), 1.0)
     self.receive(welcome(1, 1, True), 1.0)
-    assert {"type": "ACK", "notificationIds": ["e1-1"]} in self.frames_to_send(1.0)
+    assert {"type": "ACK", "notificationIds": ["e1-1"], "rev": 1} in self.frames_to_send(1.0)
     self.receive(new(1), 1.0)
     assert self.take_items() == []
-    assert self.frames_to_send(1.0) == [{"type": "ACK", "notificationIds": ["e1-1"]}]
+    assert self.frames_to_send(1.0) == [{"type": "ACK", "notificationIds": ["e1-1"], "rev": 1}]
 
 
 def test_on_receipt() -> None:
     """ack_on_receipt acknowledges what nobody has processed; the position waits nevertheless."""
     self = opened(ack_on_receipt=True)
     self.receive(new(1), 0.0)
-    assert self.frames_to_send(0.0) == [{"type": "ACK", "notificationIds": ["e1-1"]}]
+    assert self.frames_to_send(0.0) == [{"type": "ACK", "notificationIds": ["e1-1"], "rev": 1}]
     assert self.ledger.position == Position(epoch="e1", last_seq=0, last_rev=0)
 
 
@@ -467,7 +467,24 @@ def test_an_update_is_acknowledged_by_its_id(on_receipt: bool) -> None:
         assert self.frames_to_send(0.0, flush=True) == []
         for item in self.take_items():
             self.done(item, 0.0)
-    assert self.frames_to_send(0.0, flush=True) == [{"type": "ACK", "notificationIds": ["e1-3"]}]
+    assert self.frames_to_send(0.0, flush=True) == [{"type": "ACK", "notificationIds": ["e1-3"], "rev": 3}]
+
+
+def test_what_was_processed_before_an_update_does_not_acknowledge_it() -> None:
+    """The update is in the queue: its push is wanted until it is processed, those of others are not."""
+    self = opened()
+    self.receive({"type": "NEW_NOTIFICATION", "notification": note(1)}, 0.0)
+    self.receive({"type": "NEW_NOTIFICATION", "notification": note(2)}, 0.0)
+    self.receive({"type": "NOTIFICATION_UPDATED", "notification": note(1) | {"rev": 3}}, 0.0)
+    one, two, update = self.take_items()
+    self.done(one, 0.0)
+    self.done(two, 0.0)
+    assert self.frames_to_send(0.0, flush=True) == [
+        {"type": "ACK", "notificationIds": ["e1-2"], "rev": 3},
+        {"type": "ACK", "notificationId": "e1-1", "rev": 1},
+    ]
+    self.done(update, 0.0)
+    assert self.frames_to_send(0.0, flush=True) == [{"type": "ACK", "notificationIds": ["e1-1"], "rev": 3}]
 
 
 def test_changes_are_handed_out_with_their_ids() -> None:

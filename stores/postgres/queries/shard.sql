@@ -254,7 +254,7 @@ marked as (
     update notifications n set delivered_at = to_timestamp($5)
     from told t
     where n.id = t.id and n.stream_id = t.stream_id and n.delivered_at is null
-      and t.signal in ('silent', 'active', 'received')
+      and t.signal in ('silent', 'active', 'received', 'stale')
     returning n.id
 ),
 followed as (
@@ -281,12 +281,21 @@ followed as (
 select (select count(*) from marked) as marked, (select count(*) from fence) as fenced;
 
 -- name: ids_between
--- What of ranges of streams a device may still have to acknowledge. $1 streams, $2 after seq, $3 up to seq.
-select n.id, n.stream_id, n.seq
-from unnest($1::bigint[], $2::bigint[], $3::bigint[]) as t (stream_id, after, upto)
+-- What of ranges of streams a device may still have to acknowledge, and the rev of its latest update (0: none).
+-- $1 streams, $2 after, $3 up to, $4 false: of seqs, true: updates between revs.
+select n.id, n.stream_id, n.seq, case when n.updated_at is null then 0 else n.rev end
+from unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::boolean[]) as t (stream_id, after, upto, by_rev)
 join notifications n on n.stream_id = t.stream_id and n.seq > t.after and n.seq <= t.upto
-where n.delivered_at is null
-   or exists (select from deliveries d
+where not t.by_rev
+  and (n.delivered_at is null
+       or exists (select from deliveries d
+                  where d.notification_id = n.id and d.state || '' in ('planned', 'failed', 'unknown')))
+union all
+select n.id, n.stream_id, n.seq, n.rev
+from unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::boolean[]) as t (stream_id, after, upto, by_rev)
+join notifications n on n.stream_id = t.stream_id and n.changed and n.rev > t.after and n.rev <= t.upto
+where t.by_rev and n.updated_at is not null
+  and exists (select from deliveries d
               where d.notification_id = n.id and d.state || '' in ('planned', 'failed', 'unknown'));
 
 -- name: policies

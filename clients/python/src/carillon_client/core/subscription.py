@@ -132,7 +132,9 @@ class Subscription:
         self._out: deque[dict[str, Any]] = deque()
         self._items: deque[Item] = deque()
         self._known: OrderedDict[str, Entry] = OrderedDict()
-        self._acks: dict[str, None] = {}
+        self._acks: dict[str, int] = {}  # id -> the newest `rev` of it that is processed
+        self._revs: OrderedDict[str, int] = OrderedDict()  # id -> the newest received
+        self._newest = 0  # of all of them, on this connection
         self._ack_at: float | None = None
         self._operations: dict[int, Operation] = {}
         self._next_ref = 1
@@ -148,6 +150,7 @@ class Subscription:
     def connecting(self, now: float) -> dict[str, str]:
         """A connection begins; returns the position as query members of its URL."""
         self._out.clear()
+        self._newest = 0
         self._live = False
         self._heard_at = now
         self._pinged_at = None
@@ -258,12 +261,20 @@ class Subscription:
             self._out.extend(frame for frame in (self._visibility, *self._watched.values()) if frame)
             self._out.extend(operation.frame for operation in self._operations.values())
 
+    def _showing(self, notification: Notification) -> None:
+        """One was received: what is processed of it until its turn comes is not all there is of it."""
+        self._newest = max(self._newest, notification.rev)
+        self._revs[notification.id] = max(notification.rev, self._revs.pop(notification.id, 0))
+        if len(self._revs) > self.limits.remembered_ids:
+            self._revs.popitem(last=False)
+
     def _notification(self, notification: Notification, now: float) -> None:
+        self._showing(notification)
         known = self._known.get(notification.id)
         if known is not None:
             self._known.move_to_end(notification.id)
             if known.done:
-                self._ack(notification.id, now)  # its acknowledgement was lost, else it would not come again
+                self._ack(notification, now)  # its acknowledgement was lost, else it would not come again
         else:
             entry = Entry(seq=None if self._asked else notification.seq)
             self._known[notification.id] = entry
@@ -272,7 +283,7 @@ class Subscription:
             self.ledger.add(entry)
             self._items.append(Item(notification, entry))
             if self._ack_on_receipt:
-                self._ack(notification.id, now)
+                self._ack(notification, now)
         if not self._asked and self._received is not None:
             if known is not None and notification.seq > self._received.last_seq:
                 self.ledger.add(Entry(seq=notification.seq, done=True))
@@ -281,8 +292,10 @@ class Subscription:
     def _change(self, change: Change, now: float) -> None:
         entry = self.ledger.add(Entry(rev=None if self._asked else change.rev))
         self._items.append(Item(change, entry))
-        if self._ack_on_receipt and change.notification is not None:
-            self._ack(change.notification.id, now)
+        if change.notification is not None:
+            self._showing(change.notification)
+            if self._ack_on_receipt:
+                self._ack(change.notification, now)
         if not self._asked and self._received is not None:
             self._received = moved(self._received, None, change.rev)
 
@@ -315,10 +328,10 @@ class Subscription:
             self.ledger.done(item.entry)
             shown = _shown(item.value)
             if shown is not None and not self._ack_on_receipt:
-                self._ack(shown.id, now)
+                self._ack(shown, now)
 
-    def _ack(self, id: str, now: float) -> None:
-        self._acks[id] = None
+    def _ack(self, shown: Notification, now: float) -> None:
+        self._acks[shown.id] = max(shown.rev, self._acks.get(shown.id, 0))
         if self._ack_at is None:
             self._ack_at = now + self.limits.ack_linger_s
 
@@ -369,9 +382,13 @@ class Subscription:
         if not self._live:
             return []
         if self._acks and self._ack_at is not None and (flush or now >= self._ack_at):
-            ids = list(self._acks)
-            for start in range(0, len(ids), ACK_IDS):
-                self._out.append({"type": "ACK", "notificationIds": ids[start : start + ACK_IDS]})
+            whole = [id for id, rev in self._acks.items() if rev >= self._revs.get(id, 0)]
+            for start in range(0, len(whole), ACK_IDS):
+                ids = whole[start : start + ACK_IDS]
+                rev = max(self._newest, *(self._acks[id] for id in ids))
+                self._out.append({"type": "ACK", "notificationIds": ids, "rev": rev})
+            for id in self._acks.keys() - set(whole):  # an update of it was received and is not processed yet
+                self._out.append({"type": "ACK", "notificationId": id, "rev": self._acks[id]})
             self._acks.clear()
             self._ack_at = None
         frames, self._out = list(self._out), deque()

@@ -472,7 +472,7 @@ export class CarillonClient {
     if (refresh || !this.#token) {
       const asked = Promise.resolve().then(() => (typeof token !== "string" ? token(refresh) : refresh ? null : token)).then(
         (got) => {
-          if (!got) throw new CarillonError("stopped", "no valid token");
+          if (!got) throw new CarillonError("stopped", "no token");
           return got;
         },
         (error) => {

@@ -111,7 +111,7 @@ export class Core {
   #queue = new Map<string, Queued>();
   #attention: [Attention, string | undefined] | null = null;
   #watched: string[] = [];
-  #ackSeq = 0;
+  #ack!: { type: "ACK"; seq: number; rev: number };
   #due: Due = {};
 
   #feed: Feed;
@@ -222,8 +222,11 @@ export class Core {
     const fresh = feed.apply(frame);
     this.effects.push({ do: "applied", frame, fresh });
     if (frame.type === "WELCOME") this.#welcome(asked && frame.recovered === null, frame.heartbeatMs);
-    if (frame.type === "NEW_NOTIFICATION") {
-      this.#ackSeq = Math.max(this.#ackSeq, frame.notification.seq);
+    if ("notification" in frame) {
+      // `rev` says which updates are covered: of later ones the push is still wanted.
+      const { seq, rev } = frame.notification;
+      this.#ack.seq = Math.max(this.#ack.seq, seq);
+      this.#ack.rev = Math.max(this.#ack.rev, rev);
       this.#at("ack", this.#timing.ack, true);
     }
     this.#count();
@@ -240,7 +243,7 @@ export class Core {
     if (is("connect") || is("pong")) this.closed(1006, "no answer");
     if (is("upgrade")) this.closed(1006, "upgrade");
     if (is("ping")) this.#ping();
-    if (is("ack")) this.#send({ type: "ACK", seq: this.#ackSeq });
+    if (is("ack")) this.#send({ ...this.#ack });
     if (is("load")) this.effects.push({ do: "load", generation: this.#feed.generation });
     if (is("recount")) this.effects.push({ do: "recount", generation: this.#feed.generation });
     if (this.#open) this.#sendOps();
@@ -340,7 +343,7 @@ export class Core {
     this.#openedAt = this.#now();
     this.#proven ||= transport === "websocket";
     this.#renewed = this.#refresh = false;
-    this.#ackSeq = 0;
+    this.#ack = { type: "ACK", seq: 0, rev: 0 };
     delete this.#due.connect;
     if (this.#level) this.#at("upgrade", this.#timing.upgrade);
     this.#become({ state: "open", transport });

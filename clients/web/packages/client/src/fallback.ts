@@ -129,6 +129,7 @@ interface Sync {
 /** GET /api/sync, held by the server until something happens, or asked every `timing.poll` where it cannot. */
 export function poll(dial: Dial): Wire {
   const { timing } = dial;
+  const silent: ClientFrame["type"][] = ["ACK"]; // the next `since` and `rev` acknowledge, if they wait
   return overHttp(dial, async (signal, sleep, look) => {
     let { position } = dial;
     let welcomed = false;
@@ -158,6 +159,7 @@ export function poll(dial: Dial): Wire {
         // Not at this door (Ray Serve's route cannot hold requests), or not at this server.
         if (!["not_found", "not_supported"].includes((error as CarillonError).code) || !query.has("waitS")) throw error;
         waitS = 0;
+        silent.pop();
         continue;
       } finally {
         clearTimeout(timer);
@@ -177,7 +179,7 @@ export function poll(dial: Dial): Wire {
       if (waitS || more) continue;
       await sleep(timing.poll);
     }
-  }, ["ACK"]); // the next `since` acknowledges
+  }, silent);
 }
 
 // ---------------------------------------------------------------- tabs without Web Locks

@@ -110,7 +110,7 @@ export type Op = { id: string } & (
 export type ClientFrame =
   | { type: "AUTH"; token: string; deviceId?: string }
   | ({ type: "RESUME" } & Position)
-  | { type: "ACK"; seq: number }
+  | { type: "ACK"; seq: number; rev: number }
   | Op
   | { type: "VISIBILITY"; state: Attention; viewing?: string }
   | { type: "WATCH_PRESENCE"; userIds: string[]; id: string }

@@ -30,7 +30,7 @@ export interface Dial {
 /** Position in the URL, token in the first frame: URLs are logged by what stands between. */
 export function websocket(dial: Dial): Wire {
   const { WebSocket, position, token, deviceId } = dial;
-  if (!WebSocket) throw new CarillonError("network", "no WebSocket here");
+  if (!WebSocket) throw new CarillonError("network", "no WebSocket");
   const url = new URL(dial.url, globalThis.location?.href);
   for (const [name, value] of Object.entries(position ?? {})) url.searchParams.set(name, String(value));
   const socket = new WebSocket(url, ["carillon.v1.json"]);

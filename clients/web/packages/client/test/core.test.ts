@@ -296,7 +296,23 @@ test("acknowledgements are cumulative and share a frame", () => {
   for (let n = 0; n < 7; n += 1) world.take();
   assert.deepEqual(world.sent.filter((frame) => frame.type === "ACK"), []);
   world.pass(TIMING.ack);
-  assert.deepEqual(world.sent.filter((frame) => frame.type === "ACK"), [{ type: "ACK", seq: 7 }]);
+  assert.deepEqual(world.sent.filter((frame) => frame.type === "ACK"), [{ type: "ACK", seq: 7, rev: 7 }]);
+});
+
+test("an update is acknowledged by the revision that is shown", () => {
+  const world = new World();
+  world.do((core) => core.start());
+  world.quiet();
+  const { id, rev } = world.model.note();
+  world.quiet();
+  const sent = () => {
+    world.pass(TIMING.ack);
+    return world.sent.filter((frame) => frame.type === "ACK").at(-1);
+  };
+  assert.deepEqual(sent(), { type: "ACK", seq: 1, rev });
+  world.model.change({ type: "MERGE", notificationId: id });
+  world.quiet();
+  assert.deepEqual(sent(), { type: "ACK", seq: 1, rev: rev + 1 });
 });
 
 test("a change shows at once, stays through confirmation, and is undone by a refusal", () => {
