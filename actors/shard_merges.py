@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from actors.shard_users import User
+from carillon.digest import OVERFLOW, digest_id, key_of
 from carillon.external import IN_APP
 from carillon.ids import uuid_text
 from carillon.merge_rules import AGGREGATE, MergeRule, speaks_languages
@@ -221,12 +222,15 @@ class MergingBatch:
             return TOGETHER
         due_ms = None if plan.push_due_ms is None else _told_at(plan, self._now_ms)
         renotify_ms = self._merges.renotify_ms(decision.ask.rule)
-        notice, due_ms = notify(target, self._now_ms, due_ms, renotify_ms, urgent=urgent)
+        digest = plan.digest is not None
+        notice, due_ms = notify(target, self._now_ms, due_ms, renotify_ms, urgent=urgent, digest=digest)
         if due_ms is not None:
             self._told.add(target.id)
             known = self._pushes.get(target.id)
             if known is None or due_ms < known[3]:
                 self._pushes[target.id] = user, event, plan, due_ms
+                if plan.digest == OVERFLOW and user.spent is not None:
+                    user.spent.digest_ms = due_ms  # what exceeds the limit next joins it
         if notice == LOUD:
             self._silent[target.id] = self._silent.get(target.id, True) and plan.silent
         return notice
@@ -260,12 +264,16 @@ class MergingBatch:
         for row in writes.updates:
             row.back += counts[row.stream_id]
         for raw, (user, event, plan, due_ms) in self._pushes.items():
+            digest = None
+            if plan.digest is not None:
+                digest = digest_id(key_of(user.key, event.category, plan.digest, due_ms))
             for channel in plan.channels:
                 if channel != IN_APP:
                     writes.pushes.append(
                         RepushRow(
                             await draw(), raw, user.stream_id, event.slot, due_ms, plan.gate,
                             plan.hold_until_ms, plan.reason, channel, ",".join(plan.chain), plan.step,
+                            digest,
                         )
                     )  # fmt: skip
         return contents

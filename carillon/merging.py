@@ -427,7 +427,13 @@ def _bounded(items: list[Any], limits: MergeSettings) -> list[Any]:
 
 
 def notify(
-    target: Target, now_ms: int, push_due_ms: int | None, renotify_ms: int, *, urgent: bool
+    target: Target,
+    now_ms: int,
+    push_due_ms: int | None,
+    renotify_ms: int,
+    *,
+    urgent: bool,
+    digest: bool = False,
 ) -> tuple[str, int | None]:
     """Whether a merged event may disturb its user, and when its push is due.
 
@@ -436,6 +442,7 @@ def notify(
 
     Args:
         push_due_ms: when its push would be due were it a notification of its own; None: it has none.
+        digest: that push waits in a digest, which disturbs once however much is in it: it is due with that.
 
     Returns:
         LOUD, LATER or QUIET, and when the push is due (None: there is none).
@@ -447,6 +454,9 @@ def notify(
         return LOUD, push_due_ms
     if push_due_ms is None:
         return QUIET, None
+    if digest:
+        target.notified_ms = max(last_ms, push_due_ms)
+        return LATER, push_due_ms
     if last_ms > now_ms:
         # One is still to come and tells this, too; if it was cancelled meanwhile, another one does.
         return LATER, max(push_due_ms, last_ms)

@@ -79,6 +79,8 @@ class RepushRow:
     channel: str
     chain: str
     step: int
+    digest: bytes | None = None
+    """The digest it waits in; one that waits already joins it, unless it is due before."""
 
 
 @dataclass(slots=True)
@@ -161,6 +163,7 @@ class MergeStore(ShardConnections):
             [p.slot for p in pushes], [p.due_ms / 1000 for p in pushes], [p.gate for p in pushes],
             [_s(p.hold_until_ms) for p in pushes], [p.reason for p in pushes], [p.channel for p in pushes],
             [p.chain for p in pushes], [p.step for p in pushes], now_ms / 1000,
+            [None if p.digest is None else UUID(p.digest) for p in pushes],
         )  # fmt: skip
         self._check(found, term)
         return {r[0]: (r[1], r[2], r[3]) for r in found if r[0]}

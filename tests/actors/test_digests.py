@@ -394,3 +394,56 @@ async def test_a_template_that_fails_leaves_our_own_words(postgres_dsn: str) -> 
         await change(kit, digest, "flush")
         await eventually(lambda: kit.router.jobs, what="the digest")
         assert [(job.title, job.body) for job in kit.router.jobs] == [("2 new notifications", "b\na")]
+
+
+def _like(actor: str, **more: Any) -> Any:
+    """One of those that are gathered, of the category that waits."""
+    return make_event(
+        "u", type="post.like", category="likes", aggregate=True,
+        content=f'"type":"post.like","title":"{actor}","actorId":"{actor}","targetType":"post","targetId":"1",'
+        '"category":"likes","createdAt":"2026-01-01T00:00:00.000Z"',
+        **more,
+    )  # fmt: skip
+
+
+async def test_what_a_merged_notification_has_to_tell_joins_the_digest(postgres_dsn: str) -> None:
+    """It was pushed by itself once; what is merged into it waits as any push of its category, told once."""
+    clock = Shifted()
+    async with Kit(postgres_dsn, clock=clock, sweep_s=600.0, merge={"renotify_s": 0.0}) as kit:
+        await phone(kit)
+        first = _like("john")
+        await kit.publish(first)
+        await eventually(lambda: len(kit.router.jobs) == 1)
+        await kit.db.execute("update deliveries set state = 'sent'")
+        await prefer(kit, categories={"likes": {"digest": {"frequency": "hourly"}}})
+        other = make_event(category="likes", title="a comment")
+        outcomes = await kit.publish(_like("jane"), other, _like("jim"))
+        assert [outcome.status for outcome in outcomes] == ["merged", "deferred", "merged"]
+        assert await open_ids(kit) == [digest_id(key_of(UserKey("t", "u"), "likes", "hourly", clock.hour_ms))]
+        assert await kit.db.fetchval("select count(*) from deliveries where state = 'planned'") == 2
+        clock.approach(kit, 500)
+        await eventually(lambda: len(kit.router.jobs) == 2, what="the digest")
+        job = kit.router.jobs[1]
+        assert (job.title, job.body) == ("2 new notifications", "a comment\njim")
+        assert job.notifications == [other.id, first.id]
+        await nothing_open(kit)
+        assert len(kit.router.jobs) == 2
+
+
+async def test_what_is_urgent_leaves_the_digest(postgres_dsn: str) -> None:
+    """The other items wait on; the notification that became urgent is told at once, and by itself."""
+    clock = Shifted()
+    async with Kit(postgres_dsn, clock=clock, sweep_s=600.0, merge={"renotify_s": 600.0}) as kit:
+        await phone(kit)
+        await prefer(kit, categories={"likes": {"digest": {"frequency": "hourly"}}})
+        first, other = _like("john"), make_event(category="likes", title="a comment")
+        await kit.publish(first, other)
+        assert kit.router.jobs == []
+        (outcome,) = await kit.publish(_like("jane", priority=3))
+        assert (outcome.id, outcome.status) == (first.id, "merged")
+        await eventually(lambda: len(kit.router.jobs) == 1, what="the urgent one")
+        assert (kit.router.jobs[0].title, kit.router.jobs[0].digest) == ("jane", b"")
+        await kit.db.execute("update deliveries set state = 'sent' where state = 'sending'")
+        clock.approach(kit, 500)
+        await eventually(lambda: len(kit.router.jobs) == 2, what="the digest")
+        assert (kit.router.jobs[1].title, kit.router.jobs[1].count) == ("a comment", 1)

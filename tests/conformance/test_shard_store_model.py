@@ -227,8 +227,11 @@ class Pair:
                     (number,) = await self.both("draw_delivery_ids", 1)
                     gate = rng.choice((None, ANY, ALWAYS, DEFERRED))
                     due_ms = self.now_ms + rng.randrange(4000)
+                    digest = rng.choice((None, None, *DIGESTS))
                     merges.pushes.append(
-                        RepushRow(number, raw, stream, slot, due_ms, gate, None, "r", "fcm", "apns", 0)
+                        RepushRow(
+                            number, raw, stream, slot, due_ms, gate, None, "r", "fcm", "apns", 0, digest
+                        )
                     )
             key = f"key:{rng.randrange(4)}"
             if all((w.stream_id, w.key) != (stream, key) for w in merges.windows):

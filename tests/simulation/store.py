@@ -484,7 +484,10 @@ class ModelShardStore(ModelAmendments):
                     continue
                 taken_over.add((push.notification, push.channel))
                 if d.state == "planned":
-                    d.due_ms = min(d.due_ms, push.due_ms)
+                    if push.due_ms <= d.due_ms:
+                        if d.digest is not None or push.digest is not None:
+                            d.reason = push.reason
+                        d.due_ms, d.digest = push.due_ms, push.digest
                     d.gate, d.hold_until_ms = push.gate, push.hold_until_ms
                 d.shown_on = []
         for push in merges.pushes:
@@ -494,6 +497,7 @@ class ModelShardStore(ModelAmendments):
                     push.id, note, push.slot, "planned", push.due_ms, 0, push.reason, push.gate,
                     push.hold_until_ms, [], push.channel, push.chain, push.step, now_ms,
                 )  # fmt: skip
+                delivery.digest = push.digest
                 db.deliveries[push.id] = delivery
                 db.of_note.setdefault(push.notification, []).append(delivery)
         return heads

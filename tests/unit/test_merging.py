@@ -214,6 +214,25 @@ def test_nobody_is_disturbed_more_often_than_set(merges: list[tuple[int, int | N
         assert all(b - a >= every_ms for a, b in itertools.pairwise(loud))
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 90), st.booleans()), min_size=1, max_size=30),
+    st.sampled_from((0, 50, 300)),
+)
+def test_a_push_that_waits_in_a_digest_is_due_with_it(steps: list[tuple[int, bool]], every_ms: int) -> None:
+    """However often it was told before: the digest tells it at its time, and disturbs once."""
+    target = Target(b"", 1, 1, None, {}, "t", None, 1, None, 1, 1, NOW)
+    now_ms = NOW
+    for pause_ms, digest in steps:
+        now_ms += pause_ms
+        wanted = now_ms // 100 * 100 + 100 if digest else now_ms
+        _, due = merging.notify(target, now_ms, wanted, every_ms, urgent=False, digest=digest)
+        assert due is not None
+        if digest:
+            assert due == wanted <= target.notified_ms
+        else:
+            assert due >= now_ms
+
+
 def test_an_urgent_one_is_never_held() -> None:
     """It is told at once, whatever came a moment before."""
     target = Target(b"", 1, 1, None, {}, "t", None, 1, None, 1, 1, NOW)

@@ -40,7 +40,7 @@ where e.status <> 'opened';
 -- The part of a group commit that changes rows: they get the stream's next revs, in the order given. $3,$4 streams
 -- and how many of their rows change; $5..$13 those rows, `back` counting from the stream's last; $14..$20 windows;
 -- $21..$28 events; $29..$39 pushes, one per notification and channel: one that waits already takes over what is
--- new, else it is planned. $40 now.
+-- new, else it is planned. $40 now, $41 the digests they wait in: one that was to come earlier stays where it waits.
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
 moved as (
     update streams s set rev = s.rev + u.n
@@ -80,14 +80,17 @@ noted as (
 pushes as materialized (
     select t.*
     from fence, unnest($29::bigint[], $30::uuid[], $31::bigint[], $32::smallint[], $33::float8[], $34::text[],
-                       $35::float8[], $36::text[], $37::text[], $38::text[], $39::smallint[])
-         as t (id, notification_id, stream_id, slot, due_s, gate, hold_s, reason, channel, chain, step)
+                       $35::float8[], $36::text[], $37::text[], $38::text[], $39::smallint[], $41::uuid[])
+         as t (id, notification_id, stream_id, slot, due_s, gate, hold_s, reason, channel, chain, step, digest)
 ),
 taken_over as (
     update deliveries d
     set due_at = case when d.state = 'planned' then least(d.due_at, to_timestamp(p.due_s)) else d.due_at end,
         gate = case when d.state = 'planned' then p.gate else d.gate end,
         hold_until = case when d.state = 'planned' then to_timestamp(p.hold_s) else d.hold_until end,
+        digest = case when d.state = 'planned' and to_timestamp(p.due_s) <= d.due_at then p.digest else d.digest end,
+        reason = case when d.state = 'planned' and to_timestamp(p.due_s) <= d.due_at
+                           and (d.digest is not null or p.digest is not null) then p.reason else d.reason end,
         shown_on = null, updated_at = to_timestamp($40)
     from pushes p
     where d.notification_id = any ($30::uuid[]) and d.notification_id = p.notification_id
@@ -97,9 +100,9 @@ taken_over as (
 planned as (
     insert into deliveries
         (id, notification_id, stream_id, slot, channel, state, due_at, attempts, created_at, updated_at, gate,
-         hold_until, reason, chain, step)
+         hold_until, reason, chain, step, digest)
     select p.id, p.notification_id, p.stream_id, p.slot, p.channel, 'planned', to_timestamp(p.due_s), 0,
-           to_timestamp($40), to_timestamp($40), p.gate, to_timestamp(p.hold_s), p.reason, p.chain, p.step
+           to_timestamp($40), to_timestamp($40), p.gate, to_timestamp(p.hold_s), p.reason, p.chain, p.step, p.digest
     from pushes p
     where not exists (select from taken_over t
                       where t.notification_id = p.notification_id and t.channel = p.channel)
