@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from carillon.clock import rfc3339
@@ -17,6 +17,12 @@ from serve.services import Services
 
 MAX_LIST: Final = 1000
 _ID: Final = Text(1, 128)
+
+
+def wrong(errors: list[FieldError], code: str = "invalid") -> ProblemError:
+    """The error of a refused request, of which the first of `errors` is told in words."""
+    first = errors[0]
+    return refused(f"expected {first.path} to be {first.expected}, got {first.got}", errors, code)
 
 
 def valid_id(name: str, value: Any) -> str:
@@ -49,6 +55,25 @@ def known_query(request: Request, *names: str) -> Mapping[str, str]:
             [FieldError(shown(unknown[0]), expected, "an unknown one")],
         )
     return query
+
+
+def known_state(query: Mapping[str, str], states: Collection[str]) -> str | None:
+    """The parameter `state`. Raises ProblemError (422): it is none of these."""
+    state = query.get("state")
+    if state is not None and state not in states:
+        raise wrong([FieldError("state", "|".join(states), shown(state))])
+    return state
+
+
+def id_cursor(query: Mapping[str, str]) -> bytes | None:
+    """The parameter `cursor` of a list whose pages end with an id. Raises ProblemError (422)."""
+    text = query.get("cursor")
+    if not text:
+        return None
+    raw = parse_uuid(text)
+    if raw is None:
+        raise wrong([FieldError("cursor", "nextCursor of a page before", shown(text))])
+    return raw
 
 
 async def no_notification(services: Services, request: Request, raw: bytes) -> NotFoundError:

@@ -39,7 +39,7 @@ from carillon.problems import FieldError, Problem, problem, shown
 from serve.audit import audited
 from serve.http import Header, Request, Response, json_response, whole_number
 from serve.limits import Limits, admit
-from serve.routes.bodies import known_query
+from serve.routes.bodies import id_cursor, known_query, known_state, wrong
 from serve.routing import SERVICE, Query, Route, paging
 from serve.schemas import INSTANT, USER_ID, UUID, WHOLE, nullable, obj, text
 from serve.services import Services
@@ -72,12 +72,6 @@ def broadcast_json(one: BroadcastRecord, now_ms: int) -> dict[str, Any]:
         "endedAt": None if one.ended_ms is None else rfc3339(one.ended_ms),
         "createdAt": rfc3339(one.created_ms),
     }
-
-
-def _wrong(errors: list[FieldError], code: str = "invalid") -> ProblemError:
-    first = errors[0]
-    detail = f"expected {first.path} to be {first.expected}, got {first.got}"
-    return ProblemError(problem(code, detail, errors))
 
 
 async def post_broadcast(services: Services, request: Request) -> Response:
@@ -134,7 +128,7 @@ async def start(
     if key is not None:
         error = text_error("idempotencyKey", key, Text(1, MAX_KEY))
         if error is not None:
-            raise _wrong([error])
+            raise wrong([error])
         body_hash = hashlib.sha256(_encode_sorted([recipients.json(), checked, at])).digest()
     if limits:
         await admit(services, limits, len(recipients.users) or 1)
@@ -163,7 +157,7 @@ async def _recipients(services: Services, tenant: str, audience: Any) -> Recipie
         if recipients.audience is not None:
             await services.broadcasts.check(tenant, recipients.audience)
     except AudienceError as exc:
-        raise _wrong(list(exc.errors)) from None
+        raise wrong(list(exc.errors)) from None
     except NotFoundError as exc:
         error = FieldError(f"audience/{exc.path}", exc.expected, exc.got)
         raise ProblemError(problem("invalid", str(exc), [error])) from None
@@ -177,16 +171,16 @@ def _start(services: Services, at: Any, now_ms: int) -> int:
             raise ValueError
         start_ms = expiry_ms(msgspec.convert(at, Instant))
     except (msgspec.ValidationError, ValueError):
-        raise _wrong([FieldError("scheduleAt", "RFC 3339 with offset", shown(at))]) from None
+        raise wrong([FieldError("scheduleAt", "RFC 3339 with offset", shown(at))]) from None
     if start_ms > most_ms:
-        raise _wrong([FieldError("scheduleAt", f"a time before {rfc3339(most_ms)}", shown(at))])
+        raise wrong([FieldError("scheduleAt", f"a time before {rfc3339(most_ms)}", shown(at))])
     return start_ms
 
 
 async def _event(services: Services, tenant: str, event: Any, deadline: float, where: str) -> dict[str, Any]:
     """The event without recipients, if it could be sent now."""
     if not is_object(event):
-        raise _wrong([FieldError("event", "an event without recipients", shown(event))])
+        raise wrong([FieldError("event", "an event without recipients", shown(event))])
     errors = [
         FieldError(f"{where}{name}", "absent in a broadcast", shown(event[name]))
         for name in ("userId", "userIds", "topic", "scheduleAt", "idempotencyKey", "dedupe", "aggregate")
@@ -206,7 +200,7 @@ async def _event(services: Services, tenant: str, event: Any, deadline: float, w
             if isinstance(told, Problem):
                 raise ProblemError(told)
     if errors:
-        raise _wrong(errors, code)
+        raise wrong(errors, code)
     return {name: value for name, value in event.items() if value is not None}
 
 
@@ -238,15 +232,8 @@ async def list_broadcasts(services: Services, request: Request) -> Response:
     """GET /v1/broadcasts."""
     query = known_query(request, "limit", "cursor", "state")
     limit = whole_number(query, "limit", DEFAULT_LIMIT, 1, MAX_LIMIT)
-    state = query.get("state")
-    if state is not None and state not in STATES:
-        raise _wrong([FieldError("state", "|".join(STATES), shown(state))])
-    before = None
-    if query.get("cursor"):
-        before = parse_uuid(query["cursor"])
-        if before is None:
-            raise _wrong([FieldError("cursor", "nextCursor of a page before", shown(query["cursor"]))])
-    found = await services.broadcasts.page(request.tenant, state, before, limit)
+    state = known_state(query, STATES)
+    found = await services.broadcasts.page(request.tenant, state, id_cursor(query), limit)
     now_ms = services.clock.now_ms()
     return json_response(
         {
@@ -264,7 +251,7 @@ async def list_failures(services: Services, request: Request) -> Response:
     last = query.get("cursor", "")
     error = text_error("cursor", last, Text(0, 128, control=True))
     if error is not None or "\0" in last:
-        raise _wrong([FieldError("cursor", "nextCursor of a page before", shown(last))])
+        raise wrong([FieldError("cursor", "nextCursor of a page before", shown(last))])
     found = await services.broadcasts.failures(record.id, last, limit)
     return json_response(
         {

@@ -22,7 +22,7 @@ from carillon.messages import Replay, ReplayResult
 from carillon.notification import decode_content
 from carillon.problems import FieldError, shown
 from serve.http import Request, Response, json_response, whole_number
-from serve.routes.bodies import attempt_json, id_list
+from serve.routes.bodies import attempt_json, id_list, wrong
 from serve.routing import SERVICE, Query, Route, paging
 from serve.schemas import INSTANT, USER_ID, WHOLE, nullable, obj, ref, text
 from serve.services import Services
@@ -64,8 +64,7 @@ def _filter(given: dict[str, Any]) -> DeadFilter:
         except (msgspec.ValidationError, ValueError):
             errors.append(FieldError(name, "RFC 3339 with offset", shown(value)))
     if errors:
-        first = errors[0]
-        raise refused(f"expected {first.path} to be {first.expected}, got {first.got}", errors)
+        raise wrong(errors)
     return DeadFilter(
         texts.get("userId"), texts.get("type"), texts.get("channel"), texts.get("reason"),
         times.get("since"), times.get("until"),
@@ -123,9 +122,9 @@ async def replay_dead_letters(services: Services, request: Request) -> Response:
         raise refused("expected ids or filter", [FieldError("ids", "one of ids and filter", "both or none")])
     tenant = request.tenant
     if "ids" in given:
-        wrong = [name for name in ("cursor", "limit") if name in given]
-        if wrong:
-            raise refused(f"{wrong[0]} goes with filter", [FieldError(wrong[0], "absent with ids", "given")])
+        stray = [name for name in ("cursor", "limit") if name in given]
+        if stray:
+            raise refused(f"{stray[0]} goes with filter", [FieldError(stray[0], "absent with ids", "given")])
         ids = id_list(given, "ids")
         if len(ids) > most:
             raise refused(

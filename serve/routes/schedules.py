@@ -11,7 +11,7 @@ import msgspec
 from carillon.clock import rfc3339
 from carillon.errors import IdempotencyConflictError, NotFoundError
 from carillon.event_rules import MAX_KEY, Text, explain_event, is_object, text_error
-from carillon.events import ProblemError, refused
+from carillon.events import ProblemError
 from carillon.ids import Uuid7Source, parse_uuid, slot_of, uuid_text
 from carillon.problems import FieldError, Problem, problem, shown
 from carillon.quiet_hours import known_zone
@@ -19,7 +19,7 @@ from carillon.schedules import MEMBERS, USER_ZONE, ScheduleError, look_ms, next_
 from serve.audit import audited
 from serve.http import Header, Request, Response, json_response, whole_number
 from serve.limits import admit
-from serve.routes.bodies import known_query, valid_id
+from serve.routes.bodies import id_cursor, known_query, known_state, valid_id, wrong
 from serve.routing import SERVICE, Query, Route, paging
 from serve.schemas import INSTANT, USER_ID, UUID, WHOLE, nullable, obj, ref
 from serve.services import Services
@@ -50,11 +50,6 @@ def schedule_json(one: ScheduleRecord) -> dict[str, Any]:
     }
 
 
-def _wrong(errors: list[FieldError]) -> ProblemError:
-    first = errors[0]
-    return refused(f"expected {first.path} to be {first.expected}, got {first.got}", errors)
-
-
 async def post_schedule(services: Services, request: Request) -> Response:
     """POST /v1/schedules."""
     body = await request.json_object((*MEMBERS, "event"))
@@ -68,7 +63,7 @@ async def post_schedule(services: Services, request: Request) -> Response:
         when = parse(rule)
         if when.zone == USER_ZONE:
             if user is None:
-                raise _wrong([FieldError("timezone", "a zone: event has several recipients", "user")])
+                raise wrong([FieldError("timezone", "a zone: event has several recipients", "user")])
             found = await services.schedules.zone(request.tenant, user)
             zone = found if found is not None and known_zone(found) else "UTC"
         if when.recurring:
@@ -80,11 +75,11 @@ async def post_schedule(services: Services, request: Request) -> Response:
         raise ProblemError(problem("invalid", str(exc), exc.errors)) from None
     name = next(iter(n for n in ("rrule", "cron", "localAt", "at") if n in rule))
     if not times:
-        raise _wrong([FieldError(name, "a time to come", shown(rule[name]))])
+        raise wrong([FieldError(name, "a time to come", shown(rule[name]))])
     least_s = services.settings.schedule.min_interval_s
     apart_s = min((b - a for a, b in itertools.pairwise(times)), default=1 << 60) / 1000
     if apart_s < least_s:
-        raise _wrong([FieldError(name, f"at least {least_s:g} s between two times", f"{apart_s:g} s")])
+        raise wrong([FieldError(name, f"at least {least_s:g} s between two times", f"{apart_s:g} s")])
     key, body_hash = _key(request, rule, event)
     if request.caller is not None and request.caller.limits:
         await admit(services, request.caller.limits, len(users))  # once: later rounds come from the shards
@@ -110,7 +105,7 @@ async def post_schedule(services: Services, request: Request) -> Response:
 async def _event(services: Services, request: Request, event: Any) -> dict[str, Any]:
     """The event of a schedule, if it could be sent now."""
     if not is_object(event):
-        raise _wrong([FieldError("event", "an event, as POST /v1/events takes it", shown(event))])
+        raise wrong([FieldError("event", "an event, as POST /v1/events takes it", shown(event))])
     refusal = explain_event(event, recipients=True)
     errors = [] if refusal is None else [e._replace(path=f"event/{e.path}") for e in refusal.errors]
     for name in ("scheduleAt", "idempotencyKey"):
@@ -125,7 +120,7 @@ async def _event(services: Services, request: Request, event: Any) -> dict[str, 
         detail = f"expected {first.path} to be {first.expected}, got {first.got}"
         raise ProblemError(problem(code, detail, errors))
     if len(msgspec.json.encode({k: v for k, v in event.items() if k != "userIds"})) > 32 * 1024:
-        raise _wrong([FieldError("event", "an event of at most 32768 bytes", "more")])
+        raise wrong([FieldError("event", "an event of at most 32768 bytes", "more")])
     if event.get("template") is not None:
         prepared = await services.templates.prepare(event, request.tenant, request.deadline)
         told = prepared.get(0)
@@ -141,7 +136,7 @@ def _key(request: Request, *parts: Any) -> tuple[str | None, bytes | None]:
     key = raw.decode("utf-8", "replace")
     error = text_error("Idempotency-Key", key, Text(1, MAX_KEY))
     if error is not None:
-        raise _wrong([error])
+        raise wrong([error])
     return f"schedules:{key}", hashlib.sha256(_encode_sorted(parts)).digest()
 
 
@@ -180,16 +175,9 @@ async def list_schedules(services: Services, request: Request) -> Response:
     """GET /v1/schedules."""
     query = known_query(request, "limit", "cursor", "userId", "state")
     limit = whole_number(query, "limit", DEFAULT_LIMIT, 1, MAX_LIMIT)
-    state = query.get("state")
-    if state is not None and state not in STATES:
-        raise _wrong([FieldError("state", "|".join(STATES), shown(state))])
+    state = known_state(query, STATES)
     user = valid_id("userId", query["userId"]) if "userId" in query else None
-    before = None
-    if query.get("cursor"):
-        before = parse_uuid(query["cursor"])
-        if before is None:
-            raise _wrong([FieldError("cursor", "nextCursor of a page before", shown(query["cursor"]))])
-    found = await services.schedules.page(request.tenant, user, state, before, limit)
+    found = await services.schedules.page(request.tenant, user, state, id_cursor(query), limit)
     return json_response(
         {
             "schedules": [schedule_json(one) for one in found],
