@@ -167,6 +167,11 @@ class FakeServer:
             name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)
         }
         body = await reader.readexactly(int(headers.get("content-length", "0")))
+        while headers.get("transfer-encoding") == "chunked":
+            size = int(await reader.readuntil(b"\r\n"), 16)
+            body += (await reader.readexactly(size + 2))[:size]
+            if not size:
+                break
         self.requests.append((method, path, headers, body))
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)

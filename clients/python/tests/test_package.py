@@ -109,6 +109,30 @@ def test_examples_run(page: Path, fake: FakeServer) -> None:
             {"notifications": [], "nextCursor": None},
         ),
     }
+    subscribed = {"topic": "goals.rapid", "userId": "ada", "since": "x"}
+    payers = {"segmentId": "payers", "filter": {}}
+    item = {"notificationId": "n", "seq": 1, "type": "t", "title": "x"}
+    digest = {"digestId": "d", "frequency": "daily", "dueAt": "x", "count": 1, "items": [item]}
+    imported = {"complete": True, "lines": 2, "events": 3, "accepted": 3, "replayed": 0, "failed": 0}
+    subscribers = "/v1/topics/goals.rapid/subscribers"
+    fake.answers |= {
+        ("PUT", "/v1/users/ada"): (200, {"userId": "ada", "attributes": {}}),
+        ("GET", "/v1/users/ada"): (200, {"userId": "ada", "attributes": {}}),
+        ("DELETE", "/v1/users/ada"): (200, {"success": True}),
+        ("GET", "/v1/users/ada/export"): (200, {"kind": "end", "lines": 1}),
+        ("PUT", f"{subscribers}/ada"): (200, subscribed),
+        ("POST", subscribers): (200, {"subscribed": 2, "added": 2}),
+        ("GET", f"{subscribers}?limit=100"): (200, {"subscribers": [subscribed], "nextCursor": None}),
+        ("PUT", "/v1/segments/payers"): (200, payers),
+        ("POST", "/v1/segments/payers/preview"): (
+            200,
+            {"count": 1, "exact": True, "ofUsers": 2, "userIds": ["ada"]},
+        ),
+        ("GET", "/v1/users/ada/digests"): (200, {"digests": [digest]}),
+        ("DELETE", "/v1/users/ada/digests/d/items/n"): (200, {"success": True}),
+        ("POST", "/v1/users/ada/digests/d/flush"): (200, {"digestId": "d", "count": 0}),
+        ("POST", "/v1/events/import"): (200, imported),
+    }
     examples = EXAMPLE.findall(page.read_text("utf-8"))
     assert examples
     for example in examples:

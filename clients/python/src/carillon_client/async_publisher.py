@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, TypeVar
 
 import httpx
 
 from carillon_client import clock
+from carillon_client.async_user_publisher import AsyncUserPublisher
 from carillon_client.core import calls
 from carillon_client.core.delivery import (
     BatchLimits,
@@ -22,6 +23,14 @@ from carillon_client.core.delivery import (
     items_to_many,
 )
 from carillon_client.core.exchange import Call, CallMachine, Machine, RetryPolicy, Wait
+from carillon_client.core.importing import (
+    IMPORT_HEADERS,
+    IMPORT_TIMEOUT_S,
+    IMPORT_TRIES,
+    async_counted,
+    async_parts,
+    report_of,
+)
 from carillon_client.core.queue import MicroBatcher
 from carillon_client.errors import CarillonError, ClosedError, QueueFullError, TransportError
 from carillon_client.http_shell import arguments_of, client_options, response_of, transport_error
@@ -34,6 +43,7 @@ from carillon_client.models import (
     Edited,
     Event,
     FeedPage,
+    ImportReport,
     Notification,
     NotificationHistory,
     Presence,
@@ -46,7 +56,7 @@ from carillon_client.models import (
 T = TypeVar("T")
 
 
-class AsyncPublisher:
+class AsyncPublisher(AsyncUserPublisher):
     """Sends events and asks about users. Belongs to the event loop it is first used on.
 
     `send` and `enqueue` go through a queue: what comes within `linger_s` travels as one request. Events of
@@ -384,6 +394,49 @@ class AsyncPublisher:
         await self._call(calls.revoke_sessions(user_id))
 
     # -- broadcasts ---------------------------------------------------------------------------------
+
+    async def import_events(
+        self,
+        open_lines: Callable[[], Iterable[bytes] | AsyncIterable[bytes]],
+        *,
+        idempotency_key: str,
+        sent: Callable[[int], None] | None = None,
+    ) -> ImportReport:
+        """Send lines of JSON, each an event (`userIds`: one for each), as fast as they are stored.
+
+        Args:
+            open_lines: gives the lines from the first on; called again if the connection broke.
+            idempotency_key: names the lines as a whole: what was stored before is not stored again.
+            sent: told how many bytes were sent so far.
+
+        Raises:
+            CarillonError: it was refused, or the last of `retry.max_attempts` tries (else 5) failed.
+        """
+        self._check_open()
+        tries = self._retry.max_attempts or IMPORT_TRIES
+        for attempt in range(1, tries + 1):
+            try:
+                answer = await self._client.post(
+                    "/v1/events/import",
+                    content=async_counted(async_parts(open_lines()), sent),
+                    headers=IMPORT_HEADERS | {"Idempotency-Key": idempotency_key},
+                    timeout=IMPORT_TIMEOUT_S,
+                )
+            except httpx.RequestError as exc:
+                error: CarillonError = transport_error(exc)
+                wait_s = 0.0
+            else:
+                told = response_of(answer)
+                found = report_of(told.status, dict(told.headers), told.body)
+                if isinstance(found, ImportReport):
+                    if found.complete or attempt == tries:
+                        return found
+                    continue
+                error, wait_s = found
+            if attempt == tries:
+                raise error
+            await asyncio.sleep(self._retry.pause_s(attempt, wait_s, clock.chance()))
+        raise AssertionError("unreachable")
 
     async def send_broadcast(
         self,

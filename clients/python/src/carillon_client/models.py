@@ -450,3 +450,105 @@ class BroadcastFailure(_Wire, frozen=True):
     code: str
     detail: str
     failed_at: str | None = None
+
+
+class Profile(_Wire, frozen=True, omit_defaults=True):
+    """What is known of a user beside notifications. Put, it replaces all that was there."""
+
+    email: str | None = None
+    phone: str | None = None
+    """E.164."""
+    locale: str | None = None
+    timezone: str | None = None
+    """An IANA name."""
+    attributes: dict[str, Any] = {}
+    user_id: str | None = None
+    """This and the rest are told by the server."""
+    created_at: str | None = None
+    updated_at: str | None = None
+    """None: the user is known by something else, and has no profile."""
+    last_seen_at: str | None = None
+
+
+class Subscription(_Wire, frozen=True):
+    """A user who subscribes to a topic."""
+
+    user_id: str
+    since: str
+    topic: str | None = None
+
+
+class SubscriberPage(_Wire, frozen=True):
+    """One page of a topic's subscribers."""
+
+    subscribers: list[Subscription]
+    next_cursor: str | None = None
+
+
+class Subscribed(_Wire, frozen=True):
+    """What became of a list of subscribers."""
+
+    subscribed: int
+    """How many were named."""
+    added: int
+    """Who did not subscribe before."""
+
+
+class Segment(_Wire, frozen=True):
+    """Users by a filter over what is known of them."""
+
+    segment_id: str
+    filter: dict[str, Any]
+    description: str | None = None
+    created_at: str | None = None
+    updated_at: str | None = None
+
+
+class SegmentPage(_Wire, frozen=True):
+    """One page of segments, by id."""
+
+    segments: list[Segment]
+    next_cursor: str | None = None
+
+
+class SegmentPreview(_Wire, frozen=True):
+    """Who fits a segment now."""
+
+    count: int
+    exact: bool
+    """False: an estimate."""
+    of_users: int
+    user_ids: list[str]
+    """Some of them."""
+
+
+class DigestItem(_Wire, frozen=True):
+    """A notification that waits in a digest."""
+
+    notification_id: str
+    seq: int
+    type: str
+    title: str
+    category: str | None = None
+    channels: list[str] = []
+    created_at: str | None = None
+
+
+class Digest(_Wire, frozen=True):
+    """What waits to be told together."""
+
+    digest_id: str
+    frequency: str
+    due_at: str
+    count: int
+    items: list[DigestItem]
+    """The newest of them, oldest first."""
+    category: str | None = None
+
+
+class FlushedDigest(_Wire, frozen=True):
+    """A digest that was sent."""
+
+    digest_id: str
+    count: int
+    """Of its items; 0: it was sent before."""

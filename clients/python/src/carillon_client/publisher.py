@@ -49,11 +49,12 @@ from carillon_client.models import (
     Sent,
     Token,
 )
+from carillon_client.user_publisher import UserPublisher
 
 T = TypeVar("T")
 
 
-class Publisher:
+class Publisher(UserPublisher):
     """Sends events and asks about users, over pooled connections. Threads may share one.
 
     Every event has an idempotency key before its first try, its own or one made here, so a retry after a

@@ -34,7 +34,8 @@ MAX_PRESENCE = 1000
 T = TypeVar("T")
 
 
-def _segment(name: str, value: str) -> str:
+def segment(name: str, value: str) -> str:
+    """A value as one segment of a path. Raises InvalidRequestError: it cannot be one."""
     if not value or value in (".", ".."):
         # An empty or dotted segment would be another path.
         raise InvalidRequestError(
@@ -43,11 +44,14 @@ def _segment(name: str, value: str) -> str:
     return quote(value, safe="")
 
 
-def _user(user_id: str, rest: str = "") -> str:
-    return f"/v1/users/{_segment('userId', user_id)}{rest}"
+def user_path(user_id: str, rest: str = "") -> str:
+    """The path of a user."""
+    return f"/v1/users/{segment('userId', user_id)}{rest}"
 
 
-def _typed(kind: type[T]) -> Callable[[Any], T]:
+def typed(kind: type[T]) -> Callable[[Any], T]:
+    """Reads an answer as `kind`."""
+
     def parse(document: Any) -> T:
         return msgspec.convert(document, kind)
 
@@ -56,7 +60,7 @@ def _typed(kind: type[T]) -> Callable[[Any], T]:
 
 def presence(user_id: str) -> Call[Presence]:
     """GET /v1/presence/{userId}."""
-    return Call("GET", f"/v1/presence/{_segment('userId', user_id)}", _typed(Presence))
+    return Call("GET", f"/v1/presence/{segment('userId', user_id)}", typed(Presence))
 
 
 def presence_of_many(user_ids: Sequence[str]) -> Call[list[Presence]]:
@@ -73,7 +77,7 @@ def token(user_id: str, ttl_s: float | None) -> Call[Token]:
     body: dict[str, Any] = {"userId": user_id}
     if ttl_s is not None:
         body["ttlS"] = ttl_s
-    return Call("POST", "/v1/tokens", _typed(Token), encode_json(body))
+    return Call("POST", "/v1/tokens", typed(Token), encode_json(body))
 
 
 def put_device(user_id: str, device_id: str, device: Device) -> Call[Device]:
@@ -81,14 +85,14 @@ def put_device(user_id: str, device_id: str, device: Device) -> Call[Device]:
     members: dict[str, Any] = msgspec.to_builtins(device)
     for name in ("deviceId", "registeredAt", "disabledAt", "disabledReason"):
         members.pop(name, None)
-    path = _user(user_id, f"/devices/{_segment('deviceId', device_id)}")
-    return Call("PUT", path, _typed(Device), encode_json(members))
+    path = user_path(user_id, f"/devices/{segment('deviceId', device_id)}")
+    return Call("PUT", path, typed(Device), encode_json(members))
 
 
 def get_device(user_id: str, device_id: str) -> Call[Device | None]:
     """GET /v1/users/{userId}/devices/{deviceId}; None if there is none."""
-    path = _user(user_id, f"/devices/{_segment('deviceId', device_id)}")
-    parse: Callable[[Any], Device | None] = _typed(Device)
+    path = user_path(user_id, f"/devices/{segment('deviceId', device_id)}")
+    parse: Callable[[Any], Device | None] = typed(Device)
     return Call("GET", path, parse, absent=lambda: None)
 
 
@@ -97,7 +101,7 @@ def delete_device(user_id: str, device_id: str) -> Call[bool]:
 
     404 is no error: a repeated try finds what the first one did.
     """
-    path = _user(user_id, f"/devices/{_segment('deviceId', device_id)}")
+    path = user_path(user_id, f"/devices/{segment('deviceId', device_id)}")
     return Call("DELETE", path, lambda _: True, absent=lambda: False)
 
 
@@ -114,7 +118,7 @@ def feed(
     """GET /v1/users/{userId}/notifications."""
     given = {"limit": limit, "cursor": cursor, "status": status, "type": type, "category": category, "q": q}
     query = tuple((name, str(value)) for name, value in given.items() if value is not None)
-    return Call("GET", _user(user_id, "/notifications"), feed_page, query=query)
+    return Call("GET", user_path(user_id, "/notifications"), feed_page, query=query)
 
 
 def feed_page(document: Any) -> FeedPage:
@@ -139,7 +143,7 @@ def notification(id: str) -> Call[NotificationHistory]:
             changes=msgspec.convert(document.get("changes") or [], list[Amendment]),
         )
 
-    return Call("GET", f"/v1/notifications/{_segment('id', id)}", parse)
+    return Call("GET", f"/v1/notifications/{segment('id', id)}", parse)
 
 
 def edit(id: str, changes: Mapping[str, Any], version: int | None) -> Call[Edited]:
@@ -149,32 +153,32 @@ def edit(id: str, changes: Mapping[str, Any], version: int | None) -> Call[Edite
         return Edited(notification_of(document["notification"]), document["version"])
 
     body = {**changes} if version is None else {**changes, "version": version}
-    return Call("PATCH", f"/v1/notifications/{_segment('id', id)}", parse, encode_json(body))
+    return Call("PATCH", f"/v1/notifications/{segment('id', id)}", parse, encode_json(body))
 
 
 def retract(id: str) -> Call[Retracted]:
     """POST /v1/notifications/{id}/retract; it may be repeated."""
-    return Call("POST", f"/v1/notifications/{_segment('id', id)}/retract", _typed(Retracted), b"{}")
+    return Call("POST", f"/v1/notifications/{segment('id', id)}/retract", typed(Retracted), b"{}")
 
 
 def cancel(id: str) -> Call[Cancelled]:
     """POST /v1/notifications/{id}/cancel; it may be repeated."""
-    return Call("POST", f"/v1/notifications/{_segment('id', id)}/cancel", _typed(Cancelled), b"{}")
+    return Call("POST", f"/v1/notifications/{segment('id', id)}/cancel", typed(Cancelled), b"{}")
 
 
 def get_preferences(user_id: str) -> Call[dict[str, Any]]:
     """GET /v1/users/{userId}/preferences."""
-    return Call("GET", _user(user_id, "/preferences"), dict)
+    return Call("GET", user_path(user_id, "/preferences"), dict)
 
 
 def put_preferences(user_id: str, document: Mapping[str, Any]) -> Call[dict[str, Any]]:
     """PUT /v1/users/{userId}/preferences."""
-    return Call("PUT", _user(user_id, "/preferences"), dict, encode_json(document))
+    return Call("PUT", user_path(user_id, "/preferences"), dict, encode_json(document))
 
 
 def revoke_sessions(user_id: str) -> Call[None]:
     """POST /v1/users/{userId}/sessions/revoke."""
-    return Call("POST", _user(user_id, "/sessions/revoke"), lambda _: None, b"{}")
+    return Call("POST", user_path(user_id, "/sessions/revoke"), lambda _: None, b"{}")
 
 
 def send_broadcast(
@@ -184,19 +188,19 @@ def send_broadcast(
     body: dict[str, Any] = {"audience": audience, "event": event_members(event), "idempotencyKey": key}
     if schedule_at is not None:
         body["scheduleAt"] = schedule_at
-    return Call("POST", "/v1/broadcasts", _typed(Broadcast), encode_members(body))
+    return Call("POST", "/v1/broadcasts", typed(Broadcast), encode_members(body))
 
 
 def broadcast(id: str) -> Call[Broadcast]:
     """GET /v1/broadcasts/{broadcastId}."""
-    return Call("GET", f"/v1/broadcasts/{_segment('id', id)}", _typed(Broadcast))
+    return Call("GET", f"/v1/broadcasts/{segment('id', id)}", typed(Broadcast))
 
 
 def broadcasts(limit: int | None, cursor: str | None, state: str | None) -> Call[BroadcastPage]:
     """GET /v1/broadcasts."""
     given = {"limit": limit, "cursor": cursor, "state": state}
     query = tuple((name, str(value)) for name, value in given.items() if value is not None)
-    return Call("GET", "/v1/broadcasts", _typed(BroadcastPage), query=query)
+    return Call("GET", "/v1/broadcasts", typed(BroadcastPage), query=query)
 
 
 def broadcast_failures(id: str) -> Call[list[BroadcastFailure]]:
@@ -205,10 +209,10 @@ def broadcast_failures(id: str) -> Call[list[BroadcastFailure]]:
     def parse(document: Any) -> list[BroadcastFailure]:
         return msgspec.convert(document["failures"], list[BroadcastFailure])
 
-    path = f"/v1/broadcasts/{_segment('id', id)}/failures"
+    path = f"/v1/broadcasts/{segment('id', id)}/failures"
     return Call("GET", path, parse, query=(("limit", "100"),))
 
 
 def act_on_broadcast(id: str, action: str) -> Call[Broadcast]:
     """POST /v1/broadcasts/{broadcastId}/pause, resume or cancel; each may be repeated."""
-    return Call("POST", f"/v1/broadcasts/{_segment('id', id)}/{action}", _typed(Broadcast), b"{}")
+    return Call("POST", f"/v1/broadcasts/{segment('id', id)}/{action}", typed(Broadcast), b"{}")

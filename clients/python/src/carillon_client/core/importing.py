@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -41,6 +41,36 @@ def counted(pieces: Iterable[bytes], sent: Callable[[int], None] | None) -> Iter
     """The pieces; `sent` is told of the bytes of those that were taken."""
     count = 0
     for piece in pieces:
+        yield piece
+        count += len(piece)
+        if sent is not None:
+            sent(count)
+
+
+async def async_parts(lines: Iterable[bytes] | AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+    """As `parts`, of lines that may come asynchronously."""
+    if not isinstance(lines, AsyncIterable):
+        for piece in parts(lines):
+            yield piece
+        return
+    held: list[bytes] = []
+    size = 0
+    async for line in lines:
+        held.append(line if line.endswith(b"\n") else line + b"\n")
+        size += len(held[-1])
+        if size >= PART:
+            yield b"".join(held)
+            held, size = [], 0
+    if held:
+        yield b"".join(held)
+
+
+async def async_counted(
+    pieces: AsyncIterator[bytes], sent: Callable[[int], None] | None
+) -> AsyncIterator[bytes]:
+    """As `counted`."""
+    count = 0
+    async for piece in pieces:
         yield piece
         count += len(piece)
         if sent is not None:
