@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from actors.shard_digests import Digests, collecting, spend
 from actors.shard_policies import NO_RULES, Policies
 from actors.shard_users import UserCache, read_preferences
-from carillon.again import ACTIVE, CANCEL, HOLD, Held, decide_again, merge
+from carillon.again import ACTIVE, CANCEL, HOLD, TAKES_OVER, Held, decide_again, merge
 from carillon.attention import DEFERRED, WITHDRAWN, Attention
 from carillon.decision import Verdict, weigh
 from carillon.digest import EXPIRED, FLUSHED, FLUSHED_BY_USER
@@ -68,8 +68,11 @@ class DecidedAgain:
         collected: dict[int, tuple[Claimed, Verdict]] = {}
         for row in claimed:
             held = row.gate == DEFERRED
-            if row.collected() and row.expires_ms is not None and row.expires_ms <= now_ms:
-                ended.append(SettleRow(row.delivery, row.attempt, "cancelled", now_ms, EXPIRED, onward=False))
+            speaks = row.collected() or row.carrier == row.delivery
+            if speaks and row.expires_ms is not None and row.expires_ms <= now_ms:
+                expired = SettleRow(row.delivery, row.attempt, "cancelled", now_ms, EXPIRED, onward=False)
+                expired.next = True
+                ended.append(expired)
                 continue
             verdict = self._verdict(row, held, now_ms)
             if verdict is None:
@@ -90,12 +93,14 @@ class DecidedAgain:
                 back.append(ReleaseRow(row.delivery, row.attempt, again.until_ms, reason, held=True))
             elif again.action == CANCEL:
                 onward = again.reason != ACTIVE
-                ended.append(
-                    SettleRow(row.delivery, row.attempt, "cancelled", now_ms, again.reason, onward=onward)
+                settled = SettleRow(
+                    row.delivery, row.attempt, "cancelled", now_ms, again.reason, onward=onward
                 )
+                settled.next = True
+                ended.append(settled)
             elif row.collected():
                 collected[row.delivery] = row, verdict
-            elif held and row.attempt == 1 and row.digest is None:
+            elif held and (row.attempt == 1 or row.reason == TAKES_OVER) and row.digest is None:
                 free[row.delivery] = row, verdict
             else:
                 rest.append(row)
@@ -166,6 +171,8 @@ class DecidedAgain:
             rows.append(CarrierRow(delivery, row.attempt, row.stream_id, row.slot, row.channel, claimed))
             spend(self._users.get(row.key), verdict, now_ms)
         merged = await self._store.merge(self._term(), rows, now_ms)
-        for row in carriers:
-            row.merged = merged.get(row.delivery, row.merged)
+        several = [row for row in carriers if row.delivery in merged]
+        for row in several:
+            row.merged, row.carrier = merged[row.delivery], row.delivery
+        await self._digests.show(several)
         return carriers

@@ -116,7 +116,8 @@ class Amendments:
             self._run_effects(user, session.state_changed(user.rev, user.shown_unread(), [frame]))
 
     async def _cancel(self, entries: list[AmendEntry]) -> None:
-        await self._store.cancel(self._term(), [e.row() for e in entries], self._clock.now_ms())
+        if await self._store.cancel(self._term(), [e.row() for e in entries], self._clock.now_ms()):
+            self._due_now()  # what a push that is stopped spoke for, if it did
         for entry in entries:
             self._stopped(entry.message.notification, CANCELLED)
             if entry.user.session is not None:

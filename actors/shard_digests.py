@@ -88,7 +88,7 @@ class Digests:
             lease_end_ms = now_ms + round(self._settings.shard.delivery_lease_s * 1000)
             wanted = [(stream, digest) for stream, digest in waiting if digest is not None]
             claimed += await self._store.digests.gather(self._term(), wanted, now_ms, lease_end_ms)
-        await self._show([row for row in claimed if row.carrier is not None])
+        await self.show([row for row in claimed if row.carrier is not None])
 
     async def tell(
         self, free: dict[int, tuple[Claimed, Verdict]], now_ms: int
@@ -108,48 +108,54 @@ class Digests:
             carriers.append((row, verdict))
             self._stats.observe_ms("digest_late_ms", max(0, now_ms - row.hold_until_ms))
         self._stats.count("digests_told", len(told))
-        await self._show([row for row, _ in carriers])
+        await self.show([row for row, _ in carriers])
         return carriers
 
-    async def _show(self, rows: Sequence[Claimed]) -> None:
-        """Give rows that tell digests what their push shows."""
+    async def show(self, rows: Sequence[Claimed]) -> None:
+        """Give rows that tell digests, or what was held together, what their push shows."""
         if not rows:
             return
-        push = self._settings.push
+        push, now_ms = self._settings.push, self._clock.now_ms()
         most = max(push.digest_ids, push.digest_titles)
-        carriers = [(row.carrier or 0, row.stream_id, row.digest or b"") for row in rows]
+        carriers = [row.carrier or 0 for row in rows]
         found = await self._store.digests.told(carriers, most, push.digest_titles)
-        several: dict[str, list[Claimed]] = {}
+        several: dict[tuple[str, bool], list[Claimed]] = {}
         for row in rows:
             row.told = found.get(row.carrier or 0, ())
             if not row.told:
                 continue
             row.content = row.told[0].content
             whole = row.merged <= len(row.told)
-            row.expires_ms = latest_expiry(item.expires_ms for item in row.told) if whole else None
+            if row.expires_ms is None or row.expires_ms > now_ms:  # else the next one takes over
+                row.expires_ms = latest_expiry(item.expires_ms for item in row.told) if whole else None
             # A device is spared that has shown all of it, unless it was asked for.
             shown = [set(item.shown_on) for item in row.told] if whole else []
             row.shown_on = [] if row.reason in (FLUSHED, FLUSHED_BY_USER) else sorted(common(shown))
             if row.merged > 1:
-                several.setdefault(row.key.tenant, []).append(row)
-        for tenant, some in several.items():
-            await self._words(tenant, some)
+                several.setdefault((row.key.tenant, row.digest is not None), []).append(row)
+        for (tenant, digests), some in several.items():
+            await self._words(tenant, some, digests=digests)
 
-    async def _words(self, tenant: str, rows: Sequence[Claimed]) -> None:
-        """The words of digests of several items: the tenant's, else ours."""
-        rules = self._policies.of(tenant).rules
-        template = None if rules is None else rules.digest_template
+    async def _words(self, tenant: str, rows: Sequence[Claimed], *, digests: bool) -> None:
+        """The words of several items: the tenant's, else ours.
+
+        Args:
+            digests: they waited in digests; False: they were held, and are told together.
+        """
+        rules = self._policies.of(tenant).rules or NO_RULES
+        template = rules.digest_template if digests else rules.held_template
         documents: list[dict[str, Any]] = []
         for row in rows:
             newest = [decode_content(item.content) for item in row.told if item.content]
             titles = [str(members["title"]) for members in newest]
-            own = summary(row.merged, titles, None)
-            row.words = own.title, own.body, None
+            if digests:
+                own = summary(row.merged, titles, None)
+                row.words = own.title, own.body, None
             types = [item.type for item in row.told]
             documents.append(
                 {
                     "userId": row.key.user,
-                    "type": "digest",
+                    "type": "digest" if digests else "held",
                     "template": template,
                     "params": params(row.merged, row.category, titles, types),
                 }
@@ -160,13 +166,13 @@ class Digests:
         try:
             made = await self._templates().prepare(documents, tenant, deadline)
         except CarillonError as exc:
-            log.warning("%d digests go out in our own words: %s", len(rows), exc)
+            log.warning("%d pushes for several go out in our own words: %s", len(rows), exc)
             return
         for index, row in enumerate(rows):
             prepared = made.get(index)
             if prepared is None or isinstance(prepared, Problem):
                 detail = "it is no template" if prepared is None else prepared.detail
-                log.warning("a digest of %s goes out in our own words: %s", tenant, detail)
+                log.warning("a push of %s for several goes out in our own words: %s", tenant, detail)
                 continue
             rendered = prepared[row.key.user]
             members = rendered.members | rendered.channels.get(row.channel, {})
@@ -237,5 +243,5 @@ def spend(user: User | None, verdict: Verdict, now_ms: int) -> None:
 
 
 def collecting(rows: Iterable[Claimed]) -> bool:
-    """Whether any of the rows has to do with a digest."""
-    return any(row.digest is not None for row in rows)
+    """Whether any of the rows has to do with a digest, or speaks for others."""
+    return any(row.digest is not None or row.carrier is not None for row in rows)

@@ -350,12 +350,16 @@ class Outbox:
             if row.gate == WITHDRAWN or stopped is not None:
                 # Dealt with while it was claimed, and nobody tried it.
                 reason = row.ended if stopped is None else stopped[0]
-                settled.append(
-                    SettleRow(row.delivery, row.attempt, "cancelled", now_ms, reason, onward=False)
+                ended = SettleRow(
+                    row.delivery, row.attempt, "cancelled", now_ms, reason, onward=False, next=True
                 )
+                settled.append(ended)
                 continue
             if row.expires_ms is not None and row.expires_ms <= now_ms and not withdraw:
-                settled.append(SettleRow(row.delivery, row.attempt, "dead", now_ms, "expired", onward=False))
+                ended = SettleRow(
+                    row.delivery, row.attempt, "dead", now_ms, "expired", onward=False, next=True
+                )
+                settled.append(ended)
                 continue
             if row.gate in (HELD, SEEN) and row.attempt == 1:
                 verdict = self._at_due(row, now_ms)
@@ -575,8 +579,9 @@ def job_of(row: Claimed, members: dict[str, Any], provider: str, targets: list[P
     collapse_key = members.get("collapseKey") or uuid_text(row.notification)
     if row.digest is not None:
         collapse_key = uuid_text(row.notification)  # its own, whatever its items have
-        if row.words is not None:
-            told, body, link = row.words
+    if row.words is not None:
+        told, body, own_link = row.words
+        link = own_link if own_link is not None or row.digest is not None else link
     return PushJob(
         delivery=row.delivery,
         attempt=row.attempt,

@@ -16,6 +16,8 @@ from carillon.decision import Verdict, family
 SEND: Final = "send"
 HOLD: Final = "hold"
 CANCEL: Final = "cancel"
+TAKES_OVER: Final = "takes over"
+"""Reason: the push that spoke for it ended untold. With others like it, it is told together again."""
 ACTIVE: Final = "active"
 """Reason: the user is here and has it in the app."""
 

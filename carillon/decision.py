@@ -38,6 +38,7 @@ class TenantRules(NamedTuple):
         nobody: stands for a user who stored nothing.
         closed: by type when nothing of it may leave the system, where the user is.
         digest_template: names the template that digests are told by; None: our own words.
+        held_template: the same for pushes that were held and are told together.
     """
 
     defaults: Preferences
@@ -46,6 +47,7 @@ class TenantRules(NamedTuple):
     nobody: Preferences
     closed: Mapping[str, QuietHours] = {}
     digest_template: str | None = None
+    held_template: str | None = None
 
 
 def no_rules() -> TenantRules:

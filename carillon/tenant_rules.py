@@ -19,7 +19,7 @@ from carillon.quiet_hours import QuietHours, minutes_of
 from carillon.switches import Preferences, part
 from carillon.templates import parse_reference
 
-RULES: Final = ("defaults", "forced", "limits", "digests")
+RULES: Final = ("defaults", "forced", "limits", "digests", "held")
 """The members."""
 
 _TYPE: Final = Text(1, 64)
@@ -54,6 +54,7 @@ def rules_of(document: dict[str, Any]) -> TenantRules | None:
         Preferences({}, defaults.get("timezone")),
         closed,
         part(document, "digests").get("template"),
+        part(document, "held").get("template"),
     )
 
 
@@ -86,8 +87,8 @@ def rules_problems(document: dict[str, Any]) -> list[FieldError]:
             errors.append(FieldError(name, "an object", shown(some)))
         elif name == "limits":
             errors.extend(_limits(some))
-        elif name == "digests":
-            errors.extend(_digests(some))
+        elif name in ("digests", "held"):
+            errors.extend(_worded(name, some))
         elif name == "forced":
             for name_of, rules in some.items():
                 path = f"forced/{shown(name_of)}"
@@ -127,15 +128,15 @@ def _limits(some: dict[str, Any]) -> list[FieldError]:
     return errors
 
 
-def _digests(some: dict[str, Any]) -> list[FieldError]:
+def _worded(path: str, some: dict[str, Any]) -> list[FieldError]:
     errors = [
-        FieldError(f"digests/{shown(name)}", "template", "an unknown field")
+        FieldError(f"{path}/{shown(name)}", "template", "an unknown field")
         for name in some
         if name != "template"
     ]
     if parse_reference(some.get("template")) is None:
         got = shown(some["template"]) if "template" in some else "nothing"
-        errors.append(FieldError("digests/template", "the id of a template, perhaps @version", got))
+        errors.append(FieldError(f"{path}/template", "the id of a template, perhaps @version", got))
     return errors
 
 

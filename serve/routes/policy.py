@@ -125,6 +125,7 @@ _POLICY: Final = obj(
         "defaults": ref("Preferences"),
         "forced": obj({"categories": ref("PreferenceRules"), "types": ref("PreferenceRules")}),
         "digests": obj({"template": text(1, 74)}, ["template"]),
+        "held": obj({"template": text(1, 74)}, ["template"]),
         "limits": obj(
             {
                 "user": _LIMIT,
@@ -159,6 +160,7 @@ _EXAMPLE: Final = {
     "topics": {"subscribe": "prefix", "prefixes": ["public."]},
     "retentionDays": 365,
     "digests": {"template": "digest"},
+    "held": {"template": "held"},
     "merge": {
         "post.like": {
             "how": "aggregate",

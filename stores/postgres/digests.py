@@ -128,20 +128,15 @@ class DigestStore:
                 )  # fmt: skip
         return told
 
-    async def told(
-        self, carriers: Sequence[tuple[int, int, bytes]], most: int, with_content: int
-    ) -> dict[int, list[ToldItem]]:
-        """The newest items that carriers (row, stream, digest) speak for, newest first.
+    async def told(self, carriers: Sequence[int], most: int, with_content: int) -> dict[int, list[ToldItem]]:
+        """The newest items that carriers speak for, newest first.
 
         Args:
             most: items of each.
             with_content: of so many of them the content, too.
         """
         async with acquired(self._pool(), self._timeout_s) as connection:
-            rows = await connection.fetch(
-                _SQL["told"], [c for c, _, _ in carriers], [s for _, s, _ in carriers],
-                [UUID(bytes=raw) for _, _, raw in carriers], most, with_content,
-            )  # fmt: skip
+            rows = await connection.fetch(_SQL["told"], carriers, most, with_content)
         found: dict[int, list[ToldItem]] = {}
         for r in rows:
             item = ToldItem(r["id"].bytes, r["type"], r["content"], r["expires_ms"], r["shown_on"])

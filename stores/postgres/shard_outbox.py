@@ -146,7 +146,7 @@ class Outbox(ShardConnections):
             gone, disabled: (user, device id, token) of targets to delete or switch off.
 
         Returns:
-            How many rows of next channels, and withdrawals, were made; they are due now.
+            How many rows of next channels, withdrawals, and such as take over were made; they are due now.
         """
         fell = 0
         async with self._fenced(term) as connection:
@@ -165,7 +165,7 @@ class Outbox(ShardConnections):
                     [s.delivery for s in settled], [s.attempt for s in settled],
                     [s.state for s in settled], [s.due_ms / 1000 for s in settled],
                     [s.reason for s in settled], now_ms / 1000, [s.onward for s in settled],
-                    self._withdraw_attempts,
+                    self._withdraw_attempts, [s.next for s in settled],
                 )  # fmt: skip
                 failed = [r for r in ended if r["falls"]]
                 fell = len(ended) - len(failed)

@@ -147,7 +147,7 @@ class ChangeDone:
     ids: list[bytes]
     changed: int
     withdrawn: int = 0
-    """Pushes that are to be taken back from phones, due now."""
+    """Pushes that are to be taken back from phones, and such as take over from one that ended: due now."""
 
 
 @dataclass(slots=True)
@@ -206,12 +206,12 @@ class Claimed:
     """Time zone of the user's profile."""
     reason: str | None = None
     carrier: int | None = None
-    """The row that told it in its digest; None: it waits there still."""
+    """The row that told it with others, in its digest or after it was held; None: it waits there still."""
     digest: bytes | None = None
     told: Sequence[ToldItem] = ()
-    """Of the row that tells a digest: the newest items, newest first."""
+    """Of the row that speaks for several: the newest of them, newest first."""
     words: tuple[str, str | None, str | None] | None = None
-    """Title, body and link of a digest, in the tenant's words."""
+    """Title, body and link of a push for several; None: our own for what was held."""
 
     def collected(self) -> bool:
         """Whether it waits in a digest that was not told yet."""
@@ -271,6 +271,8 @@ class SettleRow:
     reason: str | None
     onward: bool = True
     """Without success the next channel of the row's chain follows."""
+    next: bool = False
+    """What it spoke for, if it did, is decided again: the reason it ends is its own."""
 
 
 @dataclass(slots=True)

@@ -39,6 +39,7 @@ from stores.postgres.shard_rows import (
 
 NOBODY: Final[Mapping[int, str]] = {}
 
+_NOT_WITH_THEM = "\n      and n.id not in (select t.id from target t)"
 _NOW = "to_timestamp($5)"
 _DELIVERED = f"delivered_at = coalesce(n.delivered_at, {_NOW})"
 _SEEN = f"seen_at = coalesce(n.seen_at, {_NOW})"
@@ -114,13 +115,28 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
         self._read_all_sql = self._change_text("read_all", "$3", OPERATIONS["read"])
         self.amend_sql = with_rows("amendments")
         self.amend_sql["retract"] = self._change_text("change", "$4", RETRACT, self.amend_sql["noted"])
+        ended = "select w.id from stopped w where w.carrier = w.id and w.state = 'cancelled'"
+        self.amend_sql["cancel"] %= {"taken_over": self._taken_over(ended, "$5", _NOT_WITH_THEM)}
+        ended = (
+            "select w.id from done w where w.spoke and (w.state in ('cancelled', 'dead')"
+            " or w.state = 'sent' and exists (select from notifications r where r.id = w.notification_id"
+            " and r.retracted_at is not null))"
+        )
+        self._sql["settle"] %= {"taken_over": self._taken_over(ended, "$6", "")}
+
+    def _taken_over(self, ended: str, now: str, but: str) -> str:
+        """What carriers spoke for that end untold, as a part of the statement that ends them."""
+        return self._sql["taken_over"] % {"ended": ended, "now": now, "but": but}
 
     def _change_text(self, name: str, streams: str, parts: Mapping[str, str], before: str = "") -> str:
         """A durable change, and what it does to pushes."""
-        return self._sql[name] % {
-            **parts,
-            "take_back": before + self._sql["take_back"] % {**parts, "streams": streams},
-        }
+        # What a service retracts is taken off phones that show it for others, too.
+        ended = "select w.id from withdrawn w where w.carrier = w.id and w.state <> 'sending'"
+        if parts is not RETRACT:
+            ended += " and w.state <> 'sent'"
+        taken_over = self._taken_over(ended, "$5", _NOT_WITH_THEM)
+        parts = {**parts, "streams": streams, "taken_over": taken_over}
+        return self._sql[name] % {**parts, "take_back": before + self._sql["take_back"] % parts}
 
     def _append_text(self, outbox: bool, ruled: bool, digests: bool) -> str:
         """The group commit of batches with or without outbox rows, rules that fired, and rows of digests."""

@@ -375,11 +375,8 @@ class Pair:
         def decide(ours: frozenset[int], dealt_with: frozenset[int]) -> list[Told]:
             return tell([item for item in items if item.delivery in ours], dealt_with)
 
-        told = await self.both("digests.tell", self.term(), rows, decide, now_ms)
-        carriers = [
-            (d.id, d.note.stream.id, d.digest)
-            for d in (self.db.deliveries[one.carrier] for one in told or ())
-        ]
+        await self.both("digests.tell", self.term(), rows, decide, now_ms)
+        carriers = sorted({d.carrier for d in self.db.deliveries.values() if d.carrier is not None})
         if carriers:
             await self.both("digests.told", carriers, 3, 2)
 
@@ -400,7 +397,9 @@ class Pair:
         outcome = {"dead": "invalid_target"}.get(state, state)
         tried = AttemptRow(delivery, attempt, "phone", "fcm", outcome, "", 200, "", now_ms, 1.0)
         reason = rng.choice((None, "gone"))
-        row = SettleRow(delivery, attempt, state, now_ms + 11 * delivery, reason, rng.random() < 0.8)
+        row = SettleRow(
+            delivery, attempt, state, now_ms + 11 * delivery, reason, rng.random() < 0.8, rng.random() < 0.5
+        )
         key = rng.choice(USERS)
         lost = [(key, "phone", f"token-{rng.randrange(3)}")]
         gone, disabled = (lost, []) if rng.random() < 0.5 else ([], lost)

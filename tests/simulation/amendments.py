@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from carillon.attention import ALWAYS, WITHDRAWN
+from carillon.attention import ALWAYS, DEFERRED, WITHDRAWN
 from stores.postgres.amendments import Amended, EditDone, EditRow, Standing
 
 if TYPE_CHECKING:
@@ -44,26 +44,48 @@ class ModelAmendments:
                 note.row.retracted_ms, note.row.rev, note.changed = now_ms, stream.rev, True
                 self._db.acts[w.notification, w.act] = ("retract", 0)
                 taken_back = self._take_back(note, now_ms)
-                found[stream.id] = (stream.rev, stream.unread, int(taken_back))
+                found[stream.id] = (stream.rev, stream.unread, taken_back)
                 self._told("retract", f"{stream.key.user} {note.row.seq} rev {stream.rev}")
             return found
 
         return await self._db.run(statement)
 
-    def _take_back(self, note: Note, now_ms: int) -> bool:
+    def _take_back(self, note: Note, now_ms: int) -> int:
         shown = False
+        ended: list[Delivery] = []
         for d in self._db.of_note.get(note.row.id, ()):
             if d.channel == "withdraw":
                 continue
             if d.state in PENDING:
                 d.state, d.reason = "cancelled", "retracted"
                 shown = shown or d.attempts > 0
+                ended.append(d)
             elif d.state in ("sending", "sent") and d.gate != WITHDRAWN:
                 d.gate = WITHDRAWN
                 shown = shown or d.state == "sent"
+                if d.state == "sent":
+                    ended.append(d)
         if shown:
             self._add(note, "withdraw", now_ms).shown_on = [None]  # type: ignore[list-item]
-        return shown
+        return int(shown) + self._take_over(ended, now_ms)
+
+    def _take_over(self, ended: Sequence[Delivery], now_ms: int) -> int:
+        """What carriers spoke for that ended untold is decided again."""
+        from tests.simulation.digests import over
+
+        carriers = {d.id for d in ended if d.carrier == d.id}
+        count = 0
+        for d in self._db.deliveries.values() if carriers else ():
+            note = d.note
+            expired = note.row.expires_ms is not None and note.row.expires_ms <= now_ms
+            done = expired or note.cancelled_ms is not None or over(note)
+            if d.carrier in carriers and d.carrier != d.id and d.state == "cancelled" and not done:
+                d.state, d.gate, d.due_ms, d.hold_until_ms = "planned", DEFERRED, now_ms, now_ms
+                d.reason = "takes over" if d.digest is None else "digest"
+                d.carrier, d.merged, count = None, 1, count + 1
+                if all(key[0] != d.id for key in self._db.attempts):
+                    d.attempts = 0
+        return count
 
     def _add(self, note: Note, channel: str, now_ms: int) -> Delivery:
         from tests.simulation.store import Delivery
@@ -86,6 +108,7 @@ class ModelAmendments:
         def statement() -> int:
             self._fence(term)
             cancelled = 0
+            ended: list[Delivery] = []
             for w in wanted:
                 note = self._note(w)
                 if note is None or note.row.retracted_ms is not None or note.cancelled_ms is not None:
@@ -98,9 +121,11 @@ class ModelAmendments:
                         continue
                     if d.state in PENDING:
                         d.state, d.reason = "cancelled", "cancelled"
+                        ended.append(d)
                     elif d.state == "sending":
                         d.gate = WITHDRAWN
                 self._told("cancel", f"{note.stream.key.user} {note.row.seq}")
+            self._take_over(ended, now_ms)
             return cancelled
 
         return await self._db.run(statement)

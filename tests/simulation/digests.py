@@ -71,7 +71,7 @@ class ModelDigestStore:
                 and (row.state, row.attempts, row.carrier) == ("sending", attempt, None)
             ]
             dealt_with = frozenset(
-                d for d in ours if deliveries[d].gate == WITHDRAWN or _dealt_with(deliveries[d].note)
+                d for d in ours if deliveries[d].gate == WITHDRAWN or over(deliveries[d].note)
             )
             told = decide(frozenset(ours), dealt_with)
             for one in told:
@@ -88,13 +88,11 @@ class ModelDigestStore:
 
         return await self._db.run(statement)
 
-    async def told(
-        self, carriers: Sequence[tuple[int, int, bytes]], most: int, with_content: int
-    ) -> dict[int, list[ToldItem]]:
+    async def told(self, carriers: Sequence[int], most: int, with_content: int) -> dict[int, list[ToldItem]]:
         def statement() -> dict[int, list[ToldItem]]:
             found: dict[int, list[ToldItem]] = {}
-            for carrier, stream_id, digest in carriers:
-                rows = [d for d in self._of(stream_id, digest) if d.carrier == carrier]
+            for carrier in carriers:
+                rows = [d for d in self._db.deliveries.values() if d.carrier == carrier]
                 rows.sort(key=lambda d: -d.note.row.seq)
                 items = [
                     ToldItem(
@@ -179,7 +177,8 @@ class ModelDigestStore:
         return await self._db.run(statement)
 
 
-def _dealt_with(note: Note) -> bool:
+def over(note: Note) -> bool:
+    """Whether the user, or the service, is through with it."""
     row = note.row
     archived = row.archived_ms is not None and row.archived_ms > note.event.created_ms
     return archived or any(

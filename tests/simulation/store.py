@@ -556,10 +556,16 @@ class ModelShardStore(ModelAmendments):
 
     # -- changes ----------------------------------------------------------------------------------------
 
-    def _cancel(self, raw: bytes, reason: str) -> None:
-        for delivery in self._db.of_note.get(raw, ()):
-            if delivery.state in PENDING:
-                delivery.state, delivery.reason = "cancelled", reason
+    def _cancel(self, notes: Sequence[Note], reason: str, now_ms: int) -> int:
+        ended = [
+            delivery
+            for note in notes
+            for delivery in self._db.of_note.get(note.row.id, ())
+            if delivery.state in PENDING
+        ]
+        for delivery in ended:
+            delivery.state, delivery.reason = "cancelled", reason
+        return self._take_over(ended, now_ms)
 
     async def change(
         self,
@@ -588,8 +594,9 @@ class ModelShardStore(ModelAmendments):
                     stream.unread -= sum(n.counted for n in hit)
                 for n in hit:
                     self._set(n, column, now_ms, stream.rev)
-                    self._cancel(n.row.id, "read" if op == "read" else column)
-                done[stream_id] = ChangeDone(stream.rev, stream.unread, [n.row.id for n in hit], len(hit))
+                again = self._cancel(hit, "read" if op == "read" else column, now_ms)
+                ids = [n.row.id for n in hit]
+                done[stream_id] = ChangeDone(stream.rev, stream.unread, ids, len(hit), again)
                 self._told(op, f"{stream.key.user} {[n.row.seq for n in hit]} rev {stream.rev}")
             return done
 
@@ -626,8 +633,8 @@ class ModelShardStore(ModelAmendments):
                 stream.unread -= len(hit)
                 for n in hit:
                     self._set(n, "read", now_ms, stream.rev)
-                    self._cancel(n.row.id, "read")
-                done[stream_id] = ChangeDone(stream.rev, stream.unread, [], len(hit))
+                again = self._cancel(hit, "read", now_ms)
+                done[stream_id] = ChangeDone(stream.rev, stream.unread, [], len(hit), again)
                 self._told("read_all", f"{stream.key.user} up to {upto} rev {stream.rev}")
             return done
 
@@ -810,17 +817,22 @@ class ModelShardStore(ModelAmendments):
                 ]  # fmt: skip
                 due = [
                     d for d in db.deliveries.values()
-                    if d.state == "planned" and d.due_ms <= now_ms and d.gate == DEFERRED
+                    if d.state == "planned" and d.due_ms <= now_ms and d.gate == DEFERRED and d.digest is None
                     and (d.slot, d.note.stream.id, d.channel) == (r.slot, r.stream_id, r.channel)
                     and not (d.note.row.expires_ms is not None and d.note.row.expires_ms <= now_ms)
                 ]  # fmt: skip
                 gone[r.delivery] = claimed + due
             for r in carriers:
                 carrier = db.deliveries[r.delivery]
+                ids = {d.id for d in gone[r.delivery]}
+                theirs = [d for d in db.deliveries.values() if d.carrier in ids and d.id not in ids]
+                for d in gone[r.delivery] + theirs:
+                    d.reason, d.carrier = f"merged into {uuid_text(carrier.note.row.id)}", carrier.id
                 for d in gone[r.delivery]:
-                    d.state, d.reason = "cancelled", f"merged into {uuid_text(carrier.note.row.id)}"
+                    d.state = "cancelled"
                 if gone[r.delivery]:
-                    carrier.merged += len(gone[r.delivery])
+                    carrier.merged += len(gone[r.delivery]) + len(theirs)
+                    carrier.carrier = carrier.id
                     found[r.delivery] = carrier.merged
                     self._told("merges", f"{len(gone[r.delivery])} pushes into {r.delivery}")
             return found
@@ -879,6 +891,7 @@ class ModelShardStore(ModelAmendments):
             failed: list[Delivery] = []
             retired: list[Delivery] = []
             renewed: list[Delivery] = []
+            silent: list[Delivery] = []
             for a in attempts:
                 db.attempts.setdefault((a.delivery, a.attempt, a.device), a)
             for s in settled:
@@ -891,6 +904,10 @@ class ModelShardStore(ModelAmendments):
                         retired.append(d)
                     elif d.stale and d.note.open and db.reached(d):
                         renewed.append(d)
+                    if d.carrier == d.id and (s.next or d.gate == WITHDRAWN):
+                        gone_too = d.state == "sent" and d.gate == WITHDRAWN and d.note.row.retracted_ms
+                        if gone_too or d.state in ("cancelled", "dead"):
+                            silent.append(d)
                     self._told("settles", f"push {s.delivery}: {d.state} {s.reason or ''}")
             for key, device, token in gone:
                 target = db.devices.get((*key, device))
@@ -905,7 +922,8 @@ class ModelShardStore(ModelAmendments):
             for d in renewed:
                 new = self._add(d.note, "replace", now_ms)
                 new.gate, new.merged = ALWAYS, d.merged
-            return len(retired) + len(renewed) + self._fall_back(failed, now_ms)
+            taken_over = self._take_over(silent, now_ms)
+            return len(retired) + len(renewed) + taken_over + self._fall_back(failed, now_ms)
 
         return await self._db.run(statement)
 

@@ -39,8 +39,9 @@ stopped as (
     from target t
     where d.notification_id = t.id and d.channel <> 'withdraw'
       and d.state || '' in ('planned', 'failed', 'unknown', 'sending')
-    returning d.id
-)
+    returning d.id, d.carrier, d.state
+),
+%(taken_over)s
 select (select count(*) from fence) as fenced, (select count(*) from done) as cancelled;
 
 -- name: standing

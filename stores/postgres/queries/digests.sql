@@ -42,17 +42,17 @@ from unnest($1::bigint[], $2::bigint[], $3::int[]) as t (id, carrier, n)
 where d.id = any ($1::bigint[]) and d.id = t.id;
 
 -- name: told
--- The newest items that carriers speak for, newest first. $1 carriers, $2 their streams, $3 their digests, $4 how
--- many of each, $5 of how many of them with their content.
-select c.id as carrier, i.id, i.type, case when i.place <= $5 then i.content else '' end as content,
+-- The newest items that carriers speak for, newest first. $1 carriers, $2 how many of each, $3 of how many of them with
+-- their content.
+select c.id as carrier, i.id, i.type, case when i.place <= $3 then i.content else '' end as content,
        (extract(epoch from i.expires_at) * 1000)::bigint as expires_ms, coalesce(i.shown_on, '{}') as shown_on
-from unnest($1::bigint[], $2::bigint[], $3::uuid[]) as c (id, stream_id, digest)
+from unnest($1::bigint[]) as c (id)
 cross join lateral (
     select n.id, n.type, n.content, n.expires_at, n.seq, d.shown_on, row_number() over (order by n.seq desc) as place
     from deliveries d join notifications n on n.id = d.notification_id
-    where d.stream_id = c.stream_id and d.digest = c.digest and d.carrier = c.id
+    where d.carrier = c.id
     order by n.seq desc
-    limit $4
+    limit $2
 ) i
 order by c.id, i.seq desc;
 

@@ -167,7 +167,8 @@ done as (
 ),
 %(take_back)s
 select m.stream_id, m.rev, m.unread, array(select d.id from done d where d.stream_id = m.stream_id) as ids,
-       (select count(*) from retired r where r.stream_id = m.stream_id) as retired
+       (select count(*) from retired r where r.stream_id = m.stream_id)
+       + (select count(*) from taken_over o where o.stream_id = m.stream_id) as retired
 from moved m
 union all
 select 0, term, 0, '{}', 0 from fence;
@@ -196,7 +197,8 @@ done as (
 ),
 %(take_back)s
 select m.stream_id, m.rev, m.unread, (select count(*) from done d where d.stream_id = m.stream_id) as changed,
-       (select count(*) from retired r where r.stream_id = m.stream_id) as retired
+       (select count(*) from retired r where r.stream_id = m.stream_id)
+       + (select count(*) from taken_over o where o.stream_id = m.stream_id) as retired
 from moved m
 union all
 select 0, term, 0, 0, 0 from fence;
@@ -214,8 +216,9 @@ withdrawn as (
     where d.notification_id = t.id and d.channel <> 'withdraw'
       and (d.state || '' in ('planned', 'failed', 'unknown')
            or ($7 and %(retire)s and d.state || '' in ('sending', 'sent') and d.gate is distinct from 'withdrawn'))
-    returning d.notification_id, d.stream_id, d.slot, d.state, d.attempts
+    returning d.id, d.notification_id, d.stream_id, d.slot, d.state, d.attempts, d.carrier
 ),
+%(taken_over)s,
 -- What phones show already is taken back: not from the device that made the change.
 retired as (
     insert into deliveries
@@ -422,8 +425,9 @@ select 0, true from fence;
 
 -- name: merge
 -- Of one user what was held is told by one push, the carrier; those it speaks for are cancelled, with those that
--- are due as well and not claimed yet. $3 others, $4 their attempts, $5 their carriers; $6 carriers, $7 their
--- attempts, $8 streams, $9 slots, $10 channels, $11 now. Answers for how many each carrier speaks.
+-- are due as well and not claimed yet, and those that these spoke for. $3 others, $4 their attempts, $5 their
+-- carriers; $6 carriers, $7 their attempts, $8 streams, $9 slots, $10 channels, $11 now. Answers for how many each
+-- carrier speaks. All of them say who the carrier is: should it end untold, the next one takes over (`taken_over`).
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
 carrier as materialized (
     select t.id, t.attempt, t.stream_id, t.slot, t.channel, 'merged into ' || d.notification_id as reason
@@ -433,35 +437,61 @@ carrier as materialized (
     where d.id = any ($6::bigint[]) and d.state || '' = 'sending' and d.attempts = t.attempt
 ),
 claimed as (
-    update deliveries d set state = 'cancelled', reason = c.reason, updated_at = to_timestamp($11)
+    update deliveries d set state = 'cancelled', reason = c.reason, carrier = c.id, updated_at = to_timestamp($11)
     from unnest($3::bigint[], $4::smallint[], $5::bigint[]) as t (id, attempt, carrier)
     join carrier c on c.id = t.carrier
     where d.id = any ($3::bigint[]) and d.id = t.id and d.attempts = t.attempt and d.state || '' = 'sending'
-    returning c.id
+    returning c.id, d.id as was
 ),
 due as (
-    update deliveries d set state = 'cancelled', reason = c.reason, updated_at = to_timestamp($11)
+    update deliveries d set state = 'cancelled', reason = c.reason, carrier = c.id, updated_at = to_timestamp($11)
     from carrier c
     where d.slot = any ($9::smallint[]) and d.state = 'planned' and d.due_at <= to_timestamp($11)
       and d.gate = 'deferred' and d.slot = c.slot and d.stream_id = c.stream_id and d.channel = c.channel
+      and d.digest is null
       and not exists (select from notifications n
                       where n.id = d.notification_id and n.expires_at <= to_timestamp($11))  -- told to nobody
+    returning c.id, d.id as was
+),
+theirs as (
+    update deliveries d set reason = c.reason, carrier = c.id
+    from (select id, was from claimed union all select id, was from due) o join carrier c using (id)
+    where d.carrier = o.was and d.id <> o.was
     returning c.id
 ),
 counted as (
-    select c.id, 1 + (select count(*) from claimed o where o.id = c.id)
-                   + (select count(*) from due o where o.id = c.id) as n
+    select c.id, (select count(*) from claimed o where o.id = c.id) + (select count(*) from due o where o.id = c.id)
+                 + (select count(*) from theirs o where o.id = c.id) as n
     from carrier c
 ),
 told as (
-    update deliveries d set merged = coalesce(d.merged, 1) - 1 + c.n
+    update deliveries d set merged = least(coalesce(d.merged, 1) + c.n, 32767), carrier = d.id
     from counted c
-    where d.id = any ($6::bigint[]) and d.id = c.id and c.n > 1
+    where d.id = any ($6::bigint[]) and d.id = c.id and c.n > 0
     returning d.id, d.merged
 )
 select id, merged::int from told
 union all
 select 0, 0 from fence;
+
+-- name: taken_over
+-- Part of statements that end carriers: what these spoke for is decided again, now, unless the user is through with it
+-- or it has expired. The statement says which carriers ended, which of their others end with them, and the time.
+taken_over as (
+    update deliveries f
+    set state = 'planned', gate = 'deferred', due_at = to_timestamp(%(now)s), hold_until = to_timestamp(%(now)s),
+        carrier = null, merged = null, updated_at = to_timestamp(%(now)s),
+        reason = case when f.digest is null then 'takes over' else 'digest' end,
+        attempts = case when exists (select from delivery_attempts a where a.delivery_id = f.id) then f.attempts
+                   else 0 end
+    from (%(ended)s) e, notifications n
+    where f.carrier = e.id and f.id <> e.id and f.state || '' = 'cancelled'
+      and n.id = f.notification_id and n.seen_at is null and n.read_at is null and n.dismissed_at is null
+      and n.retracted_at is null and n.cancelled_at is null
+      and (n.archived_at is null or n.archived_at = n.created_at)
+      and (n.expires_at is null or n.expires_at > to_timestamp(%(now)s))%(but)s
+    returning f.stream_id
+)
 
 -- name: record_attempts
 -- $1 delivery, $2 attempt, $3 device, $4 provider, $5 outcome, $6 provider id, $7 status, $8 error, $9 started,
@@ -483,7 +513,7 @@ on conflict do nothing;
 -- cancelled, never dead: only the end of a chain is a dead letter.
 -- A withdrawal, and what replaces a text, gives up after $8 tries and is never a dead letter. A push that was sent
 -- while its notification was dealt with is withdrawn; one that was not is not tried again. One that was sent while
--- its text changed is replaced.
+-- its text changed is replaced. $9 true: what it speaks for, if it does, is decided again.
 with done as (
     update deliveries d
     set state = case
@@ -495,12 +525,14 @@ with done as (
         due_at = to_timestamp(t.due_s), reason = t.reason, updated_at = to_timestamp($6),
         tenant = case when t.state = 'dead' then (select s.tenant from streams s where s.stream_id = d.stream_id)
                  else d.tenant end
-    from unnest($1::bigint[], $2::smallint[], $3::text[], $4::float8[], $5::text[], $7::boolean[])
-         as t (id, attempt, state, due_s, reason, onward)
+    from unnest($1::bigint[], $2::smallint[], $3::text[], $4::float8[], $5::text[], $7::boolean[], $9::boolean[])
+         as t (id, attempt, state, due_s, reason, onward, next)
     where d.id = t.id and d.attempts = t.attempt and d.state || '' = 'sending'
     returning d.id, t.state in ('dead', 'cancelled') and t.onward and d.chain <> '' as falls, d.gate,
-              d.notification_id, d.stream_id, d.slot, d.merged, d.stale
+              d.notification_id, d.stream_id, d.slot, d.merged, d.stale, d.state,
+              d.carrier = d.id and (t.next or d.gate is not distinct from 'withdrawn') as spoke
 ),
+%(taken_over)s,
 retired as (
     insert into deliveries (notification_id, stream_id, slot, channel, state, due_at, created_at, updated_at)
     select distinct on (notification_id) notification_id, stream_id, slot, 'withdraw', 'planned', to_timestamp($6),
@@ -528,7 +560,9 @@ select id, falls, false as retired from done where falls
 union all
 select id, false, true from retired
 union all
-select id, false, true from replaced;
+select id, false, true from replaced
+union all
+select 0, false, true from taken_over;
 
 -- name: fall_back
 -- The next channel of the chain, due now, once per notification: if no other channel of the same step may
