@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 from actors.shard_policies import NO_RULES, Policies
-from actors.shard_users import User
+from actors.shard_users import User, read_preferences
 from actors.templates import Templates
 from carillon.budget import Spent
 from carillon.clock import Clock
@@ -30,17 +30,21 @@ from carillon.digest import (
     tell,
 )
 from carillon.errors import CarillonError, NotFoundError
-from carillon.ids import uuid_text
+from carillon.ids import UserKey, uuid_text
 from carillon.messages import DigestChange, Done
 from carillon.metrics import Stats
 from carillon.notification import decode_content
 from carillon.problems import Problem
 from carillon.settings import Settings
+from carillon.switches import Preferences
+from stores.postgres.digests import WaitingItem
 from stores.postgres.shard_rows import Claimed
 from stores.postgres.shard_store import ShardStore
 
 log = logging.getLogger(__name__)
 
+PAGE = 1000
+"""Items of a tenant that are looked at together when its rules have changed."""
 FLUSH = "flush"
 REMOVE = "remove"
 
@@ -207,16 +211,47 @@ class Digests:
         """The user's preferences have changed: what waits does so as they want it now, and what they want at
         once is due. Returns how many rows that concerned."""
         await self._settled()  # what was planned by the old ones is in the store
-        now_ms = self._clock.now_ms()
-        rules = self._policies.of(user.key.tenant).rules or NO_RULES
         mine = user.local if user.preferences is None else user.preferences
+        return await self._move(
+            (item, user.key, mine) for item in await self._store.digests.waiting(user.stream_id)
+        )
+
+    async def rearrange_tenant(
+        self, tenant: str, slots: Sequence[int], after: tuple[int, int]
+    ) -> tuple[int, int] | None:
+        """The same for users of a tenant whose rules have changed, some at a time.
+
+        Args:
+            after: (stream, row) of the last that was looked at.
+
+        Returns:
+            Where to go on; None: all were looked at.
+        """
+        await self._settled()
+        items = await self._store.digests.waiting_of(tenant, slots, after, PAGE)
+        documents = {(item.preferences, item.zone) for item in items}
+        known = {
+            (document, zone): None
+            if document is None and zone is None
+            else read_preferences(document or "{}", zone)
+            for document, zone in documents
+        }
+        await self._move(
+            (item, UserKey(tenant, item.user), known[item.preferences, item.zone]) for item in items
+        )
+        return (items[-1].stream_id, items[-1].delivery) if len(items) == PAGE else None
+
+    async def _move(self, items: Iterable[tuple[WaitingItem, UserKey, Preferences | None]]) -> int:
+        """Let items wait as their users want it now."""
+        now_ms = self._clock.now_ms()
         moves: list[tuple[int, bytes, int]] = []
-        for item in await self._store.digests.waiting(user.stream_id):
+        for item, key, mine in items:
+            rules = self._policies.of(key.tenant).rules or NO_RULES
             verdict = weigh(item.type, item.category, item.priority, mine, rules, now_ms)
             if verdict.digest is None or verdict.until_ms is None:
                 moves.append((item.delivery, item.digest, now_ms))
                 continue
-            digest = digest_id(key_of(user.key, item.category, verdict.digest, verdict.until_ms))
+            digest = digest_id(key_of(key, item.category, verdict.digest, verdict.until_ms))
             if (digest, verdict.until_ms) != (item.digest, item.due_ms):
                 moves.append((item.delivery, digest, verdict.until_ms))
         if not moves:

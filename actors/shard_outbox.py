@@ -77,7 +77,7 @@ class Outbox:
     Args:
         acks: written before due rows are claimed: they cancel some.
         slots: gives the slots owned now.
-        policies: of tenants, for what is decided again.
+        policies: of tenants, for what is decided again; should they change, open digests follow.
         settled: awaits the batch that the writer has in flight.
         templates: gives the tenants' templates.
         send_jobs: hands jobs to a router; False if there is none.
@@ -106,6 +106,7 @@ class Outbox:
         self._users = users
         self._acks = acks
         acks.on_change(self.settled_in_app, self.due_now)
+        policies.on_change(self._rules_changed)
         self._clock = clock
         self._stats = stats
         self._settings = settings
@@ -121,6 +122,9 @@ class Outbox:
         self._flights: dict[int, _Flight] = {}
         self._outcomes: list[tuple[Link, int, PushOutcome]] = []
         self._stopped: dict[bytes, tuple[str, int]] = {}  # why, and until when jobs may be on their way here
+        self._changed: dict[
+            str, tuple[int, int]
+        ] = {}  # tenants with other rules: how far their digests moved
         self._half_tried: list[tuple[int, _Flight]] = []  # sent at one provider, left by another
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -293,9 +297,28 @@ class Outbox:
             self._look_ms = moment
             self._due_at(moment)
 
+    def _rules_changed(self, tenant: str) -> None:
+        self._changed[tenant] = 0, 0
+        self.due_now()
+
+    async def _rearrange(self) -> None:
+        """Digests of tenants whose rules have changed follow, a page of each at a time."""
+        for tenant, after in list(self._changed.items()):
+            reached = await self.digests.rearrange_tenant(tenant, self._slots(), after)
+            if self._changed.get(tenant) != after:
+                continue  # changed once more meanwhile: from the beginning
+            if reached is None:
+                del self._changed[tenant]
+            else:
+                self._changed[tenant] = reached
+        if self._changed:
+            self.due_now()
+
     async def _sweep(self) -> None:
         """Claim what is due and send it. Acknowledgements in memory are written first: they cancel rows."""
         shard = self._settings.shard
+        if self._changed:
+            await self._rearrange()
         await self._acks.write()
         while True:
             now_ms = self._clock.now_ms()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from carillon.decision import no_rules
 from carillon.errors import CarillonError
@@ -29,6 +29,11 @@ class Policies:
         self._plain = TenantPolicy(self._default, {}, self._watch)
         self._known: dict[str, TenantPolicy] = {}
         self._task: asyncio.Task[None] | None = None
+        self._changed: Callable[[str], None] = lambda tenant: None
+
+    def on_change(self, changed: Callable[[str], None]) -> None:
+        """Call `changed` with a tenant whose rules are others than before, or are read first."""
+        self._changed = changed
 
     def start(self) -> None:
         """Begin refreshing."""
@@ -57,6 +62,10 @@ class Policies:
             # What did not change stays the same object: users remember what they made of it.
             if known is None or known.text != new.text:
                 self._known[tenant] = new
+                if known is not None and (known.rules is not None or new.rules is not None):
+                    self._changed(tenant)
+                elif known is None and new.rules is not None and new.rules.defaults.digests:
+                    self._changed(tenant)  # an earlier process may have died with other rules
 
     async def _refresh_for_ever(self) -> None:
         while True:

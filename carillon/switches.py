@@ -165,6 +165,12 @@ class Preferences:
         at = minutes_of(more.get("at", "08:00"))
         return Digest(frequency, at, DAYS.index(more.get("day", "mon")), self.zone)
 
+    @property
+    def digests(self) -> bool:
+        """Whether it says anything of digests."""
+        entries = (*self.types.values(), *self.categories.values())
+        return self.digest_set or any(entry.digest_set for entry in entries)
+
     def says(self, kind: str, category: str | None, family: str) -> tuple[bool, str, str] | None:
         """The most specific word on one channel: (open, rule, what it is about); None: it says nothing."""
         of_type = self.types.get(kind)
@@ -314,6 +320,9 @@ def _digest(
             found = True, document.digest
         if found is not None:
             digest = found[1]
+            if digest is not None and document is defaults and user.zoned and user is not defaults:
+                # Where the user is, as the default quiet hours: the tenant's day is not everybody's.
+                digest = Digest(digest.frequency, digest.at, digest.weekday, user.zone)
             return digest, None if digest is None else Fired("digest", source, digest.frequency)
     return None, None
 

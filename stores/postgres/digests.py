@@ -31,6 +31,18 @@ class WaitingItem:
 
 
 @dataclass(slots=True)
+class WaitingOf(WaitingItem):
+    """One of all users'."""
+
+    stream_id: int
+    user: str
+    preferences: str | None
+    """The user's document."""
+    zone: str | None
+    """Of the user's profile."""
+
+
+@dataclass(slots=True)
 class OpenItem:
     """One notification of an open digest."""
 
@@ -176,6 +188,24 @@ class DigestStore:
             WaitingItem(r["id"], r["digest"].bytes, r["type"], r["category"], r["priority"], r["due_ms"])
             for r in rows
         ]
+
+    async def waiting_of(
+        self, tenant: str, slots: Sequence[int], after: tuple[int, int], limit: int
+    ) -> list[WaitingOf]:
+        """The same of all users of a tenant, by stream and row.
+
+        Args:
+            after: (stream, row) of the last one that is known.
+        """
+        async with acquired(self._pool(), self._timeout_s) as connection:
+            rows = await connection.fetch(_SQL["waiting_of"], tenant, slots, *after, limit)
+        return [
+            WaitingOf(
+                r["id"], r["digest"].bytes, r["type"], r["category"], r["priority"], r["due_ms"],
+                r["stream_id"], r["user_id"], r["preferences"], r["zone"],
+            )
+            for r in rows
+        ]  # fmt: skip
 
     async def move(self, term: int, rows: Sequence[tuple[int, bytes, int]], now_ms: int) -> int:
         """Let outbox rows wait in other digests: (row, digest, due). Returns how many were waiting."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
+from datetime import datetime
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 
@@ -447,3 +449,111 @@ async def test_what_is_urgent_leaves_the_digest(postgres_dsn: str) -> None:
         clock.approach(kit, 500)
         await eventually(lambda: len(kit.router.jobs) == 2, what="the digest")
         assert (kit.router.jobs[1].title, kit.router.jobs[1].count) == ("a comment", 1)
+
+
+async def policy(kit: Kit, **document: Any) -> None:
+    await kit.db.execute(
+        "insert into tenants (tenant, client_secret, settings) values ('t', $1, $2::jsonb)"
+        " on conflict (tenant) do update set settings = excluded.settings",
+        "x" * 32,
+        json.dumps({"policy": document}),
+    )
+
+
+async def waits(kit: Kit) -> dict[str, tuple[bytes | None, int]]:
+    """Of each user with something that waits: the digest, and when it is due."""
+    found = await kit.db.fetch(
+        "select s.user_id, d.digest, (extract(epoch from d.due_at) * 1000)::bigint as due_ms"
+        " from deliveries d join streams s using (stream_id) where d.state = 'planned'"
+    )
+    return {r["user_id"]: (r["digest"] and r["digest"].bytes, r["due_ms"]) for r in found}
+
+
+async def test_open_digests_follow_the_tenants_defaults(postgres_dsn: str) -> None:
+    """Weekly becomes hourly: those without a word of their own move, each in one digest; then at once."""
+    clock = Shifted()
+    async with Kit(postgres_dsn, clock=clock, sweep_s=600.0, policy_refresh_s=0.05) as kit:
+        await policy(kit, defaults={"digest": {"frequency": "weekly", "at": "08:00"}})
+        for user in ("ann", "bob", "own"):
+            await phone(kit, user)
+        await prefer(kit, "own", digest="daily")
+        await kit.publish(
+            *(
+                make_event(user, category="news", title=f"{user} {n}")
+                for user in ("ann", "bob", "own")
+                for n in "12"
+            )
+        )
+        before = await waits(kit)
+        kit.shard._users.forget(UserKey("t", "bob"))  # not in memory
+        await policy(kit, defaults={"digest": "hourly"})
+        hourly = {
+            user: (digest_id(key_of(UserKey("t", user), "news", "hourly", clock.hour_ms)), clock.hour_ms)
+            for user in ("ann", "bob")
+        }
+        await eventually(lambda: _equal(waits(kit), hourly | {"own": before["own"]}), what="the move")
+        assert kit.router.jobs == []
+        clock.approach(kit, 500)
+        await eventually(lambda: len(kit.router.jobs) == 2, what="both digests")
+        assert sorted((job.user, job.title) for job in kit.router.jobs) == [
+            ("ann", "2 new notifications"), ("bob", "2 new notifications"),
+        ]  # fmt: skip
+
+
+async def test_without_a_default_what_waited_by_it_is_told(postgres_dsn: str) -> None:
+    """The tenant wants no digests any more: what waited comes now, together; users' own digests stay."""
+    async with Kit(postgres_dsn, sweep_s=600.0, policy_refresh_s=0.05) as kit:
+        await policy(kit, defaults={"categories": {"news": {"digest": "daily"}}})
+        for user in ("ann", "own"):
+            await phone(kit, user)
+        await prefer(kit, "own", digest="daily")
+        await kit.publish(*(make_event(user, category="news") for user in ("ann", "ann", "own")))
+        assert set(await waits(kit)) == {"ann", "own"}
+        await policy(kit)
+        await eventually(lambda: kit.router.jobs, what="what waited")
+        assert [(job.user, job.title) for job in kit.router.jobs] == [("ann", "2 new notifications")]
+        assert set(await waits(kit)) == {"own"}
+
+
+async def test_defaults_that_changed_while_nobody_was_there_are_followed(postgres_dsn: str) -> None:
+    """The shard was down: its successor moves what waits by the rules of before."""
+    clock = Shifted()
+    async with Kit(postgres_dsn, clock=clock, sweep_s=600.0, policy_refresh_s=600.0) as kit:
+        await policy(kit, defaults={"digest": "daily"})
+        await phone(kit)
+        await kit.publish(make_event(category="news"))
+        await kit.shard.stop()
+        await policy(kit, defaults={"digest": "hourly"})
+        await kit.start_shard("shard-a")
+        kit.router = await kit.dial("shard-a", "router-1")
+        await kit.publish(make_event("other"))  # the tenant's rules are read with its first user
+        hourly = digest_id(key_of(UserKey("t", "u"), "news", "hourly", clock.hour_ms)), clock.hour_ms
+        await eventually(lambda: _equal(waits(kit), {"u": hourly}), what="the move")
+
+
+async def test_a_default_digest_is_due_where_the_user_is(postgres_dsn: str) -> None:
+    """Daily at eight: in the tenant's zone, or that of the user's profile, who has no preferences."""
+    async with Kit(postgres_dsn) as kit:
+        await policy(
+            kit, defaults={"timezone": "Europe/Vienna", "digest": {"frequency": "daily", "at": "08:00"}}
+        )
+        zones = {"home": "Europe/Vienna", "tokyo": "Asia/Tokyo", "lima": "America/Lima"}
+        for user, zone in zones.items():
+            await phone(kit, user)
+            if user != "home":
+                add = "insert into profiles (tenant, user_id, slot, timezone) values ('t', $1, $2, $3)"
+                await kit.db.execute(add, user, slot_of("t", user), zone)
+        await kit.shard.stop()  # users are read anew, with their profiles
+        await kit.start_shard("shard-a")
+        kit.router = await kit.dial("shard-a", "router-1")
+        await kit.publish(*(make_event(user) for user in zones))
+        found = await waits(kit)
+        local = {
+            user: datetime.fromtimestamp(due_ms / 1000, ZoneInfo(zones[user]))
+            for user, (_, due_ms) in found.items()
+        }
+        assert {user: (at.hour, at.minute) for user, at in local.items()} == dict.fromkeys(zones, (8, 0))
+
+
+async def _equal(answer: Any, wanted: Any) -> bool:
+    return await answer == wanted

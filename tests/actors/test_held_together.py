@@ -26,6 +26,7 @@ from tests.actors.shard_kit import Kit, make_event
 from tests.support import eventually
 
 WORDS = {
+    "params": {"count": {}, "titles": {}},
     "content": {
         "default": {"title": "{{ count | plural({'one': '# message', 'other': '# messages'}) }}"},
         "pt": {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from carillon.attention import DEFERRED, WITHDRAWN
 from carillon.digest import REMOVED, Told
 from carillon.errors import FencedError
-from stores.postgres.digests import WaitingItem
+from stores.postgres.digests import WaitingItem, WaitingOf
 from stores.postgres.shard_rows import Claimed, ToldItem
 
 if TYPE_CHECKING:
@@ -159,6 +159,31 @@ class ModelDigestStore:
                 if d.digest is not None and d.carrier is None and d.reason == "digest"
                 and (d.state, d.note.stream.id) == ("planned", stream_id)
                 for e in (d.note.event,)
+            ]  # fmt: skip
+
+        return await self._db.run(statement)
+
+    async def waiting_of(
+        self, tenant: str, slots: Sequence[int], after: tuple[int, int], limit: int
+    ) -> list[WaitingOf]:
+        asked = frozenset(slots)
+
+        def statement() -> list[WaitingOf]:
+            found = [
+                d
+                for d in self._db.deliveries.values()
+                if d.digest is not None and d.carrier is None and (d.reason, d.state) == ("digest", "planned")
+                and d.slot in asked and d.note.stream.key.tenant == tenant
+                and (d.note.stream.id, d.id) > after
+            ]  # fmt: skip
+            found.sort(key=lambda d: (d.note.stream.id, d.id))
+            return [
+                WaitingOf(
+                    d.id, d.digest or b"", d.note.event.type, d.note.event.category, d.note.event.priority,
+                    d.due_ms, d.note.stream.id, key.user, self._db.preferences.get(key), None,
+                )
+                for d in found[:limit]
+                for key in (d.note.stream.key,)
             ]  # fmt: skip
 
         return await self._db.run(statement)

@@ -418,3 +418,26 @@ def test_a_tenant_without_rules_has_none_to_look_at() -> None:
     """The hot path asks one attribute."""
     assert TenantPolicy(POLICY, {}).rules is None
     assert build({"holdS": 3}, POLICY).rules is None
+
+
+@given(
+    st.sampled_from(("hourly", "daily", "weekly")),
+    st.sampled_from(("Europe/Vienna", "Asia/Kolkata", "America/Lima", "Australia/Lord_Howe")),
+    st.sampled_from((None, "Asia/Tokyo")),
+    st.integers(0, 400 * 24 * 3_600_000),
+    st.booleans(),
+)
+def test_a_default_digest_is_due_where_the_user_is(
+    frequency: str, zone: str, default_zone: str | None, after_ms: int, by_profile: bool
+) -> None:
+    """As if the user had asked for it: the same moment, whether preferences or the profile say the zone."""
+    now_ms = 1_750_000_000_000 + after_ms
+    digest = {"digest": {"frequency": frequency, "at": "08:00", "day": "wed"}}
+    rules = tenant(defaults=digest | ({"timezone": default_zone} if default_zone else {}))
+    here = Preferences({}, zone) if by_profile else Preferences({"timezone": zone})
+    own = Preferences(digest, zone)
+    default = judge(event(), here, rules, now_ms)
+    assert default.until_ms == judge(event(), own, rules, now_ms).until_ms
+    nobody = judge(event(), None, rules, now_ms)
+    assert nobody.until_ms == judge(event(), Preferences(digest, default_zone), rules, now_ms).until_ms
+    assert {one.source for one in default.rules} == {"tenant"}

@@ -103,6 +103,22 @@ from deliveries d join notifications n on n.id = d.notification_id
 where d.stream_id = $1 and d.digest is not null and d.carrier is null and d.state in ('planned', 'sending')
   and d.reason = 'digest' and d.state || '' = 'planned';
 
+-- name: waiting_of
+-- The same of all users of a tenant, with what they want and where they are. $1 tenant, $2 slots, $3 stream and $4 row
+-- after which, $5 how many.
+select d.id, d.digest, n.type, n.category, n.priority, (extract(epoch from d.due_at) * 1000)::bigint as due_ms,
+       d.stream_id, s.user_id,
+       (select p.document::text from preferences p where p.tenant = s.tenant and p.user_id = s.user_id) as preferences,
+       (select p.timezone from profiles p where p.tenant = s.tenant and p.user_id = s.user_id) as zone
+from deliveries d
+join streams s on s.stream_id = d.stream_id
+join notifications n on n.id = d.notification_id
+where (d.stream_id, d.id) > ($3, $4) and s.tenant = $1 and d.slot = any ($2::smallint[])
+  and d.digest is not null and d.carrier is null and d.state in ('planned', 'sending')
+  and d.reason = 'digest' and d.state || '' = 'planned'
+order by d.stream_id, d.id
+limit $5;
+
 -- name: move
 -- Rows that wait in another digest, or until another time, now. $3 ids, $4 digests, $5 due, $6 now.
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
