@@ -168,7 +168,7 @@ class Digests:
             return
         deadline = self._clock.monotonic() + self._settings.push.digest_render_s
         try:
-            made = await self._templates().prepare(documents, tenant, deadline)
+            made = await self._templates().prepare(documents, tenant, deadline, offered=True)
         except CarillonError as exc:
             log.warning("%d pushes for several go out in our own words: %s", len(rows), exc)
             return

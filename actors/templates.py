@@ -157,11 +157,14 @@ class Templates:
         if shown_:
             await self.store.expose(tenant, shown_)
 
-    async def prepare(self, document: Any, tenant: str, deadline: float) -> dict[int, Prepared]:
+    async def prepare(
+        self, document: Any, tenant: str, deadline: float, *, offered: bool = False
+    ) -> dict[int, Prepared]:
         """Render what the events of a body want; events that break a rule are left out.
 
         Args:
             document: of NotPlainError.
+            offered: as in `check_params`.
 
         Raises:
             StoreUnavailableError, UnavailableError, BusyError: not now.
@@ -186,7 +189,7 @@ class Templates:
                 made[index] = problem("invalid", f"there is no template {item['template']}", [error])
                 continue
             try:
-                params = check_params(template.document, item.get("params"))
+                params = check_params(template.document, item.get("params"), offered=offered)
             except TemplateDocumentError as exc:
                 made[index] = refused(exc)
                 continue

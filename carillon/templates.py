@@ -358,8 +358,14 @@ def _is_a(value: Any, kind: str) -> bool:
     return kind != "array" or isinstance(value, list)
 
 
-def check_params(document: Mapping[str, Any], params: Mapping[str, Any] | None) -> dict[str, Any]:
+def check_params(
+    document: Mapping[str, Any], params: Mapping[str, Any] | None, *, offered: bool = False
+) -> dict[str, Any]:
     """The parameters to render with, defaults filled in.
+
+    Args:
+        offered: they are what a template of this kind may use: those that it does not name are left out, and
+            null is a value.
 
     Raises:
         TemplateDocumentError: one is missing, of another type, or unknown.
@@ -371,6 +377,9 @@ def check_params(document: Mapping[str, Any], params: Mapping[str, Any] | None) 
     for name, rule in rules.items():
         value = given.get(name)
         kind = rule.get("type", "any")
+        if value is None and offered and name in given and "default" not in rule:
+            full[name] = None
+            continue
         if value is None:
             if "default" in rule:
                 full[name] = rule["default"]
@@ -381,7 +390,7 @@ def check_params(document: Mapping[str, Any], params: Mapping[str, Any] | None) 
             errors.append(FieldError(f"params/{name}", kind, shown(value)))
         full[name] = value
     for name in given:
-        if name not in rules:
+        if name not in rules and not offered:
             expected = f"a parameter of the template ({', '.join(rules) or 'it has none'})"
             errors.append(FieldError(f"params/{shown(name, 64)}", expected[:500], "an unknown field"))
     if errors:

@@ -208,6 +208,17 @@ def test_parameters_are_checked_before_anything_is_rendered() -> None:
     assert "who" in caught.value.errors[4].expected
 
 
+def test_what_is_offered_need_not_be_taken() -> None:
+    """Of what a digest's template may use it names what it wants; that there is no category is a value."""
+    document = {"params": {"count": {}, "category": {}}}
+    offered = {"count": 2, "category": None, "titles": ["a"]}
+    assert check_params(document, offered, offered=True) == {"count": 2, "category": None}
+    with pytest.raises(TemplateDocumentError):
+        check_params(document, offered)
+    with pytest.raises(TemplateDocumentError):
+        check_params(document, {"count": 2}, offered=True)
+
+
 @pytest.mark.parametrize(
     ("texts", "path"),
     [
