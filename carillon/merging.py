@@ -482,13 +482,16 @@ _PUSH_WORDS: Final[Mapping[str | None, str]] = {
     LATER: "a push tells it once the user may be disturbed again",
     QUIET: "it is shown quietly",
 }
-_WHO: Final[Mapping[str, str]] = {EVENT: "the event asks for it", TENANT: "the tenant's rule asks for it"}
+WHO_WORDS: Final[Mapping[str, str]] = {
+    EVENT: "the event asks for it",
+    TENANT: "the tenant's rule asks for it",
+}
 
 
 def words(status: str, how: str, source: str, notice: str | None) -> str:
     """Why an event was merged, as a sentence."""
     why = HOW_WORDS.get(how, how).format(window="its window")
-    asked = _WHO.get(source, source)
+    asked = WHO_WORDS.get(source, source)
     if status == DUPLICATE:
         return f"Nothing new: {why} ({asked})."
     if status == OPENED:
@@ -499,16 +502,17 @@ def words(status: str, how: str, source: str, notice: str | None) -> str:
 def would(decision: Decision) -> str:
     """What would become of an event, as a sentence."""
     status, target, ask, _ = decision
-    why = HOW_WORDS[ask.how].format(window=_span(ask.window_ms))
-    into = f"{uuid_text(target.id)}: {why} ({_WHO[ask.source]})."
+    why = HOW_WORDS[ask.how].format(window=span(ask.window_ms))
+    into = f"{uuid_text(target.id)}: {why} ({WHO_WORDS[ask.source]})."
     if status == DUPLICATE:
         return f"It would be dropped as a duplicate of {into}"
     if status == MERGED:
         return f"It would be merged into {into}"
-    return f"It would begin a notification: {why} ({_WHO[ask.source]})."
+    return f"It would begin a notification: {why} ({WHO_WORDS[ask.source]})."
 
 
-def _span(ms: int) -> str:
+def span(ms: int) -> str:
+    """A duration, as sentences have it."""
     for size, unit in ((3_600_000, "h"), (60_000, "min"), (1000, "s")):
         if ms >= size and ms % size == 0:
             return f"{ms // size} {unit}"

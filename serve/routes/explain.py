@@ -20,7 +20,7 @@ from carillon.problems import problem_document
 from serve.http import Request, Response, json_response
 from serve.routes.amend import HISTORY, history
 from serve.routes.bodies import no_notification, path_notification
-from serve.routes.merged import MERGED, merged_json, merged_words
+from serve.routes.merged import MERGED, merge_windows_of, merged_json, merged_words
 from serve.routing import SERVICE, Route
 from serve.schemas import UUID, obj, ref
 from serve.services import Services
@@ -76,6 +76,7 @@ async def get_explanation(services: Services, request: Request) -> Response:
     rules = _rules(found)
     deliveries = [_delivery(one) for one in found.deliveries]
     acts = [act_words(act) for act in found.acts]
+    windows = await merge_windows_of(services, request.tenant, found)
     return json_response(
         {
             "notificationId": request.params["id"],
@@ -85,13 +86,13 @@ async def get_explanation(services: Services, request: Request) -> Response:
             "archived": filed_away(found.row),
             "rules": explain.told(rules),
             "deliveries": deliveries,
-            **merged_json(found),
+            **merged_json(found, windows),
             **history(found),
             "words": " ".join(
                 [
                     *came,
                     *map(explain.words, rules),
-                    *merged_words(found),
+                    *merged_words(found, windows),
                     *(one["words"] for one in deliveries),
                     *acts,
                 ]

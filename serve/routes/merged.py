@@ -4,13 +4,33 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from carillon import merging
+from carillon import merge_windows, merging
 from carillon.event_rules import DEDUPES
+from carillon.merge_rules import merge_rules
 from carillon.notification import decode_content
 from serve.schemas import INSTANT, UUID, WHOLE, obj
+from serve.services import Services
 from stores.postgres.feed import Found
 
 _TEXT: Final = {"type": ["string", "null"]}
+_SECONDS: Final = {"type": ["number", "null"]}
+_WINDOW: Final[dict[str, Any]] = {
+    "how": {"enum": [*DEDUPES, "aggregate"]},
+    "source": {"enum": ["event", "tenant", None], "description": "Who asked for it."},
+    "windowS": _SECONDS,
+    "endsAt": INSTANT,
+    "open": {"type": "boolean"},
+    "closedBy": {"enum": [*merge_windows.CLOSED, None], "description": "What ended it."},
+    "events": {**WHOLE, "description": "In the notification, the first included."},
+    "count": {**WHOLE, "description": "As the notification says."},
+    "notifiedAt": {**INSTANT, "description": "When the user was last disturbed by it, or will be."},
+    "renotifyS": _SECONDS,
+    "renotifyAt": {
+        "anyOf": [INSTANT, {"type": "null"}],
+        "description": "From then on what is merged may disturb again.",
+    },
+    "words": {"type": "string"},
+}
 MERGED: Final[dict[str, Any]] = {
     "merged": {
         "anyOf": [
@@ -37,8 +57,13 @@ MERGED: Final[dict[str, Any]] = {
                             ["id", "at", "status", "how", "source", "actorId", "notice", "words"],
                         ),
                     },
+                    "windows": {
+                        "type": "array",
+                        "description": "By which it takes in others, while they are known.",
+                        "items": obj(_WINDOW, list(_WINDOW)),
+                    },
                 },
-                ["count", "events", "duplicates", "newest"],
+                ["count", "events", "duplicates", "newest", "windows"],
             ),
         ],
         "description": "null: nobody asked for merging, or that is no longer known.",
@@ -46,7 +71,7 @@ MERGED: Final[dict[str, Any]] = {
 }
 
 
-def merged_json(found: Found) -> dict[str, Any]:
+def merged_json(found: Found, windows: list[dict[str, Any]]) -> dict[str, Any]:
     """Which events are in a notification and why, the newest first."""
     log = found.merged
     if log is None:
@@ -60,14 +85,29 @@ def merged_json(found: Found) -> dict[str, Any]:
                 merging.note(e.event, e.at_ms, e.status, e.how, e.source, e.actor, e.notice)
                 for e in log.events
             ],
+            "windows": windows,
         }
     }
 
 
-def merged_words(found: Found) -> list[str]:
-    """The same in a sentence or two: what the last of them was, and how many there are."""
+async def merge_windows_of(services: Services, tenant: str, found: Found) -> list[dict[str, Any]]:
+    """The windows by which a notification takes in others. Raises StoreUnavailableError."""
+    if found.merged is None or not found.merged.windows:
+        return []
+    rules = merge_rules(await services.tenants.policy(tenant)) or {}
+    rule = rules.get(decode_content(found.row.content).get("type") or "")
+    now_ms = services.clock.now_ms()
+    cancelled = found.cancelled_ms is not None
+    return [
+        merge_windows.told(window, found.row, rule, services.settings.merge, now_ms, cancelled=cancelled)
+        for window in found.merged.windows
+    ]
+
+
+def merged_words(found: Found, windows: list[dict[str, Any]]) -> list[str]:
+    """The same in a few sentences: what the last of them was, how many there are, and what the windows do."""
     log = found.merged
-    if log is None or log.merged + log.duplicates == 0:
+    if log is None:
         return []
     told: list[str] = []
     if log.merged:
@@ -76,7 +116,7 @@ def merged_words(found: Found) -> list[str]:
         told.append(f"{_events(log.merged)} merged into it.{why}")
     if log.duplicates:
         told.append(f"{_events(log.duplicates)} dropped because it says the same.")
-    return told
+    return told + [window["words"] for window in windows]
 
 
 def _events(number: int) -> str:

@@ -31,7 +31,7 @@ from serve.routes.bodies import (
     path_notification,
     valid_id,
 )
-from serve.routes.merged import MERGED, merged_json
+from serve.routes.merged import MERGED, merge_windows_of, merged_json
 from serve.routing import SERVICE, Query, Route, paging
 from serve.schemas import INSTANT, SUCCESS, USER_ID, nullable, obj, ref
 from serve.services import Services
@@ -113,7 +113,7 @@ async def get_notification(services: Services, request: Request) -> Response:
             "notification": msgspec.Raw(notification_json(row, user_json_of(found.user)).encode()),
             "deliveryState": state,
             "deliveries": [_delivery(one) for one in found.deliveries],
-            **merged_json(found),
+            **merged_json(found, await merge_windows_of(services, request.tenant, found)),
             **history(found),
         },
         headers=(etag(found.version),),

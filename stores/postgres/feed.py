@@ -14,6 +14,7 @@ import msgspec
 
 from carillon.errors import InvalidInputError
 from carillon.hot_feed import NOWHERE, Standing
+from carillon.merge_windows import KnownWindow
 from carillon.notification import NotificationRow, gone
 from stores.postgres.named import load_queries
 from stores.postgres.pool import Store, acquired
@@ -159,6 +160,7 @@ class MergeLog(NamedTuple):
     duplicates: int
     events: list[MergedEvent]
     """The newest first."""
+    windows: Sequence[KnownWindow] = ()
 
 
 @dataclass(frozen=True)
@@ -372,6 +374,9 @@ class FeedReader(Store):
             events = await connection.fetch(
                 self._sql["merged"], uuid.UUID(bytes=notification_id), MERGED_SHOWN
             )
+            windows = []
+            if events:
+                windows = await connection.fetch(self._sql["merge_windows"], uuid.UUID(bytes=notification_id))
         by_id: dict[int, dict[str, Any]] = {}
         for t in tries:
             delivery = by_id.setdefault(
@@ -389,7 +394,7 @@ class FeedReader(Store):
         return Found(
             row_of(record), record["user_id"], list(by_id.values()), record["decision"], record["receipt"],
             record["priority"], record["version"], record["cancelled_ms"], [Act(*act) for act in acts],
-            _merge_log(events),
+            _merge_log(events, windows),
         )  # fmt: skip
 
     async def owner(self, tenant: str, notification_id: bytes) -> str | None:
@@ -448,8 +453,9 @@ def row_of(record: asyncpg.Record) -> NotificationRow:
     )
 
 
-def _merge_log(events: list[Any]) -> MergeLog | None:
+def _merge_log(events: list[Any], windows: list[Any]) -> MergeLog | None:
     if not events:
         return None
     told = [MergedEvent(e[0].bytes, *list(e)[1:7]) for e in events]
-    return MergeLog(events[0]["merged"], events[0]["duplicates"], told)
+    known = [KnownWindow(*window) for window in windows]
+    return MergeLog(events[0]["merged"], events[0]["duplicates"], told, known)

@@ -83,6 +83,13 @@ async def test_likes_are_gathered_and_explained(service: Merging) -> None:
     why = await service.explain(first)
     show("explain", {name: why[name] for name in ("merged", "words")})
     assert "2 events were merged into it. Merged: events about the same target are gathered" in why["words"]
+    (window,) = why["merged"]["windows"]
+    assert (window["how"], window["source"], window["windowS"]) == ("aggregate", "event", 3600)
+    assert (window["events"], window["count"], window["open"], window["renotifyS"]) == (3, 3, True, 300)
+    assert window["words"] in why["words"]
+    await service.mine("POST", "/api/notifications/read", {"notificationIds": [first["id"]]})
+    read = (await service.explain(first))["merged"]["windows"][0]
+    assert (read["open"], read["closedBy"], read["renotifyAt"]) == (False, "read", None)
     # Whoever changed something by version is told that it is another one now.
     assert one["version"] == 3
 

@@ -143,6 +143,20 @@ where e.notification_id = $1
 order by e.at desc, e.event_id desc
 limit $2;
 
+-- name: merge_windows
+-- The windows of a notification, with their first event as far as it is still known. $1 notification.
+select split_part(w.key, ':', 1) as how, o.began_ms, (extract(epoch from w.ends_at) * 1000)::bigint as ends_ms,
+       o.source, w.events, w.count, (extract(epoch from w.notified_at) * 1000)::bigint as notified_ms
+from notifications n
+join merge_windows w on w.stream_id = n.stream_id and w.notification_id = n.id
+left join lateral (
+    select (extract(epoch from e.at) * 1000)::bigint as began_ms, e.source from merged_events e
+    where e.notification_id = n.id and e.status = 'opened'
+    limit 1
+) o on true
+where n.id = $1
+order by w.ends_at, w.key;
+
 -- name: deliveries
 -- The external deliveries of a notification with their tries, as rows. $1 notification.
 select d.id, d.channel, d.state, d.attempts, d.reason, d.chain, d.step, d.digest, d.carrier,
