@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -435,15 +435,15 @@ class Shard:
         elif kind is PresenceWatch:
             self._presence.receive(link, message)
         elif kind is PresenceQuery:
-            self._spawn(self._answer(link, request, self._presence.query(message)))
+            self._spawn(self._answer(link, request, lambda: self._presence.query(message)))
         elif kind is DeviceAck or kind is DeviceVisibility:
             self._device_said(link, message, request)
         elif kind is PlanQuery:
-            self._spawn(self._answer(link, request, self._preview(message)))
+            self._spawn(self._answer(link, request, lambda: self._preview(message)))
         elif kind is UserErase:
-            self._spawn(self._answer(link, request, self._accounts.erase(message)))
+            self._spawn(self._answer(link, request, lambda: self._accounts.erase(message)))
         elif kind in _DOCUMENT_MESSAGES:
-            self._spawn(self._answer(link, request, self._document(message)))
+            self._spawn(self._answer(link, request, lambda: self._document(message)))
         else:
             link.fail_nowait(request, InvalidInputError(f"a shard does not take {kind.__name__}"))
 
@@ -682,9 +682,9 @@ class Shard:
             user, 4001, "logged out", only=lambda a: a.token_id == token or a.device == device
         )
 
-    async def _answer(self, link: Link, request: int, work: Any) -> None:
+    async def _answer(self, link: Link, request: int, work: Callable[[], Awaitable[Any]]) -> None:
         try:
-            link.reply_nowait(request, await work)
+            link.reply_nowait(request, await work())
         except FencedError as exc:
             link.fail_nowait(request, NotOwnerError(str(exc)))
         except CarillonError as exc:
