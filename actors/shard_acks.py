@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 
 MAX_UNWRITTEN = 200_000
 """Acknowledgements kept while Postgres is away; beyond it the oldest are dropped (their push may follow)."""
-BATCH = 5000
+BATCH = 500
+"""Written in one statement: what one costs per notification grows with them."""
 RANGE = 1000
 """Notifications of a stream looked at for one piece of a range."""
 RANGES = 200

@@ -35,7 +35,7 @@ class Options:
     """Users that events go to (S1 to S5, S7)."""
     devices: int = 1
     """WebSocket connections of each online user."""
-    ack_s: float = 0.05
+    ack_s: float = 0.25
     """Each device acknowledges what it received at most so often; 0: never."""
     tells_attention: bool = True
     """Devices tell that their screen is looked at."""

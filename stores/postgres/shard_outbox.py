@@ -30,10 +30,11 @@ class Outbox(ShardConnections):
     async def acknowledge(self, term: int, told: Sequence[SignalRow], now_ms: int) -> int:
         """Set deliveredAt and let waiting pushes follow, each notification at most once. Returns how many
         were acknowledged for the first time."""
+        ids = [t.notification for t in told]
         row = await self._pool_row(
             "acknowledge", self._shard, term,
-            [UUID(t.notification) for t in told], [t.stream_id for t in told], now_ms / 1000,
-            [t.signal for t in told], [t.shown_on for t in told],
+            [UUID(raw) for raw in ids], [t.stream_id for t in told], now_ms / 1000,
+            [t.signal for t in told], [t.shown_on for t in told], UUID(min(ids)), UUID(max(ids)),
         )  # fmt: skip
         self._check(row["fenced"], term)
         return row["marked"]

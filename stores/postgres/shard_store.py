@@ -141,17 +141,17 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
     def _append_text(self, outbox: bool, ruled: bool, digests: bool) -> str:
         """The group commit of batches with or without outbox rows, rules that fired, and rows of digests."""
         names = ("shown_array", "shown_name", "ruled", "ruled_values", "ruled_arrays", "ruled_names")
-        parts = dict.fromkeys(names, "") | {"shown": "n", "planned": ""}
+        parts = dict.fromkeys(names, "") | {"shown": "n", "planned": "", "slot": ""}
         if outbox:
-            number = 31 if ruled else 28
+            number = 30 if ruled else 27
             digest = {
                 "digest": ", digest",
                 "digest_value": ", d.digest",
                 "digest_array": f", ${number}::uuid[]",
             }
             planned = self._sql["append_planned"] % (digest if digests else dict.fromkeys(digest, ""))
-            parts["planned"] = f",\n{planned}"
-        last = 27 if outbox else 14
+            parts |= {"planned": f",\n{planned}", "slot": ", s.slot"}
+        last = 26 if outbox else 14
         parts["receipt"] = f"${last}"
         if ruled:
             first = last + 1
@@ -289,21 +289,7 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
         events = [row.event for row in rows]
         planned: list[Any] = []
         if outbox:
-            planned = [
-                [o.id for o in outbox],
-                [UUID(o.notification) for o in outbox],
-                [o.stream_id for o in outbox],
-                [o.slot for o in outbox],
-                ["sending" if o.claimed else "planned" for o in outbox],
-                [o.due_ms / 1000 for o in outbox],
-                now_ms / 1000,
-                [o.gate for o in outbox],
-                [None if o.hold_until_ms is None else o.hold_until_ms / 1000 for o in outbox],
-                [o.reason for o in outbox],
-                [o.channel for o in outbox],
-                [o.chain for o in outbox],
-                [o.step for o in outbox],
-            ]
+            planned = _outbox_arrays(events, outbox, now_ms)
         ruled: list[Any] = []
         priorities = [e.priority for e in events]
         if any(row.decision is not None for row in rows):
@@ -488,6 +474,35 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
         if rows and rows[0]["pruned"]:
             return None
         return [row_of(r[:-1]) for r in rows if r["id"] is not None]
+
+
+def _outbox_arrays(events: Sequence[Event], outbox: Sequence[OutboxRow], now_ms: int) -> list[Any]:
+    """Parameters of `append_planned`.
+
+    Raises:
+        KeyError: a row of a notification that is not among `events`.
+    """
+    nth = {event.id: number for number, event in enumerate(events, 1)}
+    shapes: dict[tuple[Any, ...], int] = {}
+    of: list[int] = []
+    for o in outbox:
+        shape = (o.claimed, o.due_ms, o.gate, o.hold_until_ms, o.reason, o.channel, o.chain, o.step)
+        of.append(shapes.setdefault(shape, len(shapes) + 1))
+    claimed, due, gates, holds, reasons, channels, chains, steps = zip(*shapes, strict=True)
+    return [
+        [o.id for o in outbox],
+        [nth[o.notification] for o in outbox],
+        of,
+        now_ms / 1000,
+        ["sending" if born else "planned" for born in claimed],
+        [ms / 1000 for ms in due],
+        gates,
+        [None if ms is None else ms / 1000 for ms in holds],
+        reasons,
+        channels,
+        chains,
+        steps,
+    ]
 
 
 Around = Callable[[str, int], tuple[str, Sequence[Any]]]

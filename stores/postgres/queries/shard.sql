@@ -60,7 +60,7 @@ order by d.tenant, d.user_id, d.device_id;
 -- name: append
 -- The group commit: positions, notifications and outbox in one statement, hence one transaction.
 -- $3,$4 stream ids and how many each gets; $5..$13 the notifications, `back` counting from the stream's last;
--- a batch with outbox rows has `append_planned` behind `stored`: $14..$19, $21..$26 the rows, $20 now.
+-- a batch with outbox rows has `append_planned` behind `stored`: $14..$16 the rows, $17 now, $18..$25 shapes.
 -- Behind them come the receipts. A batch in which rules fired has three parameters more (shard_store.py fills in the names below): how many of
 -- each stream count as unread, what was decided, and since when those are filed away that users do not want.
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
@@ -68,7 +68,7 @@ moved as (
     update streams s set seq = s.seq + u.n, rev = s.rev + u.n, unread = s.unread + u.%(shown)s
     from fence, unnest($3::bigint[], $4::int[]%(shown_array)s) as u (stream_id, n%(shown_name)s)
     where s.stream_id = u.stream_id
-    returning s.stream_id, s.seq, s.rev, s.unread
+    returning s.stream_id, s.seq, s.rev, s.unread%(slot)s
 ),
 stored as (
     insert into notifications
@@ -86,20 +86,21 @@ union all
 select 0, term, 0, 0 from fence;
 
 -- name: append_planned
--- The part of `append` that writes outbox rows. A batch with rows that wait in digests has their ids as its last
--- parameter.
+-- The part of `append` that writes outbox rows: each is of one of the batch's notifications ($15, from 1) and has
+-- one of few shapes ($16, from 1), which rows share: an array has its price per element. A batch with rows that
+-- wait in digests has their ids as its last parameter.
 planned as (
     insert into deliveries
         (id, notification_id, stream_id, slot, channel, state, due_at, attempts, created_at, updated_at, gate,
          hold_until, reason, chain, step%(digest)s)
-    select d.id, d.notification_id, d.stream_id, d.slot, d.channel, d.state, to_timestamp(d.due_s),
-           (d.state = 'sending')::int, to_timestamp($20), to_timestamp($20), d.gate, to_timestamp(d.hold_s),
-           d.reason, d.chain, d.step%(digest_value)s
-    from unnest($14::bigint[], $15::uuid[], $16::bigint[], $17::smallint[], $18::text[], $19::float8[],
-                $21::text[], $22::float8[], $23::text[], $24::text[], $25::text[], $26::smallint[]%(digest_array)s)
-         as d (id, notification_id, stream_id, slot, state, due_s, gate, hold_s, reason, channel, chain,
-               step%(digest)s)
-    join moved m on m.stream_id = d.stream_id
+    select d.id, ($5::uuid[])[d.nth], m.stream_id, m.slot, h.channel, h.state, to_timestamp(h.due_s),
+           (h.state = 'sending')::int, to_timestamp($17), to_timestamp($17), h.gate, to_timestamp(h.hold_s),
+           h.reason, h.chain, h.step%(digest_value)s
+    from unnest($14::bigint[], $15::int[], $16::int[]%(digest_array)s) as d (id, nth, shape%(digest)s)
+    join unnest($18::text[], $19::float8[], $20::text[], $21::float8[], $22::text[], $23::text[], $24::text[],
+                $25::smallint[]) with ordinality
+         as h (state, due_s, gate, hold_s, reason, channel, chain, step, shape) on h.shape = d.shape
+    join moved m on m.stream_id = ($6::bigint[])[d.nth]
 )
 
 -- name: take_keys
@@ -247,7 +248,7 @@ join notifications n on n.id = t.id and n.stream_id = t.stream_id;
 -- name: acknowledge
 -- What devices tell of notifications: deliveredAt for what they have, and what becomes of the pushes that wait
 -- (delivery_signal). Neither seq nor rev moves. $3 ids, $4 streams, $5 now, $6 signals, $7 the devices that have
--- shown them, separated by line feeds.
+-- shown them, separated by line feeds, $8 and $9 the least and the greatest id: partitions between them.
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
 told as (
     select t.id, t.stream_id, t.signal, string_to_array(nullif(t.shown, ''), e'\n') as shown
@@ -256,7 +257,7 @@ told as (
 marked as (
     update notifications n set delivered_at = to_timestamp($5)
     from told t
-    where n.id = t.id and n.stream_id = t.stream_id and n.delivered_at is null
+    where n.id >= $8 and n.id <= $9 and n.id = t.id and n.stream_id = t.stream_id and n.delivered_at is null
       and t.signal in ('silent', 'active', 'received', 'stale')
     returning n.id
 ),
@@ -274,7 +275,8 @@ followed as (
         shown_on = case when t.shown <@ d.shown_on then d.shown_on else coalesce(d.shown_on || t.shown, t.shown) end,
         updated_at = to_timestamp($5)
     from told t
-    -- The array says by which index. Rows that have ended follow no signal (delivery_signal).
+    -- The array says by which index: a plan made when the table was empty would read all of it else. It is sorted
+    -- anew for each row, hence batches are bounded. Rows that have ended follow no signal (delivery_signal).
     where d.notification_id = any ($3::uuid[]) and d.notification_id = t.id and d.stream_id = t.stream_id
       and d.channel <> 'withdraw'
       and delivery_signal(t.signal, d.state, d.gate, coalesce(d.hold_until > to_timestamp($5), false))

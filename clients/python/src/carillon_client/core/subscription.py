@@ -55,7 +55,8 @@ class SubscriptionLimits:
         operation_timeout_s: an operation without OK or ERROR fails after so long, reconnects included.
         max_operations: operations without an answer at the same time.
         remembered_ids: notifications that are known again if they come twice.
-        ack_linger_s: how long an acknowledgement waits for others.
+        ack_linger_s: how long an acknowledgement waits for others; far below the window (5 s) after which a
+            push is sent for want of one.
     """
 
     reconnect_first_s: float = 1.0
@@ -66,7 +67,7 @@ class SubscriptionLimits:
     operation_timeout_s: float = 15.0
     max_operations: int = 1000
     remembered_ids: int = 10_000
-    ack_linger_s: float = 0.02
+    ack_linger_s: float = 0.25
 
 
 @dataclass(eq=False)
