@@ -31,10 +31,11 @@ class Outbox(ShardConnections):
         """Set deliveredAt and let waiting pushes follow, each notification at most once. Returns how many
         were acknowledged for the first time."""
         ids = [t.notification for t in told]
+        span = [UUID(raw) for raw in (min(ids, default=bytes(16)), max(ids, default=bytes(16)))]
         row = await self._pool_row(
             "acknowledge", self._shard, term,
             [UUID(raw) for raw in ids], [t.stream_id for t in told], now_ms / 1000,
-            [t.signal for t in told], [t.shown_on for t in told], UUID(min(ids)), UUID(max(ids)),
+            [t.signal for t in told], [t.shown_on for t in told], *span,
         )  # fmt: skip
         self._check(row["fenced"], term)
         return row["marked"]
