@@ -40,7 +40,7 @@ export interface Timing {
 
 export const TIMING: Timing = {
   backoff: [1_000, 30_000],
-  ack: 50,
+  ack: 250,
   pong: 8_000,
   connect: 10_000,
   stable: 10_000,
