@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from carillon.api_keys import SCOPES
 from carillon.errors import CarillonError, SettingsError
@@ -320,10 +321,20 @@ def _port(text: str) -> int:
     return port
 
 
+_PORTS: Final = ("CARILLON_INGRESS_PORT", "CARILLON_INGRESS_DIRECT_PORT", "CARILLON_GATEWAY_PORT")
+
+
 def _settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
     """Settings of the environment with what the command line says over them."""
     from cluster.processes import free_port
 
+    given = vars(options)
+    here = given.get("command") == "up" and not given.get("address")
+    if here:  # ports that stay the same over restarts of whoever listens on them
+        environ = {
+            name: str(free_port()) if name in _PORTS and value.strip() == "0" else value
+            for name, value in environ.items()
+        }
     settings = load_settings(environ)
     sections: dict[str, dict[str, object]] = {}
 
@@ -334,7 +345,6 @@ def _settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Settin
     def chosen(port: int | None) -> int | None:
         return free_port() if port == 0 else port
 
-    given = vars(options)
     put("cluster", "runtime_dir", given.get("data_dir"))
     put("cluster", "shards_per_node", given.get("shards"))
     put("ingress", "port", chosen(given.get("http_port")))
@@ -342,11 +352,7 @@ def _settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Settin
     put("gateway", "port", chosen(given.get("ws_port")))
     put("postgres", "embedded_port", given.get("postgres_port"))
     put("redis", "embedded_port", given.get("redis_port"))
-    if (
-        given.get("command") == "up"
-        and not given.get("address")
-        and "CARILLON_GATEWAY_DRAIN_S" not in environ
-    ):
+    if here and "CARILLON_GATEWAY_DRAIN_S" not in environ:
         # There is no other gateway here to spread the reconnecting clients over.
         put("gateway", "drain_s", min(settings.gateway.drain_s, 1.0))
     runtime_dir = Path(str(sections.get("cluster", {}).get("runtime_dir") or settings.cluster.runtime_dir))

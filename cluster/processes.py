@@ -217,13 +217,20 @@ FREE_PORTS: Final = range(20_000, 30_000)
 """Where `free_port` looks: below the system's ephemeral range (32768-60999 on Linux), whose ports any
 outgoing connection may hold a moment later, above Ray's workers (10002-19999) and below Serve's replicas
 (30000-31000)."""
+_given: set[int] = set()
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that was free a moment ago; another process may take it first."""
+    """A TCP port that was free a moment ago; another process may take it first.
+
+    No port is given twice in a process: what is chosen first is often bound last.
+    """
+    if len(_given) > len(FREE_PORTS) // 2:
+        _given.clear()
     for _ in range(200):
         port = secrets.choice(FREE_PORTS)
-        if port_is_free(port, host):
+        if port not in _given and port_is_free(port, host):
+            _given.add(port)
             return port
     raise ClusterError(
         f"expected a free TCP port between {FREE_PORTS.start} and {FREE_PORTS.stop}, found none"

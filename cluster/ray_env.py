@@ -69,7 +69,7 @@ def client_environment(token_file: Path | str | None, loopback: bool) -> dict[st
 
 
 def head_environment(
-    token_file: Path | str, loopback: bool, short_folder: Path, ports: tuple[int, int]
+    token_file: Path | str, loopback: bool, short_folder: Path, ports: tuple[int, int, int, int]
 ) -> dict[str, str]:
     """Variables of the head that `up` starts; its workers inherit them.
 
@@ -77,7 +77,10 @@ def head_environment(
         token_file: file of the cluster's token.
         loopback: the whole cluster is on 127.0.0.1.
         short_folder: for HAProxy's files, of which Serve otherwise has one set per machine.
-        ports: two free ports for HAProxy's metrics and statistics, likewise.
+        ports: four free ones, likewise: for HAProxy's metrics and statistics, and for the Python proxy that
+            Serve keeps for when no replica answers (HTTP and gRPC). Serve opens that one's so that others
+            may share it (SO_REUSEPORT): of two systems with the same one each would get some of the other's
+            requests.
     """
     haproxy = short_folder / "h"
     return client_environment(token_file, loopback) | {
@@ -88,4 +91,6 @@ def head_environment(
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[2]),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports[3]),
     }

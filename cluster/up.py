@@ -202,12 +202,9 @@ class System:
             command = [sys.executable, "-m", "cluster.ray_head", "--temp-dir", str(short / "r")]
             if not self._loopback:
                 command += ["--host", self.settings.cluster.advertise_host or outward_address()]
-            environment = head_environment(
-                token,
-                self._loopback,
-                short,
-                (free_port("0.0.0.0"), free_port("0.0.0.0")),  # HAProxy binds these to all interfaces
-            )
+            host = "0.0.0.0"  # where HAProxy binds its own
+            ports = free_port(host), free_port(host), free_port(host), free_port(host)
+            environment = head_environment(token, self._loopback, short, ports)
             (short / "h").mkdir(exist_ok=True)
             for attempt in range(1, _HEAD_TRIES + 1):
                 self.head = LineChild(

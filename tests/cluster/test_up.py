@@ -104,6 +104,16 @@ class Installation:
         wait_until(ready, START_S, "dev.json")
         return json.loads(self.dev_file.read_text())
 
+    def stop(self) -> None:
+        """End it as Ctrl-C does; by force if that takes too long."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                self.process.send_signal(signal.SIGTERM)
+                self.process.wait(60)
+
     def said(self) -> str:
         return (self.folder / "out").read_text()
 
@@ -114,13 +124,7 @@ def installation(service_folder: Path) -> Iterator[Installation]:
     folder.mkdir()
     place = Installation(folder)
     yield place
-    if place.process is not None and place.process.poll() is None:
-        place.process.send_signal(signal.SIGTERM)
-        try:
-            place.process.wait(60)
-        except subprocess.TimeoutExpired:
-            place.process.send_signal(signal.SIGTERM)
-            place.process.wait(60)
+    place.stop()
 
 
 @pytest.fixture(scope="module")
@@ -354,6 +358,49 @@ def test_second_up_is_refused(installation: Installation, dev: dict[str, Any]) -
     assert done.returncode == 1
     assert f"process {installation.process.pid}" in done.stderr
     assert installation.dev_file.exists(), "the refused run removed the running one's dev.json"
+
+
+def listening(folder: Path) -> dict[int, str]:
+    """The TCP ports on which processes of an installation listen, with who does."""
+    inodes: dict[str, int] = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":
+                inodes[f"socket:[{fields[9]}]"] = int(fields[1].rsplit(":", 1)[1], 16)
+    found: dict[int, str] = {}
+    for pid, command in related(folder).items():
+        try:
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                port = inodes.get(os.readlink(f"/proc/{pid}/fd/{fd}"))
+                if port is not None:
+                    found[port] = command
+        except OSError:
+            continue
+    return found
+
+
+def test_two_systems_on_one_machine(
+    installation: Installation, dev: dict[str, Any], service_folder: Path
+) -> None:
+    """Another `up` whose ports are 0 starts beside one that runs: they share no port, and each has its own
+    events only."""
+    other = Installation(service_folder / "beside", ports=[0, 0, 0])
+    other.folder.mkdir()
+    try:
+        beside = other.run()
+        for door in ("httpUrl", "directUrl"):
+            assert beside[door] != dev[door]
+            for mine, title in ((dev, "here"), (beside, "there")):
+                post(mine[door], mine, {"userId": "between", "type": "t", "title": title})
+        assert [one["title"] for one in feed(dev, "between")] == ["here", "here"]
+        assert [one["title"] for one in feed(beside, "between")] == ["there", "there"]
+        ours, theirs = listening(installation.folder), listening(other.folder)
+        assert len(ours) > 10
+        assert {port: (ours[port], theirs[port]) for port in ours.keys() & theirs.keys()} == {}
+    finally:
+        other.stop()
+    assert related(other.folder) == {}
 
 
 def test_status_lists_the_actors(installation: Installation, dev: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.cli import build_parser, main
+from carillon.errors import SettingsError
+from cluster.cli import _settings, build_parser, main
 from cluster.remote import status_lines
 
 
@@ -196,3 +197,23 @@ def test_status_shows_what_matters() -> None:
     assert "slots without owner: 1" in text
     assert 'refused or held up by rate limits: 7 events (limit="tenant",tenant="acme")' in text
     assert text[-1] == "10 live sessions, 12 sockets"
+
+
+def test_up_chooses_ports_that_are_0() -> None:
+    """By option or by variable, for `up` here alone: three free ones that differ."""
+
+    def ports(line: list[str], environ: dict[str, str]) -> tuple[int, int, int]:
+        settings = _settings(build_parser().parse_args(line), environ)
+        return settings.ingress.port, settings.ingress.direct_port, settings.gateway.port
+
+    variables = {f"CARILLON_{name}": "0" for name in ("INGRESS_PORT", "INGRESS_DIRECT_PORT", "GATEWAY_PORT")}
+    for line, environ in (
+        (["up", "--http-port", "0", "--direct-port", "0", "--ws-port", "0"], {}),
+        (["up"], variables),
+    ):
+        chosen = ports(line, environ)
+        assert len({*chosen, 0}) == 4
+    assert ports(["up", "--ws-port", "9000"], variables)[2] == 9000
+    for line in (["up", "--address", "127.0.0.1:1"], ["status"]):
+        with pytest.raises(SettingsError):  # what is deployed elsewhere is not ours to choose
+            ports(line, variables)
