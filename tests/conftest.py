@@ -9,6 +9,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -118,13 +119,53 @@ def postgres_server(service_folder: Path) -> Iterator[EmbeddedPostgres]:
         yield server
 
 
+class Databases:
+    """Copies of `template`. One is made ahead while a test runs: making one takes as long as many a test."""
+
+    def __init__(self, server: EmbeddedPostgres) -> None:
+        self._server = server
+        self._worker = ThreadPoolExecutor(1, "databases")
+        self._next = self._worker.submit(self._create)
+        self._drops: list[Future[None]] = []
+
+    def _create(self) -> str:
+        name = f"test_{uuid.uuid4().hex[:12]}"
+        _sql(self._server.dsn, f"create database {name} template template strategy wal_log")
+        return name
+
+    def take(self) -> str:
+        """Name of a fresh one."""
+        ready, self._next = self._next, self._worker.submit(self._create)
+        return ready.result()
+
+    def drop(self, name: str) -> None:
+        """Drop one, with whatever still uses it; raises what went wrong with those before."""
+        self._drops.append(self._worker.submit(_sql, self._server.dsn, f"drop database {name} with (force)"))
+        while self._drops and self._drops[0].done():
+            self._drops.pop(0).result()
+
+    def close(self) -> None:
+        """Wait for what is under way."""
+        self._worker.shutdown()
+        for drop in self._drops:
+            drop.result()
+        self._next.result()
+
+
+@pytest.fixture(scope="session")
+def databases(postgres_server: EmbeddedPostgres) -> Iterator[Databases]:
+    """Fresh, migrated databases."""
+    supply = Databases(postgres_server)
+    yield supply
+    supply.close()
+
+
 @pytest.fixture
-def postgres_dsn(postgres_server: EmbeddedPostgres) -> Iterator[str]:
+def postgres_dsn(postgres_server: EmbeddedPostgres, databases: Databases) -> Iterator[str]:
     """A fresh, migrated database; dropped after the test, with whatever still uses it."""
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    _sql(postgres_server.dsn, f"create database {name} template template strategy wal_log")
+    name = databases.take()
     yield postgres_server.dsn_of(name)
-    _sql(postgres_server.dsn, f"drop database {name} with (force)")
+    databases.drop(name)
 
 
 @pytest.fixture(scope="session")
