@@ -200,7 +200,7 @@ class MergingBatch:
         target = decision.target
         notice: str | None = None
         if decision.status == OPENED:
-            target.notified_ms = _told_at(plan, self._now_ms)
+            target.notified_ms = self._now_ms if plan.digest is not None else _told_at(plan, self._now_ms)
             self._targets[target.id] = target
             if plan.push_due_ms is not None:
                 self._told.add(target.id)

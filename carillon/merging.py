@@ -449,13 +449,13 @@ def notify(
     """
     last_ms = target.notified_ms
     if urgent or not renotify_ms or now_ms >= last_ms + renotify_ms:
-        target.notified_ms = now_ms if push_due_ms is None else max(now_ms, push_due_ms)
+        # The digest may be told, or left, before its time: it is no moment to wait for.
+        target.notified_ms = now_ms if push_due_ms is None or digest else max(now_ms, push_due_ms)
         target.loud = True
         return LOUD, push_due_ms
     if push_due_ms is None:
         return QUIET, None
     if digest:
-        target.notified_ms = max(last_ms, push_due_ms)
         return LATER, push_due_ms
     if last_ms > now_ms:
         # One is still to come and tells this, too; if it was cancelled meanwhile, another one does.

@@ -11,9 +11,10 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
+from actors import shard_digests
 from carillon.clock import SystemClock, rfc3339
-from carillon.digest import digest_id, key_of
-from carillon.errors import RemoteError
+from carillon.digest import digest_id, key_of, tell
+from carillon.errors import RemoteError, StoreUnavailableError
 from carillon.ids import UserKey, slot_of
 from carillon.messages import Change, ClientAck, ClientVisibility, DevicePut, DigestChange, PreferencesPut
 from tests.actors.push_world import world
@@ -557,3 +558,34 @@ async def test_a_default_digest_is_due_where_the_user_is(postgres_dsn: str) -> N
 
 async def _equal(answer: Any, wanted: Any) -> bool:
     return await answer == wanted
+
+
+async def test_a_digest_whose_telling_breaks_off_is_told_whole(
+    postgres_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between statements of one transaction: nothing is told, and after the lease all of it, once."""
+    clock = Shifted()
+    broken: list[int] = []
+
+    def breaks_once(items: Any, dealt_with: Any) -> Any:
+        if not broken:
+            broken.append(1)
+            raise StoreUnavailableError("the connection broke")
+        return tell(items, dealt_with)
+
+    monkeypatch.setattr(shard_digests, "tell", breaks_once)
+    async with Kit(postgres_dsn, clock=clock, sweep_s=600.0, delivery_lease_s=30.0) as kit:
+        await phone(kit)
+        await prefer(kit, digest="hourly")
+        await kit.publish(*(make_event(title=f"number {n}") for n in range(3)))
+        clock.approach(kit, 500)
+        await eventually(lambda: broken, what="the break")
+        claimed = "select array_agg(distinct state || coalesce(carrier::text, '')) from deliveries"
+        assert await kit.db.fetchval(claimed) == ["sending"]
+        assert kit.router.jobs == []
+        clock.advance(31)
+        kit.shards[-1]._outbox.due_now()
+        await eventually(lambda: kit.router.jobs, what="the digest")
+        assert [(job.title, job.count) for job in kit.router.jobs] == [("3 new notifications", 3)]
+        found = await rows(kit)
+        assert [state for _, state, _ in found] == ["cancelled", "cancelled", "sending"]

@@ -9,6 +9,7 @@ from carillon.ids import uuid_text
 from tests.simulation.devices import Device
 from tests.simulation.merging import check_merged, grown, told_by
 from tests.simulation.store import CLAIMABLE, Delivery, Note
+from tests.simulation.waiting import tomorrow
 from tests.simulation.world import SETTINGS, TENANT, World
 from tests.unit.session_model import STATES
 
@@ -29,9 +30,15 @@ def settled(world: World) -> list[str]:
             left.append(f"{device.name} is not connected")
         elif device.view.last_seq < (upto := _last_visible(device)):
             left.append(f"{device.name} is at seq {device.view.last_seq} of {upto}")
-    open_ = [d for d in world.db.deliveries.values() if d.state in CLAIMABLE]
+    open_ = [d for d in world.db.deliveries.values() if d.state in CLAIMABLE and not tomorrow(world, d)]
     left += [f"push {d.id} is {d.state}, due {d.due_ms - world.clock.now_ms()} ms" for d in open_]
     left += [what for device in world.devices for what in device.undone()]
+    now_ms = world.clock.now_ms()
+    for note in world.db.notes.values():  # the count would change while it is looked at
+        if note.counted and note.row.expires_ms is not None and note.row.expires_ms > now_ms:
+            left.append(
+                f"{note.stream.key.user} seq {note.row.seq} expires in {note.row.expires_ms - now_ms} ms"
+            )
     unanswered = sum(entry.outcome is None and not entry.abandoned for entry in world.published)
     if unanswered:
         left.append(f"{unanswered} events have no outcome")
@@ -188,7 +195,14 @@ def _wrong_end(world: World, delivery: Delivery, taken: bool, acked: bool) -> st
     user = note.stream.key.user
     # Of what grew, the event that was merged may have named the channels.
     excused = user in world.lost_targets or bool(note.event.fallback) or note.row.id in grown(world)
-    if stopped(note) and delivery.state != "sent":
+    if (stopped(note) and delivery.state != "sent") or tomorrow(world, delivery):
+        return ""
+    if delivery.carrier is not None and delivery.carrier != delivery.id:
+        spoke = world.db.deliveries[delivery.carrier]
+        why = spoke.reason or ""
+        ended = spoke.state in ("sent", "dead") or why.startswith("no ") or "falls back to" in why
+        return "" if ended or acked or user in world.read_all else "G6: nobody spoke for it"
+    if reason == "removed" or (reason == "expired" and note.row.expires_ms is not None):
         return ""
     if delivery.state == "sent":
         return "" if taken else "G7: the provider never got it"

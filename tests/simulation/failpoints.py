@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from actors.link_stream import Link
 from carillon.errors import StoreUnavailableError
 from carillon.messages import PushResult
+from tests.simulation.digests import ModelDigestStore
 from tests.simulation.loop import NODE
 from tests.simulation.store import ModelClusterStore, ModelShardStore
 from tests.simulation.world import World
@@ -32,20 +33,21 @@ READS = frozenset(
         "open", "close", "find_ids", "find_keys", "existing", "last_seen", "load_targets", "policies",
         "ids_between", "tries_before", "expired", "standing", "notifications_after", "changes_after",
         "draw_delivery_ids", "load", "find_windows", "find_actors", "find_merged",
+        "digests.told", "digests.next_moment", "digests.waiting", "digests.waiting_of",
     )
 )  # fmt: skip
 """Statements that commit nothing: whether they ran makes no difference, so they have `before` alone."""
 
 ELSEWHERE = frozenset(
     (
-        "save_draining", "set_invisible", "merge", "change_preferences", "client_secret",
+        "save_draining", "set_invisible", "change_preferences", "client_secret",
         "find_locales",
     )
 )  # fmt: skip
 """Simulated clusters start no processes, so no nodes are left: tests/actors/test_coordinator.py has these.
-Nobody hides in them (tests/actors/test_invisible.py), prefers anything (test_preferences.py) or unsubscribes
-(tests/integration/test_shard_store.py); no tenant is asked who may watch whom (test_watch_callback.py) or has
-texts in several languages (test_merging.py)."""
+Nobody hides in them (tests/actors/test_invisible.py) or unsubscribes (tests/integration/test_shard_store.py);
+no tenant is asked who may watch whom (test_watch_callback.py) or has texts in several languages
+(test_merging.py)."""
 
 MESSAGES = (
     ("ingress", "Publish"), ("router", "Publish"), ("shard", "Outcomes"), ("router", "Outcomes"),
@@ -56,6 +58,13 @@ MESSAGES = (
     ("shard", "Leave"),
 )  # fmt: skip
 """(kind of the sender, message): what carries events, acknowledgements, pushes, and ownership."""
+
+
+STORES: tuple[tuple[str, type, str], ...] = (
+    ("shard", ModelShardStore, ""), ("shard", ModelDigestStore, "digests."),
+    ("coordinator", ModelClusterStore, ""),
+)  # fmt: skip
+"""(kind of the process, its store, what the names of its statements begin with)."""
 
 
 class Point(NamedTuple):
@@ -69,10 +78,10 @@ class Point(NamedTuple):
         return f"{self.place}-{self.moment}-{self.effect}"
 
 
-def statements(store: type) -> list[str]:
+def statements(store: type, prefix: str = "") -> list[str]:
     """The statements of a store: its public coroutine methods."""
     return [
-        name
+        prefix + name
         for name, _ in inspect.getmembers(store, inspect.iscoroutinefunction)
         if not name.startswith("_") and name not in ("open", "close") and name not in ELSEWHERE
     ]
@@ -80,8 +89,8 @@ def statements(store: type) -> list[str]:
 
 def points() -> Iterator[Point]:
     """All of them."""
-    for kind, store in (("shard", ModelShardStore), ("coordinator", ModelClusterStore)):
-        for name in statements(store):
+    for kind, store, prefix in STORES:
+        for name in statements(store, prefix):
             for moment in ("before",) if name in READS else ("before", "after"):
                 for effect in ("kill", "fail"):
                     yield Point(f"{kind}.{name}", moment, effect)

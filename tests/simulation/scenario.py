@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from carillon.messages import Event
-from tests.simulation import merging
+from tests.simulation import merging, waiting
 from tests.simulation.checks import check_end, settled
 from tests.simulation.devices import ACKS, LOOKS, Device
 from tests.simulation.world import TENANT, World
@@ -60,6 +60,7 @@ async def bring_up(world: World) -> None:
             world.give_pad(user)
     away = rng.choice((None, "in_app", "both", "push_after"))
     world.db.policies[TENANT] = None if away is None else {"whenAway": away, "holdS": rng.choice((0, 6))}
+    users = sorted({device.user for device in world.devices})
     world.add("coordinator", "coordinator")
     await asyncio.sleep(0.05)
     for index in range(rng.choice((1, 2, 2, 3))):
@@ -72,6 +73,7 @@ async def bring_up(world: World) -> None:
         world.add("pool", "pool-apns")
     world.add("ingress", "ingress-1")
     await asyncio.sleep(1.0)
+    waiting.begin(world, TENANT, users)
     for device in world.devices:
         if rng.random() < 0.7:
             device.come()
@@ -89,6 +91,7 @@ async def traffic(world: World) -> None:
     pace_s = rng.choice((0.05, 0.2, 0.6))
     while world.loop.now < end:
         await asyncio.sleep(rng.expovariate(1 / pace_s))
+        waiting.step(world, TENANT, users)
         what = rng.random()
         if what < world.publish_share:
             publish(world, users)
@@ -369,6 +372,7 @@ def heal(world: World) -> None:
             world.thaw(name)
     for device in world.devices:
         device.come()
+    waiting.end(world)
 
 
 async def judge(world: World) -> None:

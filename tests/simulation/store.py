@@ -262,11 +262,11 @@ class Database:
             self.wrong.append(f"G9: {shard} committed {what} in slot {slot}, which is {owner}'s")
 
 
-def _named(store: type) -> type:
+def _named(store: type, prefix: str = "") -> type:
     """Let the database know which method a statement is of."""
     for name, method in list(vars(store).items()):
         if not name.startswith("_") and inspect.iscoroutinefunction(method):
-            setattr(store, name, _naming(name, method))
+            setattr(store, name, _naming(prefix + name, method))
     return store
 
 
@@ -280,6 +280,7 @@ def _naming(name: str, method: Any) -> Any:
 
 
 _named(ModelAmendments)
+_named(ModelDigestStore, "digests.")
 
 
 @_named

@@ -32,6 +32,7 @@ from carillon.messages import (
     Change,
     DeviceDelete,
     DevicePut,
+    DigestChange,
     Event,
     Logout,
     Outcome,
@@ -59,6 +60,8 @@ SECRET = "the client secret of the simulation, long enough"
 LINK_SECRET = b"secret of the simulation, 32 bytes"
 COORDINATOR = Address("127.0.0.1", 9_000)
 START_MS = 1_700_000_000_000
+DIGEST_START_MS = START_MS + 36_000
+"""A full minute, at which digests may be due, comes 4 s later: in the middle of what happens."""
 
 SETTINGS = Settings().with_values(
     cluster={"lease_renew_s": 0.5, "lease_timeout_s": 2.0, "rebalance_delay_s": 0.3, "runtime_dir": "/none"},
@@ -82,11 +85,12 @@ SETTINGS = Settings().with_values(
 class SimClock:
     """The loop's time as both clocks."""
 
-    def __init__(self, loop: SimLoop) -> None:
+    def __init__(self, loop: SimLoop, start_ms: int = START_MS) -> None:
         self._loop = loop
+        self._start_ms = start_ms
 
     def now_ms(self) -> int:
-        return START_MS + round(self._loop.now * 1000)
+        return self._start_ms + round(self._loop.now * 1000)
 
     def monotonic(self) -> float:
         return self._loop.now
@@ -179,7 +183,9 @@ class World:
         self.trace: list[str] = []
         self.loop = SimLoop()
         self.loop.set_exception_handler(self._loop_failed)
-        self.clock = SimClock(self.loop)
+        self.waiting = random.Random(-seed - 1) if seed % 4 == 1 else None
+        """Dice of users who want digests, or are not to be disturbed, in every fourth world."""
+        self.clock = SimClock(self.loop, START_MS if self.waiting is None else DIGEST_START_MS)
         self.rng = random.Random(seed)
         self.network = Network(self.loop, random.Random(seed + 1))
         self.network.fixed_ports["coordinator"] = COORDINATOR.port
@@ -386,11 +392,16 @@ class World:
         """Ask who is there, of strangers too."""
         self._request(PresenceQuery(TENANT, list(users)), f"asks for {users}")
 
-    def prefer(self, user: str) -> None:
+    def prefer(self, user: str, document: str = "{}") -> None:
         """Store preferences."""
         self._request(
-            PreferencesPut(TENANT, user, slot_of(TENANT, user), "{}"), f"stores {user}'s preferences"
+            PreferencesPut(TENANT, user, slot_of(TENANT, user), document), f"stores {user}'s preferences"
         )
+
+    def change_digest(self, user: str, digest: bytes, op: str, item: bytes = b"") -> None:
+        """Flush a digest, or take an item out of it."""
+        message = DigestChange(TENANT, user, slot_of(TENANT, user), digest, op, item)
+        self._request(message, f"{op}: digest {digest.hex()[-6:]} of {user}")
 
     def revoke(self, user: str) -> None:
         """End all sessions of a user; the clients get new tokens."""

@@ -9,6 +9,7 @@ import pytest
 
 from actors.link_stream import Link
 from stores.postgres.cluster import ClusterStore
+from stores.postgres.digests import DigestStore
 from stores.postgres.shard_store import ShardStore
 from tests.simulation.failpoints import Armed, Passed, Point, points, statements, wired
 from tests.simulation.scenario import simulate
@@ -77,5 +78,6 @@ def test_nothing_is_lost_or_doubled_at(point: Point, monkeypatch: pytest.MonkeyP
 def test_every_statement_has_its_points() -> None:
     """What the shards and the coordinator ask of the store, each of it, can break off."""
     places = {point.place for point in points()}
-    for kind, store in (("shard", ShardStore), ("coordinator", ClusterStore)):
-        assert {f"{kind}.{name}" for name in statements(store)} <= places
+    stores = ("shard", ShardStore, ""), ("shard", DigestStore, "digests."), ("coordinator", ClusterStore, "")
+    for kind, store, prefix in stores:
+        assert {f"{kind}.{name}" for name in statements(store, prefix)} <= places
