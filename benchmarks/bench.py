@@ -6,10 +6,12 @@ import asyncio
 import collections
 import contextlib
 import gc
+import itertools
 import json
 import random
+import re
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +22,10 @@ from benchmarks.ledger import Accepted, Ledger, Verdict, judge
 from benchmarks.stats import summary_ms
 from benchmarks.target import Target
 from benchmarks.wire import Door, HttpConnection, Receiver, http_request, now
+
+_TITLE = b"Build 4711 has"
+_NUMBERED = b"Build 0000000000 has"
+_ANY_NUMBER = re.compile(rb"Build [0-9]{10}")
 
 
 @dataclass(frozen=True)
@@ -161,6 +167,7 @@ class Bench:
         self.first_sent_s = 0.0
         self.last_answered_s = 0.0
         self._singles: list[bytes] = []
+        self._numbers: Iterator[int] | None = None  # of texts; None: all have the same
         self._tasks: set[asyncio.Task[Any]] = set()
         self._decode = msgspec.json.Decoder(AnswerItem).decode
         self._decode_batch = msgspec.json.Decoder(BatchAnswer).decode
@@ -171,10 +178,7 @@ class Bench:
         """Make users, connect the devices of the first `online` of them (None: all), prepare HTTP."""
         prefix = f"bench-{self.options.run}-{self.name.lower()}"
         self.users = [f"{prefix}-{number}" for number in range(users)]
-        self._singles = [
-            http_request(self.door, "POST", "/v1/events", self.event(user), self.target.api_key)
-            for user in self.users
-        ]
+        self._make_singles()
         self.connections = [
             HttpConnection(self.door, self.options.request_timeout_s) for _ in range(connections)
         ]
@@ -191,6 +195,27 @@ class Bench:
             await asyncio.gather(*(receiver.connect() for receiver in self.receivers[at : at + 200]))
         if self.options.ack_s > 0:
             self._spawn(self._acknowledge())
+
+    def number_texts(self) -> None:
+        """From now on every event has a title of its own, whatever is sent again: nothing is alike."""
+        self._numbers = itertools.count(1)
+        self._make_singles()
+
+    def _make_singles(self) -> None:
+        self._singles = [
+            http_request(self.door, "POST", "/v1/events", self._event(user), self.target.api_key)
+            for user in self.users
+        ]
+
+    def _event(self, user: str) -> bytes:
+        made = self.event(user)
+        return made if self._numbers is None else made.replace(_TITLE, _NUMBERED)
+
+    def _own(self, request: bytes) -> bytes:
+        numbers = self._numbers
+        if numbers is None:
+            return request
+        return _ANY_NUMBER.sub(lambda _: b"Build %010d" % next(numbers), request)
 
     @staticmethod
     def event(user: str) -> bytes:
@@ -230,7 +255,7 @@ class Bench:
         if measured and not self.first_sent_s:
             self.first_sent_s = sent
         try:
-            response = await connection.request(self._singles[user])
+            response = await connection.request(self._own(self._singles[user]))
         except (OSError, TimeoutError):
             self.ledger.lose_answer()
             return False
@@ -250,7 +275,7 @@ class Bench:
 
     def batch_request(self, users: Sequence[int]) -> bytes:
         """The bytes of a batch with one event for each of `users`."""
-        body = b"[" + b",".join(self.event(self.users[user]) for user in users) + b"]"
+        body = b"[" + b",".join(self._event(self.users[user]) for user in users) + b"]"
         return http_request(self.door, "POST", "/v1/events", body, self.target.api_key)
 
     async def post_batch(
@@ -261,7 +286,7 @@ class Bench:
         if measured and not self.first_sent_s:
             self.first_sent_s = sent
         try:
-            response = await connection.request(request)
+            response = await connection.request(self._own(request))
         except (OSError, TimeoutError):
             self.ledger.lose_answer(len(users))
             return

@@ -1,9 +1,11 @@
 """R1: what rules cost: the same path for users without any and for users with all of them.
 
 Two tenants of one system, in turns. The first has no policy, its users have no preferences. The second has
-defaults, forced rules, limits (never reached) and rules of the benchmark's type; each of its users has a
-preferences document with switches, quiet hours (over for today) and a time zone. What is sent and what comes
-of it are the same: every event is delivered. Which tenant begins changes from turn to turn.
+defaults, forced rules, limits (never reached), rules of the benchmark's type, and of what is alike: its
+events are compared by content, other types are counted and gathered. Each of its users has a preferences
+document with switches, quiet hours (over for today), a digest and a time zone. Every event has a title of its
+own, and nobody has a phone, so that what is sent and what comes of it are the same: every event is delivered.
+Which tenant begins changes from turn to turn.
 """
 
 from __future__ import annotations
@@ -45,6 +47,13 @@ def policy(clock_s: float) -> dict[str, Any]:
         "forced": {"categories": {"security": True}, "types": {"account.locked": True}},
         "limits": {"user": MOST, "types": {"benchmark.event": MOST, "chat.message": MOST}},
         "types": {"benchmark.event": {"whenAwayDelayS": 20, "holdS": 30}, "chat.message": {"holdS": 10}},
+        "merge": {
+            "benchmark.event": {"how": "drop", "windowS": 60, "renotifyS": 300},
+            "chat.message": {"how": "count", "texts": {"default": {"title": "{count} new messages"}}},
+            "post.like": {"how": "aggregate", "windowS": 3600},
+        },
+        "digests": {"template": "digest"},
+        "held": {"template": "held"},
     }
 
 
@@ -58,6 +67,7 @@ def preferences(clock_s: float) -> dict[str, Any]:
             **{f"other.{n}": False for n in range(20)},
         },
         "quietHours": calm(clock_s),
+        "digest": {"frequency": "daily", "at": "08:00"},
         "timezone": "Europe/Vienna",
     }
 
@@ -81,6 +91,7 @@ async def rules_cost(target: Target, options: Options, progress: Progress) -> Me
         )
         await _policy_known(ruled)
         for bench in benches.values():
+            bench.number_texts()
             bench.options = replace(bench.options, warmup_events=options.warmup_events)
             await bench.warm_up()
         waits: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
