@@ -19,6 +19,7 @@ from actors.shard_expiry import Expiry
 from actors.shard_users import User, UserCache
 from carillon import server_frames
 from carillon.clock import Clock
+from carillon.effects import Acknowledged, AcknowledgedRange
 from carillon.errors import BusyError, CarillonError, LinkError
 from carillon.ids import UserKey
 from carillon.messages import (
@@ -39,8 +40,6 @@ from carillon.messages import (
     Write,
 )
 from carillon.session import (
-    Acknowledged,
-    AcknowledgedRange,
     Attachment,
     Close,
     Effect,

@@ -9,11 +9,10 @@ import pytest
 
 from carillon.attention import AWAY
 from carillon.change_frames import change_frames
+from carillon.effects import Acknowledged
 from carillon.ids import uuid_text
 from carillon.notification import NotificationRow
 from carillon.session import (
-    MAX_UNACKED,
-    Acknowledged,
     Attachment,
     Close,
     Effect,
@@ -27,6 +26,7 @@ from carillon.session import (
     Session,
     SessionLimits,
 )
+from carillon.session_acks import MAX_UNACKED
 from tests.unit.session_model import NOW_MS, USER_JSON, Changed, New, Store, id_of
 
 LIMITS = SessionLimits(recent_window=5, replay_page=3, max_connections=3)

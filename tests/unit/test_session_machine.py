@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from carillon.attention import ACKNOWLEDGED, ALWAYS, AWAY, HELD, SEEN, Attention, at_due, on_signal
+from carillon.effects import Acknowledged, AcknowledgedRange
 from carillon.session import (
-    Acknowledged,
-    AcknowledgedRange,
     Attachment,
     Close,
     Effect,
