@@ -321,7 +321,8 @@ def _port(text: str) -> int:
     return port
 
 
-_PORTS: Final = ("CARILLON_INGRESS_PORT", "CARILLON_INGRESS_DIRECT_PORT", "CARILLON_GATEWAY_PORT")
+_PORTS: Final = ("CARILLON_INGRESS_PORT", "CARILLON_INGRESS_DIRECT_PORT")
+"""Not the gateways': each of them takes a free one, for several may share a machine."""
 
 
 def _settings(options: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
