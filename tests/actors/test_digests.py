@@ -179,6 +179,22 @@ async def test_a_claim_that_was_lost_tells_the_same_digest(postgres_dsn: str) ->
         assert shown == [("u", 2, 3, body), ("v", 2, 3, body)]
 
 
+async def test_a_lost_claim_larger_than_a_batch_tells_one_digest(postgres_dsn: str) -> None:
+    """A process died between claiming and telling: one push of all, however many batches that is."""
+    async with Kit(postgres_dsn, sweep_batch=10, sweep_s=600.0) as kit:
+        await phone(kit)
+        await prefer(kit, digest="daily")
+        await kit.publish(*(make_event(title=f"number {n}") for n in range(25)))
+        await kit.db.execute(
+            "update deliveries set state = 'sending', attempts = 1, due_at = now() - interval '1 s'"
+        )
+        kit.shards[-1]._outbox.due_now()
+        await eventually(lambda: kit.router.jobs, what="the digest")
+        left = "select count(*) = 0 from deliveries where carrier is null"
+        await eventually(lambda: kit.db.fetchval(left), what="nothing that is not told")
+        assert [(job.attempt, job.count) for job in kit.router.jobs] == [(2, 25)]
+
+
 async def test_a_digest_that_is_flushed_goes_now(postgres_dsn: str) -> None:
     """A service's flush reaches also who looks, but not into do-not-disturb; the user's own passes that."""
     async with Kit(postgres_dsn) as kit:

@@ -44,7 +44,7 @@ class ModelDigestStore:
             due = [
                 d
                 for d in self._of(stream_id, digest)
-                if d.state == "planned" and d.carrier is None and d.due_ms <= now_ms
+                if d.state in ("planned", "sending") and d.carrier is None and d.due_ms <= now_ms
             ]
             for d in due:
                 d.state, d.due_ms = "sending", lease_end_ms

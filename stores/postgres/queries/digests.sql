@@ -2,12 +2,13 @@
 -- `state || ''` keeps plans away from the partial index of due rows, as there.
 
 -- name: gather
--- What else of digests is due: rows that one claim had no room for. $3 streams, $4 digests, $5 now, $6 end of the lease.
+-- What else of digests is due: rows that one claim had no room for, and such as were claimed by a process that died
+-- before it told them ("sending" past due). $3 streams, $4 digests, $5 now, $6 end of the lease.
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
 due as materialized (
     select d.id from unnest($3::bigint[], $4::uuid[]) as t (stream_id, digest)
     join deliveries d on d.stream_id = t.stream_id and d.digest = t.digest
-    where d.state || '' = 'planned' and d.carrier is null and d.due_at <= to_timestamp($5)
+    where d.state || '' in ('planned', 'sending') and d.carrier is null and d.due_at <= to_timestamp($5)
     for update of d skip locked
 )
 update deliveries d
