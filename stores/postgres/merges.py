@@ -16,7 +16,7 @@ from asyncpg.pgproto.pgproto import UUID
 
 from carillon.merging import Window
 from stores.postgres.shard_connections import ShardConnections
-from stores.postgres.shard_rows import MergedInto, row_of, with_rows
+from stores.postgres.shard_rows import MergedInto, StreamsErasedError, row_of, with_rows
 
 _SQL: Final = with_rows("merges")
 
@@ -92,6 +92,10 @@ class MergeWrites:
     events: list[MergedRow] = field(default_factory=list)
     pushes: list[RepushRow] = field(default_factory=list)
 
+    def streams(self) -> set[int]:
+        """The streams of which something is written."""
+        return {row.stream_id for rows in (self.updates, self.windows, self.events) for row in rows}
+
     def counts(self) -> dict[int, int]:
         """Stream id -> how many of its rows change."""
         found: dict[int, int] = {}
@@ -143,9 +147,13 @@ class MergeStore(ShardConnections):
             await connection.execute(_SQL["prune_merged"], since_ms / 1000)
 
     async def _write_merges(
-        self, connection: asyncpg.Connection, term: int, merges: MergeWrites, now_ms: int
+        self, connection: asyncpg.Connection, term: int, merges: MergeWrites, now_ms: int, keyed: bool
     ) -> dict[int, tuple[int, int, int]]:
-        """Within the transaction of a batch; answers (seq, rev, unread) of the streams whose rows changed."""
+        """Within the transaction of a batch; answers (seq, rev, unread) of the streams whose rows changed.
+
+        Raises:
+            StreamsErasedError: some streams are gone, and some events of the batch are `keyed`.
+        """
         counts = merges.counts()
         rows, windows, events, pushes = merges.updates, merges.windows, merges.events, merges.pushes
         found = await connection.fetch(
@@ -166,7 +174,10 @@ class MergeStore(ShardConnections):
             [None if p.digest is None else UUID(p.digest) for p in pushes],
         )  # fmt: skip
         self._check(found, term)
-        return {r[0]: (r[1], r[2], r[3]) for r in found if r[0]}
+        gone = merges.streams() - {r[0] for r in found} if keyed else None
+        if gone:
+            raise StreamsErasedError(gone)
+        return {r[0]: (r[1], r[2], r[3]) for r in found if r[0] and r[1] is not None}
 
 
 def _s(ms: int | None) -> float | None:

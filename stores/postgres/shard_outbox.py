@@ -57,7 +57,10 @@ class Outbox(ShardConnections):
     async def claim_due(
         self, term: int, slots: Sequence[int], now_ms: int, limit: int, lease_end_ms: int
     ) -> list[Claimed]:
-        """Claim due outbox rows of `slots` under a lease, with all a push needs."""
+        """Claim due outbox rows of `slots` under a lease, with all a push needs.
+
+        Rows of users who were erased, and of notifications that are gone, are deleted: nobody else ends them.
+        """
         async with self._reading() as connection:
             ids = await connection.fetch(
                 self._sql["claim_due"],
@@ -71,6 +74,9 @@ class Outbox(ShardConnections):
             if not ids:
                 return []
             rows = await connection.fetch(self._sql["claimed"], [r[0] for r in ids])
+            if len(rows) < len(ids):
+                lost = {r[0] for r in ids} - {r["id"] for r in rows}
+                await connection.execute(self._sql["drop_lost"], list(lost))
         return [claimed_of(r) for r in rows]
 
     async def release(self, term: int, rows: Sequence[ReleaseRow], now_ms: int) -> int:

@@ -267,7 +267,7 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
                         heads = await self._append(connection, term, counts, rows, outbox, now_ms)
                     wanted = set(counts)
                     if merges is not None:
-                        heads |= await self._write_merges(connection, term, merges, now_ms)
+                        heads |= await self._write_merges(connection, term, merges, now_ms, bool(keys))
                         wanted |= merges.counts().keys()
                     if keys and len(heads) < len(wanted):
                         # A key without its notification would answer the next try as if it were stored.

@@ -752,7 +752,7 @@ class ModelShardStore(ModelAmendments):
         for d in due[:limit]:
             self._db.check_owner(self._shard, d.slot, "a claim")
             d.state, d.due_ms = "sending", lease_end_ms
-            d.attempts += 1
+            d.attempts = min(d.attempts + 1, 32767)
             d.stale = False
             n = d.note
             self._told("claims", f"push {d.id} of {n.stream.key.user} seq {n.row.seq}, try {d.attempts}")

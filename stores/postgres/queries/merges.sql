@@ -40,12 +40,17 @@ where e.status <> 'opened';
 -- The part of a group commit that changes rows: they get the stream's next revs, in the order given. $3,$4 streams
 -- and how many of their rows change; $5..$13 those rows, `back` counting from the stream's last; $14..$20 windows;
 -- $21..$28 events; $29..$39 pushes, one per notification and channel: one that waits already takes over what is
--- new, else it is planned. $40 now, $41 the digests they wait in: one that was to come earlier stays where it waits.
+-- new, else it is planned. Of streams that are gone nothing is written, and they are not answered. $40 now, $41 the digests they wait in: one that was to come earlier stays where it waits.
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
+living as materialized (  -- an erasure waits for us, or has taken the stream
+    select s.stream_id from fence, streams s
+    where s.stream_id = any ($3::bigint[] || $14::bigint[] || $23::bigint[] || $31::bigint[])
+    for key share of s
+),
 moved as (
     update streams s set rev = s.rev + u.n
-    from fence, unnest($3::bigint[], $4::int[]) as u (stream_id, n)
-    where s.stream_id = u.stream_id
+    from living l join unnest($3::bigint[], $4::int[]) as u (stream_id, n) using (stream_id)
+    where s.stream_id = l.stream_id
     returning s.stream_id, s.seq, s.rev, s.unread
 ),
 updated as (
@@ -63,8 +68,9 @@ windows as (
     insert into merge_windows as w (stream_id, key, notification_id, ends_at, events, count, notified_at)
     select t.stream_id, t.key, t.notification_id, to_timestamp(t.ends_s), t.events, t.count,
            to_timestamp(t.notified_s)
-    from fence, unnest($14::bigint[], $15::text[], $16::uuid[], $17::float8[], $18::int[], $19::int[], $20::float8[])
+    from unnest($14::bigint[], $15::text[], $16::uuid[], $17::float8[], $18::int[], $19::int[], $20::float8[])
          as t (stream_id, key, notification_id, ends_s, events, count, notified_s)
+    join living l using (stream_id)
     order by t.stream_id, t.key
     on conflict (stream_id, key) do update
         set notification_id = excluded.notification_id, ends_at = excluded.ends_at, events = excluded.events,
@@ -73,15 +79,17 @@ windows as (
 noted as (
     insert into merged_events (event_id, notification_id, stream_id, at, status, how, source, actor, notice)
     select t.event_id, t.notification_id, t.stream_id, to_timestamp($40), t.status, t.how, t.source, t.actor, t.notice
-    from fence, unnest($21::uuid[], $22::uuid[], $23::bigint[], $24::text[], $25::text[], $26::text[], $27::text[],
-                       $28::text[])
+    from unnest($21::uuid[], $22::uuid[], $23::bigint[], $24::text[], $25::text[], $26::text[], $27::text[],
+                $28::text[])
          as t (event_id, notification_id, stream_id, status, how, source, actor, notice)
+    join living l using (stream_id)
 ),
 pushes as materialized (
     select t.*
-    from fence, unnest($29::bigint[], $30::uuid[], $31::bigint[], $32::smallint[], $33::float8[], $34::text[],
-                       $35::float8[], $36::text[], $37::text[], $38::text[], $39::smallint[], $41::uuid[])
+    from unnest($29::bigint[], $30::uuid[], $31::bigint[], $32::smallint[], $33::float8[], $34::text[],
+                $35::float8[], $36::text[], $37::text[], $38::text[], $39::smallint[], $41::uuid[])
          as t (id, notification_id, stream_id, slot, due_s, gate, hold_s, reason, channel, chain, step, digest)
+    join living l using (stream_id)
 ),
 taken_over as (
     update deliveries d
@@ -107,7 +115,7 @@ planned as (
     where not exists (select from taken_over t
                       where t.notification_id = p.notification_id and t.channel = p.channel)
 )
-select stream_id, seq, rev, unread from moved
+select l.stream_id, m.seq, m.rev, m.unread from living l left join moved m using (stream_id)
 union all
 select 0, term, 0, 0 from fence;
 

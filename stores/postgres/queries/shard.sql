@@ -332,7 +332,8 @@ due as materialized (
     for update skip locked
 )
 update deliveries d
-set state = 'sending', due_at = to_timestamp($6), attempts = d.attempts + 1, updated_at = to_timestamp($4),
+set state = 'sending', due_at = to_timestamp($6), attempts = least(d.attempts + 1, 32767),
+    updated_at = to_timestamp($4),
     stale = false  -- its text is read from now on
 from fence
 where d.id = any (array(select id from due))
@@ -368,6 +369,17 @@ left join lateral (
     where d.channel in ('withdraw', 'replace') and p.notification_id = d.notification_id and p.carrier = p.id
     limit 1
 ) told on true;
+
+-- name: drop_lost
+-- Claimed rows of which `claimed` knows nothing: their user was erased, or the notification is gone. $1 ids.
+with gone as (
+    delete from deliveries d
+    where d.id = any ($1::bigint[])
+      and (not exists (select from streams s where s.stream_id = d.stream_id)
+           or not exists (select from notifications n where n.id = d.notification_id))
+    returning d.id
+)
+delete from delivery_attempts where delivery_id = any (array(select id from gone));
 
 -- name: release
 -- Claimed rows that nobody tried: planned again, the claim does not count as a try. A row claimed again since,

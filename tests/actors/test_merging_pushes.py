@@ -1,0 +1,67 @@
+"""Pushes of notifications that take in events, on a real shard, when something comes between."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import asyncpg
+
+from carillon.messages import PushOutcome, PushResult
+from tests.actors.shard_kit import Kit, make_event
+from tests.actors.test_merging import like, phone, taken
+from tests.support import eventually
+
+
+async def answer(kit: Kit, job: Any, *told: tuple[str, str]) -> None:
+    """What the provider says of a push: (device, outcome) of each."""
+    results = [
+        PushResult(device, outcome, "m", 200, started_ms=1, duration_ms=1.0) for device, outcome in told
+    ]
+    await kit.router.link.request(
+        PushOutcome(
+            job.delivery, job.attempt, "t", job.user, job.slot, job.notification, job.provider, results
+        )
+    )
+
+
+async def states(kit: Kit) -> list[tuple[str, str]]:
+    return [tuple(r) for r in await kit.db.fetch("select channel, state from deliveries order by id")]
+
+
+async def test_what_is_merged_beside_an_erasure_leaves_nothing(postgres_dsn: str) -> None:
+    """The event waits for the erasure, finds no stream and is not stored; it leaves no push behind."""
+    async with Kit(postgres_dsn, ack_window_s=0.1, merge={"renotify_s": 0.0}, delivery_lease_s=0.5) as kit:
+        await kit.router.link.request(phone())
+        await kit.publish(like("a"))
+        await eventually(lambda: len(kit.router.jobs) == 1)
+        await taken(kit, kit.router.jobs[0])
+        eraser = await asyncpg.connect(postgres_dsn)
+        try:
+            async with eraser.transaction():
+                await eraser.execute("delete from streams")
+                merged = asyncio.create_task(kit.publish(like("b")))
+                waits = "select count(*) from pg_stat_activity where wait_event_type = 'Lock'"
+                await eventually(lambda: kit.db.fetchval(waits))
+        finally:
+            await eraser.close()
+        (outcome,) = await merged
+        assert outcome.status == "failed"
+        assert await states(kit) == [("push", "sent")], "what was sent before: an erasure purges it"
+        assert (
+            await kit.db.fetchval("select count(*) from merged_events where event_id <> notification_id") == 0
+        )
+
+
+async def test_a_push_that_nobody_owns_stops_no_other(postgres_dsn: str) -> None:
+    """One that was claimed as often as can be counted is dropped; the pushes of others go on."""
+    async with Kit(postgres_dsn, ack_window_s=0.1, delivery_lease_s=0.5) as kit:
+        await kit.router.link.request(phone("v"))
+        await kit.db.execute(
+            "insert into deliveries (notification_id, stream_id, slot, channel, state, due_at, created_at,"
+            " updated_at, attempts)"
+            " values (gen_random_uuid(), 0, 5, 'push', 'sending', now(), now(), now(), 32767)"
+        )
+        await kit.publish(make_event("v"))
+        await eventually(lambda: len(kit.router.jobs) == 1)
+        await eventually(lambda: kit.db.fetchval("select count(*) = 1 from deliveries"))
