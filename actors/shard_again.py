@@ -59,8 +59,9 @@ class DecidedAgain:
         """Hold, cancel or merge what rules no longer let go as planned; returns what is left to send."""
         claimed = list(claimed)
         await self._policies.ensure({row.key.tenant for row in claimed})
+        beyond: set[tuple[int, bytes]] = set()
         if collecting(claimed):
-            await self._digests.complete(claimed, now_ms)
+            beyond = await self._digests.complete(claimed, now_ms)
         rest: list[Claimed] = []
         back: list[ReleaseRow] = []
         ended: list[SettleRow] = []
@@ -110,7 +111,7 @@ class DecidedAgain:
         if ended:
             await self._cancel(ended, now_ms)
         if collected:
-            for row, verdict in await self._digests.tell(collected, now_ms):
+            for row, verdict in await self._digests.tell(collected, now_ms, beyond):
                 spend(self._users.get(row.key), verdict, now_ms)
                 rest.append(row)
         if free:

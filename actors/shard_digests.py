@@ -8,8 +8,9 @@ planned later belongs to the next one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from typing import Any, TypeVar
 
 from actors.shard_policies import NO_RULES, Policies
 from actors.shard_users import User, read_preferences
@@ -29,7 +30,7 @@ from carillon.digest import (
     summary,
     tell,
 )
-from carillon.errors import CarillonError, NotFoundError
+from carillon.errors import CarillonError, NotFoundError, StoreUnavailableError
 from carillon.ids import UserKey, uuid_text
 from carillon.messages import DigestChange, Done
 from carillon.metrics import Stats
@@ -45,6 +46,10 @@ log = logging.getLogger(__name__)
 
 PAGE = 1000
 """Items of a tenant that are looked at together when its rules have changed."""
+Which = tuple[int, bytes]
+"""A digest: stream and id."""
+K = TypeVar("K")
+R = TypeVar("R")
 FLUSH = "flush"
 REMOVE = "remove"
 
@@ -81,39 +86,133 @@ class Digests:
         self._settled = settled
         self._templates = templates
         self._due = due
+        self._apart_until = float("-inf")
 
     # -- when they are due ------------------------------------------------------------------------------
 
-    async def complete(self, claimed: list[Claimed], now_ms: int) -> None:
-        """Make claimed rows whole: the rest of digests that are due, and what was told already."""
-        waiting = {(row.stream_id, row.digest) for row in claimed if row.collected()}
+    async def complete(self, claimed: list[Claimed], now_ms: int) -> set[Which]:
+        """Make claimed rows whole: the rest of digests that are due, and what was told already.
+
+        Rows whose digest cannot be read now are taken out: their lease says when they are tried again.
+
+        Returns:
+            Digests of which more is due than a push looks at one by one.
+        """
+        waiting = {(row.stream_id, row.digest or b""): row for row in claimed if row.collected()}
+        beyond: set[Which] = set()
+        lost: set[Which] = set()
         if waiting:
             await self._settled()
             lease_end_ms = now_ms + round(self._settings.shard.delivery_lease_s * 1000)
-            wanted = [(stream, digest) for stream, digest in waiting if digest is not None]
-            claimed += await self._store.digests.gather(self._term(), wanted, now_ms, lease_end_ms)
-        await self.show([row for row in claimed if row.carrier is not None])
+            most = self._settings.push.digest_items
+            more: list[Claimed] = []
+            began = self._clock.monotonic()
+            # After a failure each alone for a while. Not at once: an answer may have been lost, and what was
+            # claimed then comes back together when the claim lapses.
+            for some in [[one] for one in waiting] if began < self._apart_until else [list(waiting)]:
+                try:
+                    if self._clock.monotonic() - began > self._settings.shard.delivery_lease_s / 2:
+                        raise StoreUnavailableError("no time is left")
+                    more += await self._store.digests.gather(self._term(), some, now_ms, lease_end_ms, most)
+                except StoreUnavailableError as exc:
+                    log.warning("%d digests wait until their claim lapses: %s", len(some), exc)
+                    lost.update(some)
+                    self._apart_until = began + 3 * self._settings.shard.delivery_lease_s
+            counts: Counter[Which] = Counter()
+            for row in more:
+                which = row.stream_id, row.digest or b""
+                counts[which] += 1
+                row.preferences = waiting[which].preferences  # the same user's
+            beyond = {which for which, count in counts.items() if count >= most}
+            claimed += more
+        unseen = await self._show_apart([row for row in claimed if row.carrier is not None])
+        if lost or unseen:
+            claimed[:] = [
+                row
+                for row in claimed
+                if row.delivery not in unseen
+                and not (row.collected() and (row.stream_id, row.digest or b"") in lost)
+            ]
+        return beyond
+
+    async def _show_apart(self, rows: Sequence[Claimed]) -> set[int]:
+        """See `show`; returns the rows for which there was nothing to be had now."""
+        of = {row.delivery: row for row in rows}
+
+        async def work(deliveries: list[int]) -> list[None]:
+            await self.show([of[delivery] for delivery in deliveries])
+            return []
+
+        return set((await self._apart(list(of), work))[1])
+
+    async def _apart(
+        self, some: list[K], work: Callable[[list[K]], Awaitable[list[R]]]
+    ) -> tuple[list[R], list[K]]:
+        """Work on all at once; if the store fails, on each alone, so that one does not hold up others.
+
+        Returns:
+            What came of it; those at which the store failed, or for which no time was left.
+        """
+        if not some:
+            return [], []
+        try:
+            return await work(some), []
+        except StoreUnavailableError as exc:
+            log.warning("%d digests wait: %s", len(some), exc)
+            if len(some) == 1:
+                return [], some
+        done: list[R] = []
+        failed: list[K] = []
+        end = self._clock.monotonic() + self._settings.shard.delivery_lease_s / 2
+        for one in some:
+            if self._clock.monotonic() >= end:
+                failed.append(one)
+                continue
+            try:
+                done += await work([one])
+            except StoreUnavailableError as exc:
+                log.warning("a digest waits until its claim lapses: %s", exc)
+                failed.append(one)
+        return done, failed
 
     async def tell(
-        self, free: dict[int, tuple[Claimed, Verdict]], now_ms: int
+        self, free: dict[int, tuple[Claimed, Verdict]], now_ms: int, beyond: Collection[Which]
     ) -> list[tuple[Claimed, Verdict]]:
-        """Of each digest and channel one push for all that may go; returns what is to be sent."""
+        """Of each digest and channel one push for all that may go; returns what is to be sent.
+
+        Args:
+            beyond: digests of which more is due.
+        """
+        digests: dict[Which, dict[int, tuple[Claimed, Verdict]]] = {}
+        for delivery, (row, verdict) in free.items():
+            digests.setdefault((row.stream_id, row.digest or b""), {})[delivery] = row, verdict
+
+        async def work(some: list[Which]) -> list[tuple[Claimed, Verdict]]:
+            these = {d: one for which in some for d, one in digests[which].items()}
+            return await self._tell(these, now_ms, beyond)
+
+        carriers, _ = await self._apart(list(digests), work)
+        return carriers
+
+    async def _tell(
+        self, free: dict[int, tuple[Claimed, Verdict]], now_ms: int, beyond: Collection[Which]
+    ) -> list[tuple[Claimed, Verdict]]:
         items = [Item(d, row.seq, (row.digest, row.channel)) for d, (row, _) in free.items()]
 
         def decide(ours: frozenset[int], dealt_with: frozenset[int]) -> list[Told]:
             return tell((item for item in items if item.delivery in ours), dealt_with)
 
         rows = [(d, row.attempt) for d, (row, _) in free.items()]
-        told = await self._store.digests.tell(self._term(), rows, decide, now_ms)
+        told = await self._store.digests.tell(self._term(), rows, decide, now_ms, beyond)
         carriers: list[tuple[Claimed, Verdict]] = []
         for one in told:
             row, verdict = free[one.carrier]
-            row.carrier, row.merged = one.carrier, len(one.items)
+            row.carrier, row.merged = one.carrier, len(one.items) + one.more
             carriers.append((row, verdict))
             self._stats.observe_ms("digest_late_ms", max(0, now_ms - row.hold_until_ms))
         self._stats.count("digests_told", len(told))
-        await self.show([row for row, _ in carriers])
-        return carriers
+        unseen = await self._show_apart([row for row, _ in carriers])
+        return [one for one in carriers if one[0].delivery not in unseen]
 
     async def show(self, rows: Sequence[Claimed]) -> None:
         """Give rows that tell digests, or what was held together, what their push shows."""

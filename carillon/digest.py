@@ -74,11 +74,13 @@ class Told(NamedTuple):
 
     Attributes:
         carrier: the outbox row that is sent: of the newest item.
-        items: outbox rows of all items, the carrier's included, oldest first.
+        items: outbox rows of all items that were looked at, the carrier's included, oldest first.
+        more: how many it tells beyond them.
     """
 
     carrier: int
     items: tuple[int, ...]
+    more: int = 0
 
 
 def tell(items: Iterable[Item], dealt_with: Collection[int] = ()) -> list[Told]:

@@ -22,6 +22,13 @@ class PushSettings:
     digest_ids: int = setting(
         50, "Ids of items that the push of a digest carries, the newest ones.", low=1, high=80
     )
+    digest_items: int = setting(
+        1000,
+        "Items of a due digest that are looked at one by one beside those of a batch, the newest ones. "
+        "Older ones are told with them, in the count.",
+        low=1,
+        high=10_000,
+    )
     digest_render_s: float = setting(
         5.0,
         "A tenant's template for digests has so long, else they go out in our own words.",

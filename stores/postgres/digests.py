@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 from uuid import UUID
@@ -16,6 +17,9 @@ from stores.postgres.pool import Store, acquired
 from stores.postgres.shard_rows import Claimed, ToldItem
 
 _SQL: Final = load_queries("digests")
+
+REST: Final = 20_000
+"""Items that one statement tells beyond those that were looked at."""
 
 
 @dataclass(slots=True)
@@ -95,13 +99,18 @@ class DigestStore:
         self._claimed = claimed
 
     async def gather(
-        self, term: int, digests: Sequence[tuple[int, bytes]], now_ms: int, lease_end_ms: int
+        self, term: int, digests: Sequence[tuple[int, bytes]], now_ms: int, lease_end_ms: int, most: int
     ) -> list[Claimed]:
-        """Claim what else of digests (stream, id) is due; without its content."""
+        """Claim what else of digests (stream, id) is due; without its content, and its user's document.
+
+        Args:
+            most: rows of each digest, the newest.
+        """
         async with acquired(self._pool(), self._timeout_s) as connection:
             rows = await connection.fetch(
                 _SQL["gather"], self._shard, term, [stream for stream, _ in digests],
                 [UUID(bytes=raw) for _, raw in digests], now_ms / 1000, lease_end_ms / 1000,
+                most,
             )  # fmt: skip
             if not rows:
                 return []
@@ -114,6 +123,7 @@ class DigestStore:
         rows: Sequence[tuple[int, int]],
         decide: Callable[[frozenset[int], frozenset[int]], list[Told]],
         now_ms: int,
+        beyond: Collection[tuple[int, bytes]] = (),
     ) -> list[Told]:
         """Write which claimed rows are told by which.
 
@@ -121,6 +131,11 @@ class DigestStore:
             rows: (outbox row, attempt).
             decide: called with the rows that are still ours and those of them that were dealt with since they
                 were claimed; nothing can change while it runs.
+            beyond: digests (stream, id) of which more is due than was looked at: it is told with what was, on
+                the same channel.
+
+        Returns:
+            What `decide` said, with how many more each tells.
 
         Atomicity: all or nothing; what is dealt with later finds the rows told.
         """
@@ -138,7 +153,27 @@ class DigestStore:
                     _SQL["tell"], [c[0] for c in columns], [c[1] for c in columns], [c[2] for c in columns],
                     now_ms / 1000,
                 )  # fmt: skip
+            if beyond and told:
+                told = await self._tell_rest(connection, told, beyond, now_ms)
         return told
+
+    async def _tell_rest(
+        self, connection: Any, told: list[Told], beyond: Collection[tuple[int, bytes]], now_ms: int
+    ) -> list[Told]:
+        of = await connection.fetch(
+            "select id, stream_id, digest from deliveries where id = any ($1::bigint[])",
+            [one.carrier for one in told],
+        )
+        carriers = [r["id"] for r in of if (r["stream_id"], r["digest"].bytes) in beyond]
+        more: Counter[int] = Counter()
+        found = REST if carriers else 0
+        while found == REST:
+            rows = await connection.fetch(_SQL["tell_rest"], carriers, now_ms / 1000, REST)
+            found = sum(r["found"] for r in rows)
+            more.update({r["carrier"]: r["told"] for r in rows})
+        if more:
+            await connection.execute(_SQL["tell_for_more"], list(more), list(more.values()))
+        return [one._replace(more=more[one.carrier]) for one in told]
 
     async def told(self, carriers: Sequence[int], most: int, with_content: int) -> dict[int, list[ToldItem]]:
         """The newest items that carriers speak for, newest first.

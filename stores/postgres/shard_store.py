@@ -104,8 +104,14 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
         self._withdraw_attempts = withdraw_attempts
         self.digests = DigestStore(
             lambda: self.pool, shard, settings.connect_timeout_s,
-            # With all a push needs but the content: a digest shows that of a few items.
-            (self._sql["claimed"].replace("n.content,", "'' as content,"), claimed_of),
+            # With all a push needs but what would be read for nothing, or again and again: a digest shows the
+            # content of a few items, and all items of a user have one document.
+            (
+                self._sql["claimed"]
+                .replace("n.content,", "'' as content,")
+                .replace("p.document::text", "null::text"),
+                claimed_of,
+            ),
         )  # fmt: skip
         self._append_sql = {
             (outbox, ruled, digests): self._append_text(outbox, ruled, digests)

@@ -195,6 +195,82 @@ async def test_a_lost_claim_larger_than_a_batch_tells_one_digest(postgres_dsn: s
         assert [(job.attempt, job.count) for job in kit.router.jobs] == [(2, 25)]
 
 
+async def test_a_large_digest_is_told_whole(postgres_dsn: str) -> None:
+    """Beyond the newest items the others are told by the same push, in its count, unless they are over."""
+    limits = {"digest_items": 5, "digest_ids": 4}
+    async with Kit(postgres_dsn, sweep_batch=3, sweep_s=600.0, push=limits) as kit:
+        await phone(kit)
+        await prefer(kit, digest="daily")
+        events = [make_event(title=f"number {n}") for n in range(30)]
+        await kit.publish(*events)
+        await kit.db.execute(
+            """update notifications set read_at = case when seq = 7 then now() end,
+               expires_at = case when seq = 9 then now() - interval '1 s' end where seq in (7, 9)"""
+        )
+        await kit.db.execute("update deliveries set due_at = now() - interval '1 s'")
+        kit.shards[-1]._outbox.due_now()
+        await eventually(lambda: kit.router.jobs, what="the digest")
+        left = (
+            "select count(*) = 0 from deliveries where state <> 'cancelled' and carrier is distinct from id"
+        )
+        await eventually(lambda: kit.db.fetchval(left), what="nothing that is not told")
+        assert [(job.title, job.count) for job in kit.router.jobs] == [("28 new notifications", 28)]
+        (job,) = kit.router.jobs
+        assert job.body == "number 29\nnumber 28\nnumber 27\n+25"
+        assert job.notifications == [events[n].id for n in (29, 28, 27, 26)]
+        ended = {title: reason for title, state, reason in await rows(kit) if state == "cancelled"}
+        assert (ended.pop("number 6"), ended.pop("number 8")) == ("read", "expired")
+        assert list(ended.values()) == ["told in a digest"] * 27
+        told = "select merged, (select count(*) from deliveries d where d.carrier = c.id) from deliveries c"
+        assert tuple(await kit.db.fetchrow(told + " where c.carrier = c.id")) == (28, 28)
+
+
+async def test_preferences_hold_for_all_items_of_a_digest(postgres_dsn: str) -> None:
+    """Items beyond a batch are decided again by their user's preferences, too, which are read once."""
+    async with Kit(postgres_dsn, sweep_batch=2, sweep_s=600.0) as kit:
+        await phone(kit)
+        off = {"off": {"channels": {"push": False}}}
+        await prefer(kit, digest="daily")
+        await kit.publish(*(make_event(type="off" if n % 2 else "on") for n in range(10)))
+        await kit.shard.stop()
+        document = json.dumps({"digest": "daily", "types": off})
+        await kit.db.execute("update preferences set document = $1::jsonb", document)
+        await kit.db.execute("update deliveries set due_at = now() - interval '1 s'")
+        await kit.start_shard("shard-a")
+        kit.router = await kit.dial("shard-a", "router-1")
+        await eventually(lambda: kit.router.jobs, what="the digest")
+        assert [job.count for job in kit.router.jobs] == [5]
+
+
+async def test_a_digest_that_cannot_be_told_holds_up_no_other(postgres_dsn: str) -> None:
+    """Postgres refuses one digest of several that are due: the others and what is no digest go; it waits."""
+    async with Kit(postgres_dsn, sweep_s=600.0) as kit:
+        for user in ("u", "v", "w"):
+            await phone(kit, user)
+            await prefer(kit, user, digest="daily")
+            await kit.publish(*(make_event(user) for _ in range(3)))
+        await kit.db.execute(
+            """create function refuse() returns trigger language plpgsql as $$ begin
+                if new.carrier is not null
+                    and (select user_id from streams s where s.stream_id = new.stream_id) = 'v'
+                then raise 'no room' using errcode = '53100'; end if;
+                return new; end $$;
+                create trigger refuse before update on deliveries for each row execute function refuse();
+                update deliveries set due_at = now() - interval '1 s'"""
+        )
+        kit.shards[-1]._outbox.due_now()
+        await eventually(lambda: len(kit.router.jobs) == 2, what="the digests of the others")
+        assert sorted((job.user, job.count) for job in kit.router.jobs) == [("u", 3), ("w", 3)]
+        await kit.db.execute("drop trigger refuse on deliveries")
+        await kit.db.execute(
+            "update deliveries set due_at = now() - interval '1 s'"
+            " where state = 'sending' and carrier is null"
+        )
+        kit.shards[-1]._outbox.due_now()
+        await eventually(lambda: len(kit.router.jobs) == 3, what="the digest that waited")
+        assert (kit.router.jobs[2].user, kit.router.jobs[2].count) == ("v", 3)
+
+
 async def test_a_digest_that_is_flushed_goes_now(postgres_dsn: str) -> None:
     """A service's flush reaches also who looks, but not into do-not-disturb; the user's own passes that."""
     async with Kit(postgres_dsn) as kit:

@@ -344,7 +344,7 @@ class Pair:
         if which == 0:
             lease_ms = now_ms + 4000 + self.made
             more = await self.both(
-                "digests.gather", self.term(), [(stream, digest)], now_ms, lease_ms,
+                "digests.gather", self.term(), [(stream, digest)], now_ms, lease_ms, rng.choice((1, 2, 50)),
                 order=lambda rows: sorted(rows, key=lambda c: c.delivery),
             )  # fmt: skip
             self.claimed += [(c.delivery, c.attempt) for c in more or ()]
@@ -375,7 +375,8 @@ class Pair:
         def decide(ours: frozenset[int], dealt_with: frozenset[int]) -> list[Told]:
             return tell([item for item in items if item.delivery in ours], dealt_with)
 
-        await self.both("digests.tell", self.term(), rows, decide, now_ms)
+        beyond = {(d.note.stream.id, d.digest) for d in held} if self.rng.random() < 0.5 else set()
+        await self.both("digests.tell", self.term(), rows, decide, now_ms, beyond)
         carriers = sorted({d.carrier for d in self.db.deliveries.values() if d.carrier is not None})
         if carriers:
             await self.both("digests.told", carriers, 3, 2)

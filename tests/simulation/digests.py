@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from carillon.attention import DEFERRED, WITHDRAWN
-from carillon.digest import REMOVED, Told
+from carillon.digest import EXPIRED, REMOVED, Told
 from carillon.errors import FencedError
 from stores.postgres.digests import WaitingItem, WaitingOf
 from stores.postgres.shard_rows import Claimed, ToldItem
@@ -32,12 +33,16 @@ class ModelDigestStore:
         ]
 
     async def gather(
-        self, term: int, digests: Sequence[tuple[int, bytes]], now_ms: int, lease_end_ms: int
+        self, term: int, digests: Sequence[tuple[int, bytes]], now_ms: int, lease_end_ms: int, most: int
     ) -> list[Claimed]:
         def statement() -> list[Claimed]:
             with contextlib.suppress(FencedError):
                 self._fence(term)
-                return [self._claimed(d, "") for one in digests for d in claim(*one)]
+                return [
+                    dataclasses.replace(self._claimed(d, ""), preferences=None)
+                    for one in digests
+                    for d in claim(*one)
+                ]
             return []
 
         def claim(stream_id: int, digest: bytes) -> list[Delivery]:
@@ -46,6 +51,7 @@ class ModelDigestStore:
                 for d in self._of(stream_id, digest)
                 if d.state in ("planned", "sending") and d.carrier is None and d.due_ms <= now_ms
             ]
+            due = sorted(due, key=lambda d: -d.id)[:most]
             for d in due:
                 d.state, d.due_ms = "sending", lease_end_ms
                 d.attempts += 1
@@ -60,6 +66,7 @@ class ModelDigestStore:
         rows: Sequence[tuple[int, int]],
         decide: Callable[[frozenset[int], frozenset[int]], list[Told]],
         now_ms: int,
+        beyond: Collection[tuple[int, bytes]] = (),
     ) -> list[Told]:
         def statement() -> list[Told]:
             self._fence(term)
@@ -84,7 +91,25 @@ class ModelDigestStore:
                         d.state, d.reason = "cancelled", "told in a digest"
             for item in dealt_with:
                 deliveries[item].state, deliveries[item].reason = "cancelled", "read"
-            return told
+            return [one._replace(more=tell_rest(deliveries[one.carrier])) for one in told]
+
+        def tell_rest(carrier: Delivery) -> int:
+            stream, digest, more = carrier.note.stream.id, carrier.digest or b"", 0
+            for d in self._of(stream, digest) if (stream, digest) in beyond else ():
+                due = d.state in ("planned", "sending") and d.carrier is None and d.due_ms <= now_ms
+                if not due or d.channel != carrier.channel:
+                    continue
+                expires_ms = d.note.row.expires_ms
+                d.state = "cancelled"
+                if d.gate == WITHDRAWN or over(d.note):
+                    d.reason = "read"
+                elif expires_ms is not None and expires_ms <= now_ms:
+                    d.reason = EXPIRED
+                else:
+                    d.reason, d.carrier = "told in a digest", carrier.id
+                    more += 1
+            carrier.merged += more
+            return more
 
         return await self._db.run(statement)
 

@@ -3,13 +3,18 @@
 
 -- name: gather
 -- What else of digests is due: rows that one claim had no room for, and such as were claimed by a process that died
--- before it told them ("sending" past due). $3 streams, $4 digests, $5 now, $6 end of the lease.
+-- before it told them ("sending" past due). $3 streams, $4 digests, $5 now, $6 end of the lease, $7 how many of each, the newest.
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
 due as materialized (
-    select d.id from unnest($3::bigint[], $4::uuid[]) as t (stream_id, digest)
-    join deliveries d on d.stream_id = t.stream_id and d.digest = t.digest
-    where d.state || '' in ('planned', 'sending') and d.carrier is null and d.due_at <= to_timestamp($5)
-    for update of d skip locked
+    select x.id from unnest($3::bigint[], $4::uuid[]) as t (stream_id, digest)
+    cross join lateral (
+        select d.id from deliveries d
+        where d.stream_id = t.stream_id and d.digest = t.digest
+          and d.state || '' in ('planned', 'sending') and d.carrier is null and d.due_at <= to_timestamp($5)
+        order by d.id desc
+        limit $7
+        for update skip locked
+    ) x
 )
 update deliveries d
 set state = 'sending', due_at = to_timestamp($6), attempts = d.attempts + 1, updated_at = to_timestamp($5),
@@ -42,19 +47,52 @@ set state = case when d.id = t.carrier then d.state else 'cancelled' end,
 from unnest($1::bigint[], $2::bigint[], $3::int[]) as t (id, carrier, n)
 where d.id = any ($1::bigint[]) and d.id = t.id;
 
+-- name: tell_rest
+-- Due items of digests beyond those that were looked at: told by the same carriers, unless they are over. $1 carriers,
+-- $2 now, $3 how many at most. Answers how many each tells, and how many were found.
+with rest as materialized (
+    select d.id, c.id as carrier,
+           case when d.gate is not distinct from 'withdrawn' or n.seen_at is not null or n.read_at is not null
+                     or n.dismissed_at is not null or n.retracted_at is not null
+                     or coalesce(n.archived_at > n.created_at, false) then 'read'
+                when n.expires_at <= to_timestamp($2) then 'expired' end as over
+    from unnest($1::bigint[]) as t (id)
+    join deliveries c on c.id = t.id
+    join deliveries d on d.stream_id = c.stream_id and d.digest = c.digest and d.channel = c.channel
+    join notifications n on n.id = d.notification_id
+    where d.state || '' in ('planned', 'sending') and d.carrier is null and d.due_at <= to_timestamp($2)
+    limit $3
+    for update of d
+),
+done as (
+    update deliveries d
+    set state = 'cancelled', reason = coalesce(r.over, 'told in a digest'),
+        carrier = case when r.over is null then r.carrier end, updated_at = to_timestamp($2)
+    from rest r
+    where d.id = any (array(select id from rest)) and d.id = r.id
+)
+select carrier, count(*) filter (where over is null) as told, count(*) as found from rest group by carrier;
+
+-- name: tell_for_more
+-- How many more a carrier speaks for. $1 carriers, $2 how many.
+update deliveries d set merged = least(coalesce(d.merged, 1)::bigint + t.n, 32767)
+from unnest($1::bigint[], $2::bigint[]) as t (id, n)
+where d.id = any ($1::bigint[]) and d.id = t.id;
+
 -- name: told
 -- The newest items that carriers speak for, newest first. $1 carriers, $2 how many of each, $3 of how many of them with
 -- their content.
-select c.id as carrier, i.id, i.type, case when i.place <= $3 then i.content else '' end as content,
-       (extract(epoch from i.expires_at) * 1000)::bigint as expires_ms, coalesce(i.shown_on, '{}') as shown_on
+select c.id as carrier, n.id, n.type, case when i.place <= $3 then n.content else '' end as content,
+       (extract(epoch from n.expires_at) * 1000)::bigint as expires_ms, coalesce(i.shown_on, '{}') as shown_on
 from unnest($1::bigint[]) as c (id)
 cross join lateral (
-    select n.id, n.type, n.content, n.expires_at, n.seq, d.shown_on, row_number() over (order by n.seq desc) as place
+    select n.id, n.seq, d.shown_on, row_number() over (order by n.seq desc) as place
     from deliveries d join notifications n on n.id = d.notification_id
     where d.carrier = c.id
     order by n.seq desc
     limit $2
 ) i
+join notifications n on n.id = i.id
 order by c.id, i.seq desc;
 
 -- name: next_moment
