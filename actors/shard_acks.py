@@ -33,8 +33,28 @@ RANGES = 200
 
 _STRENGTH = {STALE: -1, RECEIVED: 0, ACTIVE: 1, SILENT: 2}
 
+_ALL = 2**63
+"""Behind every rev."""
+
 _WATCHED = frozenset((RECEIVED, STALE))
 """After these the push is watched as before."""
+
+
+def combine(known: SignalRow, row: SignalRow) -> None:
+    """Make one acknowledgement of two of one notification, into the first: the one that ends more counts.
+
+    Where the two cannot be told by one row exactly, less is covered: a push comes that need not have come.
+    """
+    stronger = _STRENGTH[row.signal] - _STRENGTH[known.signal]
+    if stronger > 0:
+        known.signal, known.rev = row.signal, row.rev
+    elif not stronger and known.rev != row.rev:
+        # Of several devices each shows what the one behind does; a device alone shows what it told last.
+        further = max if known.shown_on == row.shown_on else min
+        covered = further(_ALL if rev is None else rev for rev in (known.rev, row.rev))
+        known.rev = None if covered == _ALL else covered
+    shown = known.shown_on.split("\n") if known.shown_on else []
+    known.shown_on = "\n".join(dict.fromkeys([*shown, *filter(None, row.shown_on.split("\n"))]))
 
 
 class Acknowledgements:
@@ -91,14 +111,14 @@ class Acknowledgements:
 
     def acknowledged(self, user: User, effect: Acknowledged) -> None:
         """A device has these notifications."""
-        stream, signal, device = user.stream_id, effect.signal, effect.device
+        stream, signal, device, rev = user.stream_id, effect.signal, effect.device, effect.rev
         told = self._told
         for raw in effect.ids:
             known = told.get(raw)
             if known is None:
-                told[raw] = SignalRow(stream, raw, signal, device)
+                told[raw] = SignalRow(stream, raw, signal, device, rev)
             else:
-                self._merge(known, signal, device)
+                self._merge(known, SignalRow(stream, raw, signal, device, rev))
         if signal not in _WATCHED:
             self._settled(effect.ids)
         while len(told) > MAX_UNWRITTEN:
@@ -126,15 +146,12 @@ class Acknowledgements:
         self._last_seen[user.stream_id] = last_seen_ms
         self._wake.set()
 
-    def _merge(self, known: SignalRow, signal: str, device: str) -> None:
+    def _merge(self, known: SignalRow, row: SignalRow) -> None:
         """One more acknowledgement before the first is written: the one that ends more counts."""
         if known.signal not in _STRENGTH:
-            self._after[known.notification] = SignalRow(known.stream_id, known.notification, signal, device)
-            return
-        if _STRENGTH[signal] > _STRENGTH[known.signal]:
-            known.signal = signal
-        if device and device not in known.shown_on.split("\n"):
-            known.shown_on = f"{known.shown_on}\n{device}" if known.shown_on else device
+            self._after[row.notification] = row
+        else:
+            combine(known, row)
 
     # -- writing ----------------------------------------------------------------------------------------
 
@@ -203,11 +220,12 @@ class Acknowledgements:
                 signal, device = effect.signal, effect.device
                 if effect.rev is not None and rev > effect.rev:
                     signal, device = STALE, ""
+                row = SignalRow(stream, raw, signal, device, upto if effect.by_rev else effect.rev)
                 known = self._told.get(raw)
                 if known is None:
-                    self._told[raw] = SignalRow(stream, raw, signal, device)
+                    self._told[raw] = row
                 else:
-                    self._merge(known, signal, device)
+                    self._merge(known, row)
                 if signal not in _WATCHED:
                     ids.append(raw)
         self._settled(ids)

@@ -62,6 +62,8 @@ class Acknowledged(NamedTuple):
     """What that tells (carillon/attention.py)."""
     device: str = ""
     """With ACTIVE: the device, which has shown them."""
+    rev: int | None = None
+    """The device has their updates up to here; None: not told, then as they are."""
 
 
 class AcknowledgedRange(NamedTuple):

@@ -79,7 +79,7 @@ class Acknowledging:
             acked |= dict.fromkeys(wanted)
         if attachment.owes_since_ms:  # it acknowledges: what it still owes is owed since now
             attachment.owes_since_ms = 0 if reached >= attachment.cursor_seq else now_ms
-        if rev is not None and acked and self._pushes:
+        if rev is not None and acked and self._pushes:  # of what this session does not know, the store does
             newer = self._pushes.newer(acked, rev)
             if newer:
                 effects.append(Acknowledged(tuple(newer), STALE))
@@ -90,7 +90,7 @@ class Acknowledging:
             for s in hits:
                 self._unacked.pop(s, None)
         shown_on = attachment.device if signal == ACTIVE else ""
-        effects.append(Acknowledged(tuple(acked), signal, shown_on))
+        effects.append(Acknowledged(tuple(acked), signal, shown_on, rev))
         if self._pushes:
             due = self._pushes.next_due
             self._pushes.signalled(acked, signal, now)

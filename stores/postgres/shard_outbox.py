@@ -35,7 +35,7 @@ class Outbox(ShardConnections):
         row = await self._pool_row(
             "acknowledge", self._shard, term,
             [UUID(raw) for raw in ids], [t.stream_id for t in told], now_ms / 1000,
-            [t.signal for t in told], [t.shown_on for t in told], *span,
+            [t.signal for t in told], [t.shown_on for t in told], *span, [t.rev for t in told],
         )  # fmt: skip
         self._check(row["fenced"], term)
         return row["marked"]

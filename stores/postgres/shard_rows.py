@@ -242,6 +242,8 @@ class SignalRow:
     """See carillon/attention.py."""
     shown_on: str = ""
     """Devices that have shown it, separated by line feeds."""
+    rev: int | None = None
+    """Updates after it are not covered; None: all are."""
 
 
 @dataclass(slots=True)

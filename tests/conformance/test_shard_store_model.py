@@ -312,7 +312,13 @@ class Pair:
 
     async def acknowledge(self) -> None:
         told = [
-            SignalRow(stream, raw, self.rng.choice(SIGNALS), self.rng.choice(("", "phone", "phone\npad")))
+            SignalRow(
+                stream,
+                raw,
+                self.rng.choice(SIGNALS),
+                self.rng.choice(("", "phone", "phone\npad")),
+                self.rng.choice((None, None, 0, 2, 5, 12)),
+            )
             for stream, raw in self.some()
         ]
         await self.both("acknowledge", self.term(), told, self.now_ms)

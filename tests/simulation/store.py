@@ -661,6 +661,8 @@ class ModelShardStore(ModelAmendments):
                 if note.row.delivered_ms is None and t.signal in ACKNOWLEDGED:
                     note.row.delivered_ms = now_ms
                     new += 1
+                if t.rev is not None and note.row.updated_ms is not None and note.row.rev > t.rev:
+                    continue
                 for delivery in self._db.of_note.get(t.notification, ()):
                     if delivery.channel != "withdraw":
                         self._follow(delivery, t, now_ms)

@@ -248,11 +248,13 @@ join notifications n on n.id = t.id and n.stream_id = t.stream_id;
 -- name: acknowledge
 -- What devices tell of notifications: deliveredAt for what they have, and what becomes of the pushes that wait
 -- (delivery_signal). Neither seq nor rev moves. $3 ids, $4 streams, $5 now, $6 signals, $7 the devices that have
--- shown them, separated by line feeds, $8 and $9 the least and the greatest id: partitions between them.
+-- shown them, separated by line feeds, $8 and $9 the least and the greatest id: partitions between them. $10 the revs
+-- they show, null: not told. The push of an update after that waits on.
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
 told as (
-    select t.id, t.stream_id, t.signal, string_to_array(nullif(t.shown, ''), e'\n') as shown
-    from fence, unnest($3::uuid[], $4::bigint[], $6::text[], $7::text[]) as t (id, stream_id, signal, shown)
+    select t.id, t.stream_id, t.signal, string_to_array(nullif(t.shown, ''), e'\n') as shown, t.rev
+    from fence, unnest($3::uuid[], $4::bigint[], $6::text[], $7::text[], $10::bigint[])
+         as t (id, stream_id, signal, shown, rev)
 ),
 marked as (
     update notifications n set delivered_at = to_timestamp($5)
@@ -282,6 +284,10 @@ followed as (
       and delivery_signal(t.signal, d.state, d.gate, coalesce(d.hold_until > to_timestamp($5), false))
           = any (case when t.shown is null or t.shown <@ d.shown_on then array['cancel', 'hold', 'due']
                       else array['cancel', 'hold', 'due', 'show'] end)
+      -- Dear, hence looked at last: only for rows that would follow; by the key, whatever is planned.
+      and case when t.rev is null then true else t.rev >= coalesce((
+              select case when n.updated_at is null then 0 else n.rev end from notifications n
+              where n.id >= $8 and n.id <= $9 and n.id = d.notification_id), 0) end
 )
 select (select count(*) from marked) as marked, (select count(*) from fence) as fenced;
 
