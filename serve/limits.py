@@ -53,7 +53,7 @@ async def _take(services: Services, limits: Limits, events: int) -> tuple[float,
         wait_s = await services.limits.take(limit.bucket, limit.rate_per_s, limit.burst, events)
         if wait_s:
             for passed in limits[:place]:
-                services.limits.give_back(passed.bucket, events)
+                await services.limits.give_back(passed.bucket, events)
             return wait_s, limit
     return 0.0, None
 

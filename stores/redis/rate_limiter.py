@@ -48,6 +48,19 @@ redis.call('PEXPIRE', KEYS[1], math.ceil((burst - tokens) / rate) + 1000)
 return {granted, wait}
 """
 
+# KEYS[1] the bucket; ARGV rate per second, burst, tokens that come back. One that ended is full.
+_GIVE_BACK: Final = """
+local now = redis.call('TIME')
+now = now[1] * 1000 + math.floor(now[2] / 1000)
+local rate, burst = tonumber(ARGV[1]) / 1000, tonumber(ARGV[2])
+local kept = redis.call('HMGET', KEYS[1], 'tokens', 'at')
+if kept[1] then
+  local tokens = math.min(burst, tonumber(kept[1]) + (now - tonumber(kept[2])) * rate + tonumber(ARGV[3]))
+  redis.call('HSET', KEYS[1], 'tokens', tostring(tokens), 'at', now)
+  redis.call('PEXPIRE', KEYS[1], math.ceil((burst - tokens) / rate) + 1000)
+end
+"""
+
 
 class _Key:
     """One limit at this replica."""
@@ -84,6 +97,7 @@ class RateLimiter:
                 max_connections=16,
             )
             self._script: Any = self._redis.register_script(_SCRIPT)
+            self._give_back: Any = self._redis.register_script(_GIVE_BACK)
 
     async def take(self, key_id: str, rate_per_s: float, burst: int, requests: int) -> float:
         """Admit `requests` of a limit, or not: seconds to wait, 0.0 if they may pass. Never raises."""
@@ -106,8 +120,7 @@ class RateLimiter:
                     args=[rate_per_s, burst, wanted, int(rate_per_s * self._lease_s)],
                 )
             except (RedisError, OSError, TimeoutError) as exc:
-                log.warning("rate limits are kept by each replica alone: %s: %s", type(exc).__name__, exc)
-                self._retry_at = self._clock.monotonic() + 2 * self._timeout_s
+                self._alone(exc)
             else:
                 if not granted:
                     return max(wait_ms / 1000, 0.001)
@@ -119,13 +132,25 @@ class RateLimiter:
             key.bucket.take(requests)
         return wait_s
 
-    def give_back(self, key_id: str, requests: int) -> None:
-        """What `take` admitted did not go out after all: whoever asks this replica next uses it first."""
+    async def give_back(self, key_id: str, requests: int) -> None:
+        """What `take` admitted did not go out after all: the bucket has it again, for every replica.
+
+        Kept here it would be forgotten with the lease, and a bucket drain with nothing passing. Never raises.
+        """
         key = self._keys.get(key_id)
-        if key is not None:
-            now = self._clock.monotonic()
-            key.lease = min(requests + (key.lease if key.lease_until >= now else 0), requests + key.limit[1])
-            key.lease_until = now + LEASE_LIFE_S
+        if key is None:
+            return
+        if self._redis is not None and self._clock.monotonic() >= self._retry_at:
+            try:
+                await self._give_back(keys=[f"carillon:rate:{key_id}"], args=[*key.limit, requests])
+                return
+            except (RedisError, OSError, TimeoutError) as exc:
+                self._alone(exc)
+        key.bucket.give_back(requests)
+
+    def _alone(self, exc: Exception) -> None:
+        log.warning("rate limits are kept by each replica alone: %s: %s", type(exc).__name__, exc)
+        self._retry_at = self._clock.monotonic() + 2 * self._timeout_s
 
     async def close(self) -> None:
         """Close connections."""

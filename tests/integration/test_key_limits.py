@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from carillon.clock import SystemClock
 from carillon.errors import InvalidInputError, NotFoundError
+from carillon.events import ProblemError
+from carillon.limits import key_limit, tenant_limit
+from carillon.metrics import Stats
 from carillon.settings import RedisSettings
 from cluster.cli import main
+from serve.limits import admit
 from stores.postgres.pool import open_pool
 from stores.postgres.tenants import TenantStore
 from stores.redis.rate_limiter import RateLimiter
@@ -101,6 +106,26 @@ async def test_what_is_taken_ahead_asks_nobody(redis_url: str) -> None:
     clock.now += 1.1
     assert not await limiter.take("a", 100.0, 100, 1)
     assert limiter._keys["a"].lease == 5
+    await limiter.close()
+    await other.close()
+
+
+async def test_what_the_tenant_refuses_stays_the_keys(redis_url: str) -> None:
+    """While its tenant's limit turns everything away a key's bucket does not drain: whoever asks next, at any
+    replica, finds its burst, and no more than that."""
+    clock = Hand()
+    limiter = RateLimiter(RedisSettings(url=redis_url), 0.05, clock)
+    services: Any = SimpleNamespace(limits=limiter, stats=Stats())
+    (key,) = key_limit("acme", "drained", 0.01, 6)
+    tenant = tenant_limit("acme", {"ratePerS": 0.01, "burst": 1})
+    await admit(services, tenant, 1)
+    for _ in range(8):
+        with pytest.raises(ProblemError):
+            await admit(services, (key, *tenant), 2)
+        clock.now += 1.1
+    other = RateLimiter(RedisSettings(url=redis_url), 0.0, Hand())
+    passed = [not await other.take(key.bucket, key.rate_per_s, key.burst, 1) for _ in range(8)]
+    assert passed == [True] * 6 + [False] * 2
     await limiter.close()
     await other.close()
 
