@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 from actors.shard_users import User
 from carillon.attention import ACTIVE, AWAY, RECEIVED, SILENT, STALE
@@ -23,7 +25,8 @@ from stores.postgres.shard_store import ShardStore
 log = logging.getLogger(__name__)
 
 MAX_UNWRITTEN = 200_000
-"""Acknowledgements kept while Postgres is away; beyond it the oldest are dropped (their push may follow)."""
+"""Acknowledgements, and as many pieces of ranges, kept while Postgres is away; beyond it the oldest are
+dropped (their push may follow)."""
 BATCH = 500
 """Written in one statement: what one costs per notification grows with them."""
 RANGE = 1000
@@ -57,6 +60,14 @@ def combine(known: SignalRow, row: SignalRow) -> None:
     known.shown_on = "\n".join(dict.fromkeys([*shown, *filter(None, row.shown_on.split("\n"))]))
 
 
+def _combined(known: SignalRow, row: SignalRow) -> bool:
+    """Two acknowledgements are one row; where attention moves on between them, their order counts."""
+    if known.signal not in _STRENGTH or row.signal not in _STRENGTH:
+        return False
+    combine(known, row)
+    return True
+
+
 class Acknowledgements:
     """Acknowledgements of one shard.
 
@@ -82,7 +93,7 @@ class Acknowledgements:
         self._fenced = fenced
         self._told: dict[bytes, SignalRow] = {}  # in order of arrival
         self._after: dict[bytes, SignalRow] = {}  # the same notification once more: in the next statement
-        self._ranges: list[tuple[int, int, int, AcknowledgedRange]] = []
+        self._ranges: deque[tuple[int, int, int, AcknowledgedRange]] = deque()
         self._last_seen: dict[int, int] = {}
         self._wake = asyncio.Event()
         self._lock = asyncio.Lock()
@@ -112,17 +123,11 @@ class Acknowledgements:
     def acknowledged(self, user: User, effect: Acknowledged) -> None:
         """A device has these notifications."""
         stream, signal, device, rev = user.stream_id, effect.signal, effect.device, effect.rev
-        told = self._told
         for raw in effect.ids:
-            known = told.get(raw)
-            if known is None:
-                told[raw] = SignalRow(stream, raw, signal, device, rev)
-            else:
-                self._merge(known, SignalRow(stream, raw, signal, device, rev))
+            self._put(SignalRow(stream, raw, signal, device, rev))
         if signal not in _WATCHED:
             self._settled(effect.ids)
-        while len(told) > MAX_UNWRITTEN:
-            del told[next(iter(told))]
+        self._bound()
         self._wake.set()
 
     def ranged(self, user: User, effect: AcknowledgedRange) -> None:
@@ -130,13 +135,14 @@ class Acknowledgements:
         for after in range(effect.after_seq, effect.upto_seq, RANGE):
             upto = min(after + RANGE, effect.upto_seq)
             self._ranges.append((user.stream_id, after, upto, effect))
+        self._bound()
         self._wake.set()
 
     def signalled(self, user: User, effect: PushSignal) -> None:
         """Attention moved on: waiting pushes follow."""
         for raw in effect.ids:
-            row = SignalRow(user.stream_id, raw, effect.signal)
-            (self._after if raw in self._told else self._told)[raw] = row
+            self._put(SignalRow(user.stream_id, raw, effect.signal))
+        self._bound()
         if effect.signal == AWAY:
             self._due_now()
         self._wake.set()
@@ -146,12 +152,27 @@ class Acknowledgements:
         self._last_seen[user.stream_id] = last_seen_ms
         self._wake.set()
 
-    def _merge(self, known: SignalRow, row: SignalRow) -> None:
-        """One more acknowledgement before the first is written: the one that ends more counts."""
-        if known.signal not in _STRENGTH:
-            self._after[row.notification] = row
-        else:
-            combine(known, row)
+    def _put(self, row: SignalRow) -> None:
+        """Behind what was told of the notification before: into its row, or in the next statement."""
+        raw = row.notification
+        known = self._told.get(raw)
+        if known is None:
+            self._told[raw] = row
+        elif not _combined(known, row):
+            later = self._after.get(raw)
+            if later is None or not _combined(later, row):
+                if later is not None:
+                    _combined(known, later)  # there is room for one behind it
+                self._after[raw] = row
+
+    def _bound(self) -> None:
+        told, after, ranges = self._told, self._after, self._ranges
+        while len(told) > MAX_UNWRITTEN:
+            del told[next(iter(told))]
+        while len(after) > MAX_UNWRITTEN:
+            del after[next(iter(after))]
+        while len(ranges) > MAX_UNWRITTEN:
+            ranges.popleft()
 
     # -- writing ----------------------------------------------------------------------------------------
 
@@ -181,23 +202,12 @@ class Acknowledgements:
             FencedError, StoreUnavailableError: what is not written is kept.
         """
         async with self._lock:
-            while self._ranges:
-                await self._resolve(self._ranges[:RANGES])
-                del self._ranges[:RANGES]
-            while self._told or self._after:
-                if not self._told:
-                    self._told, self._after = self._after, {}
-                batch = list(self._told.items())[:BATCH]
-                for raw, _ in batch:
-                    del self._told[raw]
-                try:
-                    new = await self._store.acknowledge(
-                        self._term(), [row for _, row in batch], self._clock.now_ms()
-                    )
-                except BaseException:
-                    self._told = dict(batch) | self._told
-                    raise
-                self._stats.count("events_acknowledged", new)
+            while True:
+                if self._ranges:  # before more of them: each is many acknowledgements
+                    await self._next_ranges()
+                await self._write_told()
+                if not self._ranges:
+                    break
             if self._last_seen:
                 seen, self._last_seen = self._last_seen, {}
                 try:
@@ -205,6 +215,31 @@ class Acknowledgements:
                 except BaseException:
                     self._last_seen = seen | self._last_seen
                     raise
+
+    async def _write_told(self) -> None:
+        while self._told or self._after:
+            if not self._told:
+                self._told, self._after = self._after, {}
+            batch = list(islice(self._told.values(), BATCH))
+            for row in batch:
+                del self._told[row.notification]
+            try:
+                new = await self._store.acknowledge(self._term(), batch, self._clock.now_ms())
+            except BaseException:
+                # In the order it was told: what came meanwhile is behind it.
+                meanwhile, self._told = self._told, {row.notification: row for row in batch}
+                for row in meanwhile.values():
+                    self._put(row)
+                raise
+            self._stats.count("events_acknowledged", new)
+
+    async def _next_ranges(self) -> None:
+        pieces = [self._ranges.popleft() for _ in range(min(RANGES, len(self._ranges)))]
+        try:
+            await self._resolve(pieces)
+        except BaseException:
+            self._ranges.extendleft(reversed(pieces))
+            raise
 
     async def _resolve(self, pieces: list[tuple[int, int, int, AcknowledgedRange]]) -> None:
         """Turn ranges into ids; idempotent, so that a failure repeats it."""
@@ -220,12 +255,7 @@ class Acknowledgements:
                 signal, device = effect.signal, effect.device
                 if effect.rev is not None and rev > effect.rev:
                     signal, device = STALE, ""
-                row = SignalRow(stream, raw, signal, device, upto if effect.by_rev else effect.rev)
-                known = self._told.get(raw)
-                if known is None:
-                    self._told[raw] = row
-                else:
-                    self._merge(known, row)
+                self._put(SignalRow(stream, raw, signal, device, upto if effect.by_rev else effect.rev))
                 if signal not in _WATCHED:
                     ids.append(raw)
         self._settled(ids)
