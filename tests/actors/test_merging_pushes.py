@@ -7,7 +7,8 @@ from typing import Any
 
 import asyncpg
 
-from carillon.messages import PushOutcome, PushResult
+from carillon.ids import slot_of
+from carillon.messages import DevicePut, PushOutcome, PushResult
 from tests.actors.shard_kit import Kit, make_event
 from tests.actors.test_merging import like, phone, taken
 from tests.support import eventually
@@ -65,3 +66,22 @@ async def test_a_push_that_nobody_owns_stops_no_other(postgres_dsn: str) -> None
         await kit.publish(make_event("v"))
         await eventually(lambda: len(kit.router.jobs) == 1)
         await eventually(lambda: kit.db.fetchval("select count(*) = 1 from deliveries"))
+
+
+async def test_who_has_the_first_of_a_half_sent_push_gets_the_next(postgres_dsn: str) -> None:
+    """The phone got it and the tablet did not: what is merged then goes to both, once."""
+    push = {"backoff_s": 600.0}
+    async with Kit(postgres_dsn, ack_window_s=0.1, merge={"renotify_s": 0.0}, push=push) as kit:
+        await kit.router.link.request(phone())
+        tablet = DevicePut("t", "u", slot_of("t", "u"), "tablet", "android", "fcm", "token", "tok-2", "app")
+        await kit.router.link.request(tablet)
+        await kit.publish(like("a"))
+        await eventually(lambda: len(kit.router.jobs) == 1)
+        await answer(kit, kit.router.jobs[0], ("phone", "sent"), ("tablet", "failed"))
+        await kit.publish(like("b", priority=3))
+        await eventually(lambda: len(kit.router.jobs) == 2)
+        assert sorted(t.device for t in kit.router.jobs[1].targets) == ["phone", "tablet"]
+        ended = await kit.db.fetch("select state, reason from deliveries order by id")
+        assert tuple(ended[0]) == ("cancelled", "superseded")
+        await answer(kit, kit.router.jobs[1], ("phone", "sent"), ("tablet", "sent"))
+        assert await states(kit) == [("push", "cancelled"), ("push", "sent")]

@@ -483,13 +483,16 @@ class ModelShardStore(ModelAmendments):
             for d in db.of_note.get(push.notification, ()):
                 if d.channel != push.channel or d.state not in PENDING:
                     continue
+                if d.state != "planned" or d.attempts:
+                    if d.due_ms >= push.due_ms and d.carrier is None:
+                        d.state, d.reason = "cancelled", "superseded"
+                    continue
                 taken_over.add((push.notification, push.channel))
-                if d.state == "planned":
-                    if push.due_ms <= d.due_ms:
-                        if d.digest is not None or push.digest is not None:
-                            d.reason = push.reason
-                        d.due_ms, d.digest = push.due_ms, push.digest
-                    d.gate, d.hold_until_ms = push.gate, push.hold_until_ms
+                if push.due_ms <= d.due_ms:
+                    if d.digest is not None or push.digest is not None:
+                        d.reason = push.reason
+                    d.due_ms, d.digest = push.due_ms, push.digest
+                d.gate, d.hold_until_ms = push.gate, push.hold_until_ms
                 d.shown_on = []
         for push in merges.pushes:
             if (push.notification, push.channel) not in taken_over:

@@ -39,8 +39,9 @@ where e.status <> 'opened';
 -- name: merge_events
 -- The part of a group commit that changes rows: they get the stream's next revs, in the order given. $3,$4 streams
 -- and how many of their rows change; $5..$13 those rows, `back` counting from the stream's last; $14..$20 windows;
--- $21..$28 events; $29..$39 pushes, one per notification and channel: one that waits already takes over what is
--- new, else it is planned. Of streams that are gone nothing is written, and they are not answered. $40 now, $41 the digests they wait in: one that was to come earlier stays where it waits.
+-- $21..$28 events; $29..$39 pushes, one per notification and channel: one that waits already, untried, takes over
+-- what is new, else it is planned, and ends one that would be tried again after it. $40 now, $41 the digests they wait
+-- in: one that was to come earlier stays where it waits. Of streams that are gone nothing is written or answered.
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
 living as materialized (  -- an erasure waits for us, or has taken the stream
     select s.stream_id from fence, streams s
@@ -93,17 +94,22 @@ pushes as materialized (
 ),
 taken_over as (
     update deliveries d
-    set due_at = case when d.state = 'planned' then least(d.due_at, to_timestamp(p.due_s)) else d.due_at end,
-        gate = case when d.state = 'planned' then p.gate else d.gate end,
-        hold_until = case when d.state = 'planned' then to_timestamp(p.hold_s) else d.hold_until end,
-        digest = case when d.state = 'planned' and to_timestamp(p.due_s) <= d.due_at then p.digest else d.digest end,
-        reason = case when d.state = 'planned' and to_timestamp(p.due_s) <= d.due_at
-                           and (d.digest is not null or p.digest is not null) then p.reason else d.reason end,
+    set due_at = least(d.due_at, to_timestamp(p.due_s)), gate = p.gate, hold_until = to_timestamp(p.hold_s),
+        digest = case when to_timestamp(p.due_s) <= d.due_at then p.digest else d.digest end,
+        reason = case when to_timestamp(p.due_s) <= d.due_at and (d.digest is not null or p.digest is not null)
+                 then p.reason else d.reason end,
         shown_on = null, updated_at = to_timestamp($40)
     from pushes p
     where d.notification_id = any ($30::uuid[]) and d.notification_id = p.notification_id
-      and d.channel = p.channel and d.state || '' in ('planned', 'failed', 'unknown')
+      and d.channel = p.channel and d.state || '' = 'planned' and d.attempts = 0
     returning d.notification_id, d.channel
+),
+superseded as (  -- some device may have got it, and is to get what is new
+    update deliveries d set state = 'cancelled', reason = 'superseded', updated_at = to_timestamp($40)
+    from pushes p
+    where d.notification_id = any ($30::uuid[]) and d.notification_id = p.notification_id
+      and d.channel = p.channel and d.due_at >= to_timestamp(p.due_s) and d.carrier is null
+      and (d.state || '' in ('failed', 'unknown') or (d.state || '' = 'planned' and d.attempts > 0))
 ),
 planned as (
     insert into deliveries
