@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import asyncpg
+import pytest
 
+from carillon.clock import rfc3339
 from carillon.ids import slot_of
-from carillon.messages import DevicePut, PushOutcome, PushResult
+from carillon.messages import (
+    ClientAck,
+    ClientVisibility,
+    DevicePut,
+    PreferencesPut,
+    PushOutcome,
+    PushResult,
+)
 from tests.actors.shard_kit import Kit, make_event
 from tests.actors.test_merging import like, phone, taken
 from tests.support import eventually
@@ -85,3 +95,73 @@ async def test_who_has_the_first_of_a_half_sent_push_gets_the_next(postgres_dsn:
         assert tuple(ended[0]) == ("cancelled", "superseded")
         await answer(kit, kit.router.jobs[1], ("phone", "sent"), ("tablet", "sent"))
         assert await states(kit) == [("push", "cancelled"), ("push", "sent")]
+
+
+@pytest.mark.parametrize("first", ["acknowledged", "sent", "no push"])
+async def test_what_is_merged_falls_back_for_itself(postgres_dsn: str, first: str) -> None:
+    """A push of an update that fails is followed by the next channel, whatever became of the first event."""
+    async with Kit(postgres_dsn, ack_window_s=0.1, merge={"renotify_s": 0.0}) as kit:
+        await kit.router.link.request(phone())
+        token = "ab" * 32
+        tablet = DevicePut("t", "u", slot_of("t", "u"), "tablet", "ios", "apns", "token", token, "app")
+        await kit.router.link.request(tablet)
+        more: dict[str, Any] = {"channels": ["in_app", "fcm"], "fallback": ["apns"]}
+        if first == "acknowledged":
+            await kit.gateway.attach_ready(1)
+        await kit.publish(like("a", channels=["in_app"]) if first == "no push" else like("a", **more))
+        if first == "acknowledged":
+            kit.gateway.link.send_nowait(ClientAck(1, seq=1, rev=1))
+            await eventually(lambda: kit.db.fetchval("select state = 'cancelled' from deliveries"))
+        elif first == "sent":
+            await eventually(lambda: len(kit.router.jobs) == 1)
+            await taken(kit, kit.router.jobs[0])
+        tried = len(kit.router.jobs)
+        await kit.publish(like("b", **more))
+        await eventually(lambda: len(kit.router.jobs) == tried + 1)
+        await answer(kit, kit.router.jobs[tried], ("phone", "dead"))
+        await eventually(lambda: len(kit.router.jobs) == tried + 2)
+        assert kit.router.jobs[-1].provider == "apns"
+        await answer(kit, kit.router.jobs[-1], ("tablet", "dead"))
+        assert (await states(kit))[-2:] == [("fcm", "cancelled"), ("apns", "dead")]
+
+
+async def test_a_later_round_that_was_sent_needs_no_fallback(postgres_dsn: str) -> None:
+    """The push of the first event fails after that of an update was sent, which told all of it."""
+    async with Kit(postgres_dsn, ack_window_s=0.1, merge={"renotify_s": 0.0}) as kit:
+        await kit.router.link.request(phone())
+        more: dict[str, Any] = {"channels": ["in_app", "fcm"], "fallback": ["apns"]}
+        await kit.publish(like("a", **more))
+        await eventually(lambda: len(kit.router.jobs) == 1)
+        await kit.publish(like("b", **more))
+        await eventually(lambda: len(kit.router.jobs) == 2)
+        await taken(kit, kit.router.jobs[1])
+        await answer(kit, kit.router.jobs[0], ("phone", "dead"))
+        assert await states(kit) == [("fcm", "cancelled"), ("fcm", "sent")]
+
+
+@pytest.mark.parametrize("has_update", [False, True])
+async def test_an_acknowledgement_of_before_does_not_end_a_held_push(
+    postgres_dsn: str, has_update: bool
+) -> None:
+    """What do-not-disturb held of an update is sent unless the user has that update in the app."""
+    async with Kit(postgres_dsn, ack_window_s=0.1, merge={"renotify_s": 0.0}) as kit:
+        await kit.router.link.request(phone())
+        await kit.gateway.attach_ready(1)
+        kit.gateway.link.send_nowait(ClientVisibility(1, "focused"))
+        document = json.dumps({"doNotDisturbUntil": rfc3339(kit.clock.now_ms() + 3_600_000)})
+        await kit.router.link.request(PreferencesPut("t", "u", slot_of("t", "u"), document))
+        first = like("a")
+        await kit.publish(first)
+        kit.gateway.link.send_nowait(ClientAck(1, seq=1, rev=1))
+        await eventually(lambda: kit.db.fetchval("select delivered_at is not null from notifications"))
+        await kit.publish(like("b"))
+        await kit.gateway.seen(1, 3)
+        if has_update:
+            kit.gateway.link.send_nowait(ClientAck(1, ids=[first.id]))
+            await eventually(lambda: kit.db.fetchval("select shown_on is not null from deliveries"))
+        kit.skip(3601)
+        if has_update:
+            await eventually(lambda: kit.db.fetchval("select state = 'cancelled' from deliveries"))
+            assert kit.router.jobs == []
+        else:
+            await eventually(lambda: len(kit.router.jobs) == 1)

@@ -493,7 +493,7 @@ class ModelShardStore(ModelAmendments):
                         d.reason = push.reason
                     d.due_ms, d.digest = push.due_ms, push.digest
                 d.gate, d.hold_until_ms = push.gate, push.hold_until_ms
-                d.shown_on = []
+                d.shown_on, d.created_ms = [], now_ms
         for push in merges.pushes:
             if (push.notification, push.channel) not in taken_over:
                 note = db.notes[push.notification]
@@ -782,7 +782,8 @@ class ModelShardStore(ModelAmendments):
         return Claimed(
             d.id, d.attempts, d.slot, n.stream.key, n.stream.unread, n.row.id, n.row.seq, e.type,
             e.priority, content, n.row.expires_ms, sent_to, d.gate,
-            n.row.delivered_ms is not None, d.hold_until_ms or 0, list(d.shown_on),
+            bool(d.shown_on) or (n.row.delivered_ms or -1) >= d.created_ms,
+            d.hold_until_ms or 0, list(d.shown_on),
             d.channel, d.chain, d.step, d.created_ms if d.replayed_ms is None else d.replayed_ms,
             d.base_attempt, reached, e.category, d.merged, self._db.preferences.get(n.stream.key),
             n.stream.id, ended, None, d.reason, told.carrier, told.digest,
@@ -947,11 +948,16 @@ class ModelShardStore(ModelAmendments):
         ready: dict[bytes, Delivery] = {}
         for d in failed:
             row = d.note.row
-            wanted = row.delivered_ms is None or d.gate in (SEEN, ALWAYS)
+            wanted = (row.delivered_ms or -1) < d.created_ms or d.gate in (SEEN, ALWAYS)
+            seen = row.seen_ms is not None and row.seen_ms >= d.created_ms
             away = row.archived_ms is not None and row.archived_ms != d.note.event.created_ms
-            touched = (row.seen_ms, away or None, row.dismissed_ms, row.retracted_ms or d.note.cancelled_ms)
+            touched = (seen or None, away or None, row.dismissed_ms, row.retracted_ms or d.note.cancelled_ms)
             others = self._db.of_note[row.id]
-            ended = all(o.step <= d.step and o.state in ("dead", "cancelled") for o in others)
+            ended = all(
+                o.state not in CLAIMABLE
+                and (o.created_ms < d.created_ms or (o.step <= d.step and o.state != "sent"))
+                for o in others
+            )
             if wanted and touched == (None,) * 4 and ended:
                 ready.setdefault(row.id, d)
         for raw, d in ready.items():

@@ -98,7 +98,7 @@ taken_over as (
         digest = case when to_timestamp(p.due_s) <= d.due_at then p.digest else d.digest end,
         reason = case when to_timestamp(p.due_s) <= d.due_at and (d.digest is not null or p.digest is not null)
                  then p.reason else d.reason end,
-        shown_on = null, updated_at = to_timestamp($40)
+        shown_on = null, created_at = to_timestamp($40), updated_at = to_timestamp($40)
     from pushes p
     where d.notification_id = any ($30::uuid[]) and d.notification_id = p.notification_id
       and d.channel = p.channel and d.state || '' = 'planned' and d.attempts = 0

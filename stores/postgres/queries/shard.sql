@@ -351,7 +351,9 @@ select d.id, d.attempts, d.slot, s.tenant, s.user_id, s.unread, n.id as notifica
        n.content, (extract(epoch from n.expires_at) * 1000)::bigint as expires_ms, d.gate,
        d.channel, d.chain, d.step,
        d.base_attempt, (extract(epoch from coalesce(d.replayed_at, d.created_at)) * 1000)::bigint as since_ms,
-       n.delivered_at is not null as acknowledged, (extract(epoch from d.hold_until) * 1000)::bigint as hold_until_ms,
+       -- As it is told now: not before the row was planned, or took over what was merged since.
+       coalesce(n.delivered_at >= d.created_at or d.shown_on <> '{}', false) as acknowledged,
+       (extract(epoch from d.hold_until) * 1000)::bigint as hold_until_ms,
        coalesce(d.shown_on, '{}') as shown_on,
        array(select a.device_id from delivery_attempts a where a.delivery_id = d.id and a.outcome = 'sent') as sent_to,
        -- A withdrawal, and what replaces a text, is for the devices that got the push, or may have.
@@ -597,12 +599,15 @@ with ready as materialized (
     from deliveries d
     join notifications n on n.id = d.notification_id
     where d.id = any ($1::bigint[])
-      and (n.delivered_at is null or d.gate in ('seen', 'always')) and n.seen_at is null
+      -- What was merged since is told anew: who had it, and what was sent, before the row was planned counts no more.
+      and (n.delivered_at is null or n.delivered_at < d.created_at or d.gate in ('seen', 'always'))
+      and (n.seen_at is null or n.seen_at < d.created_at)
       and (n.archived_at is null or n.archived_at = n.created_at)  -- filed away from the first: only not in the app
       and n.dismissed_at is null and n.retracted_at is null and n.cancelled_at is null
       and not exists (select from deliveries o
                       where o.notification_id = d.notification_id
-                        and (o.step > d.step or o.state not in ('dead', 'cancelled')))
+                        and (o.state in ('planned', 'sending', 'failed', 'unknown')
+                             or (o.created_at >= d.created_at and (o.step > d.step or o.state = 'sent'))))
 ),
 told as (
     update deliveries d set reason = concat_ws('; ', d.reason, 'falls back to ' || r.next)
