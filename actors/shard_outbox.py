@@ -43,6 +43,12 @@ MAX_WAITING = 200_000
 MAX_MOMENTS = 10_000
 """Moments remembered at which something that rules hold is due; beyond it the periodic sweep finds them."""
 
+MAX_LATE = 10_000
+"""Pushes remembered that were planned for so late that others are given up by then."""
+
+WAITS = "waits:"
+"""How the reason begins of a push that nobody could try."""
+
 WITHDRAW = "withdraw"
 """Channel of rows that take back what was pushed."""
 
@@ -125,6 +131,7 @@ class Outbox:
         self._changed: dict[
             str, tuple[int, int]
         ] = {}  # tenants with other rules: how far their digests moved
+        self._late: dict[int, int] = {}  # pushes tried first when others are given up: when that was
         self._half_tried: list[tuple[int, _Flight]] = []  # sent at one provider, left by another
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -202,7 +209,7 @@ class Outbox:
     def left(self, message: PushLeft) -> None:
         """Nobody tries these jobs. Rows of which nothing was tried go back and the try does not count."""
         dues = self._returns.due_ms(message.provider, len(message.deliveries))
-        reason = f"waits: {message.provider} {message.reason}"
+        reason = f"{WAITS} {message.provider} {message.reason}"
         back: list[ReleaseRow] = []
         for delivery, attempt, due_ms in zip(message.deliveries, message.attempts, dues, strict=False):
             flight = self._flights.get(delivery)
@@ -414,8 +421,7 @@ class Outbox:
                     state, reason = without_target(row.channel, row.step, row.chain)
                 settled.append(SettleRow(row.delivery, row.attempt, state, now_ms, reason, onward=not mine))
                 continue
-            since_ms = max(row.since_ms, row.hold_until_ms) if row.gate == DEFERRED else row.since_ms
-            if now_ms - since_ms > self._settings.push.give_up_after_s * 1000:
+            if self._given_up(row, now_ms):
                 # Claimed again and again without a verdict (the provider is away, pools are full): while it
                 # may come back rows wait without using up tries, but not for ever.
                 reason = f"no outcome within {self._settings.push.give_up_after_s:.0f} s"
@@ -453,6 +459,24 @@ class Outbox:
                 break
         if len(self._flights) > 10_000:
             self._flights = {d: f for d, f in self._flights.items() if f.until_ms > now_ms}
+
+    def _given_up(self, row: Claimed, now_ms: int) -> bool:
+        """There was no verdict for too long. Never before the first try: it may be planned for long after the
+        event, and its time counts from that try."""
+        since_ms = max(row.since_ms, row.hold_until_ms) if row.gate == DEFERRED else row.since_ms
+        patience_ms = round(self._settings.push.give_up_after_s * 1000)
+        if now_ms - since_ms <= patience_ms:
+            return False
+        first_ms = self._late.get(row.delivery)
+        if (
+            first_ms is None
+            and row.attempt == row.base_attempt + 1
+            and not (row.reason or "").startswith(WAITS)
+        ):
+            first_ms = self._late[row.delivery] = now_ms
+            if len(self._late) > MAX_LATE:
+                del self._late[next(iter(self._late))]
+        return first_ms is None or now_ms - first_ms > patience_ms
 
     def _at_due(self, row: Claimed, now_ms: int) -> str:
         """What waited for its user to look away is due. The session decides before (`Session.tick`); here it
@@ -528,7 +552,7 @@ class Outbox:
             if held_back:
                 (due_ms,) = self._returns.due_ms(message.provider, 1)
                 asked_ms = now_ms + round(1000 * held_back[0].retry_after_s)
-                reason = f"waits: {message.provider} {held_back[0].error}"
+                reason = f"{WAITS} {message.provider} {held_back[0].error}"
                 flight.left = (max(due_ms, asked_ms, flight.left[0] if flight.left else 0), reason)
             if any(r.outcome not in RETRYABLE for r in tried):
                 self._returns.took(message.provider)

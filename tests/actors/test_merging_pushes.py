@@ -16,6 +16,7 @@ from carillon.messages import (
     ClientVisibility,
     DevicePut,
     PreferencesPut,
+    PushLeft,
     PushOutcome,
     PushResult,
 )
@@ -165,3 +166,26 @@ async def test_an_acknowledgement_of_before_does_not_end_a_held_push(
             assert kit.router.jobs == []
         else:
             await eventually(lambda: len(kit.router.jobs) == 1)
+
+
+async def test_a_push_planned_for_later_than_pushes_are_given_up_is_tried(postgres_dsn: str) -> None:
+    """What may disturb again in an hour is sent then, however short the patience with providers is."""
+    merge, push = {"renotify_s": 3600.0, "aggregate_window_s": 86_400.0}, {"give_up_after_s": 600.0}
+    async with Kit(postgres_dsn, ack_window_s=0.1, push=push, merge=merge) as kit:
+        await kit.router.link.request(phone())
+        await kit.publish(like("a"))
+        await eventually(lambda: len(kit.router.jobs) == 1)
+        await taken(kit, kit.router.jobs[0])
+        await kit.publish(like("b"))
+        kit.skip(3601)
+        await eventually(lambda: len(kit.router.jobs) == 2)
+        job = kit.router.jobs[1]
+        kit.router.link.send_nowait(PushLeft(job.provider, "away", [job.delivery], [job.attempt]))
+        await eventually(lambda: len(kit.router.jobs) == 3)
+        kit.skip(601)
+        job = kit.router.jobs[2]
+        kit.router.link.send_nowait(PushLeft(job.provider, "away", [job.delivery], [job.attempt]))
+        await eventually(
+            lambda: kit.db.fetchval("select state = 'dead' from deliveries order by id desc limit 1")
+        )
+        assert len(kit.router.jobs) == 3
