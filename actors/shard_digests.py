@@ -7,6 +7,7 @@ planned later belongs to the next one.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
@@ -30,7 +31,7 @@ from carillon.digest import (
     summary,
     tell,
 )
-from carillon.errors import CarillonError, NotFoundError, StoreUnavailableError
+from carillon.errors import CarillonError, FencedError, NotFoundError, StoreUnavailableError
 from carillon.ids import UserKey, uuid_text
 from carillon.messages import DigestChange, Done
 from carillon.metrics import Stats
@@ -38,7 +39,7 @@ from carillon.notification import decode_content
 from carillon.problems import Problem
 from carillon.settings import Settings
 from carillon.switches import Preferences
-from stores.postgres.digests import WaitingItem
+from stores.postgres.digests import START, Place, WaitingItem
 from stores.postgres.shard_rows import Claimed
 from stores.postgres.shard_store import ShardStore
 
@@ -62,6 +63,8 @@ class Digests:
         settled: awaits the batch that is being written.
         templates: gives the tenants' templates.
         due: called with the moment (ms) at which rows are due now that were not.
+        slots: gives the slots owned now.
+        fenced: called when the term turns out to be over.
     """
 
     def __init__(
@@ -76,6 +79,8 @@ class Digests:
         settled: Callable[[], Awaitable[None]],
         templates: Callable[[], Templates],
         due: Callable[[int], None],
+        slots: Callable[[], Sequence[int]],
+        fenced: Callable[[], None],
     ) -> None:
         self._store = store
         self._policies = policies
@@ -86,7 +91,11 @@ class Digests:
         self._settled = settled
         self._templates = templates
         self._due = due
+        self._slots = slots
+        self._fenced = fenced
         self._apart_until = float("-inf")
+        self._changed: dict[str, Place] = {}  # tenants with other rules: how far their digests moved
+        self._wake = asyncio.Event()
 
     # -- when they are due ------------------------------------------------------------------------------
 
@@ -315,19 +324,42 @@ class Digests:
             (item, user.key, mine) for item in await self._store.digests.waiting(user.stream_id)
         )
 
-    async def rearrange_tenant(
-        self, tenant: str, slots: Sequence[int], after: tuple[int, int]
-    ) -> tuple[int, int] | None:
-        """The same for users of a tenant whose rules have changed, some at a time.
+    def follow(self, tenant: str) -> None:
+        """The rules of a tenant have changed: what waits by them will do so as they say now."""
+        self._changed[tenant] = START
+        self._wake.set()
 
-        Args:
-            after: (stream, row) of the last that was looked at.
+    async def follow_for_ever(self) -> None:
+        """Move what waits in digests of tenants whose rules have changed, a page of each at a time.
 
-        Returns:
-            Where to go on; None: all were looked at.
+        Beside the sweep, which neither waits for it nor fails with it.
         """
+        while True:
+            await self._wake.wait()
+            failed = not self._slots()
+            for tenant in [] if failed else list(self._changed):
+                after = self._changed.pop(tenant)
+                try:
+                    reached = await self._rearrange_tenant(tenant, self._slots(), after)
+                except Exception as exc:
+                    failed, reached = True, after
+                    if isinstance(exc, FencedError):
+                        self._fenced()
+                    elif isinstance(exc, CarillonError):
+                        log.info("digests of %s follow its rules later: %s", tenant, exc)
+                    else:
+                        log.exception("moving the digests of %s failed", tenant)
+                if reached is not None:
+                    self._changed.setdefault(tenant, reached)  # or, changed again, from the beginning
+            if not self._changed:
+                self._wake.clear()
+            elif failed:
+                await asyncio.sleep(self._settings.shard.sweep_s)
+
+    async def _rearrange_tenant(self, tenant: str, slots: Sequence[int], after: Place) -> Place | None:
+        """See `rearrange`; of a tenant, some at a time. Returns where to go on, if there is more."""
         await self._settled()
-        items = await self._store.digests.waiting_of(tenant, slots, after, PAGE)
+        items, reached = await self._store.digests.waiting_of(tenant, slots, after, PAGE)
         documents = {(item.preferences, item.zone) for item in items}
         known = {
             (document, zone): None
@@ -338,7 +370,7 @@ class Digests:
         await self._move(
             (item, UserKey(tenant, item.user), known[item.preferences, item.zone]) for item in items
         )
-        return (items[-1].stream_id, items[-1].delivery) if len(items) == PAGE else None
+        return reached
 
     async def _move(self, items: Iterable[tuple[WaitingItem, UserKey, Preferences | None]]) -> int:
         """Let items wait as their users want it now."""

@@ -112,7 +112,6 @@ class Outbox:
         self._users = users
         self._acks = acks
         acks.on_change(self.settled_in_app, self.due_now)
-        policies.on_change(self._rules_changed)
         self._clock = clock
         self._stats = stats
         self._settings = settings
@@ -128,9 +127,6 @@ class Outbox:
         self._flights: dict[int, _Flight] = {}
         self._outcomes: list[tuple[Link, int, PushOutcome]] = []
         self._stopped: dict[bytes, tuple[str, int]] = {}  # why, and until when jobs may be on their way here
-        self._changed: dict[
-            str, tuple[int, int]
-        ] = {}  # tenants with other rules: how far their digests moved
         self._late: dict[int, int] = {}  # pushes tried first when others are given up: when that was
         self._half_tried: list[tuple[int, _Flight]] = []  # sent at one provider, left by another
         self._wake = asyncio.Event()
@@ -143,8 +139,9 @@ class Outbox:
         )  # fmt: skip
         self.digests = Digests(
             store, policies, clock, stats, settings, term=term, settled=settled, templates=templates,
-            due=self._due_at,
+            due=self._due_at, slots=slots, fenced=fenced,
         )  # fmt: skip
+        policies.on_change(self.digests.follow)
         self._again = DecidedAgain(
             store, users, policies, stats, settings.shard, self.digests, term=term, hold=self._returns.add,
             cancel=lambda rows, now_ms: self._settle([], rows, [], [], now_ms),
@@ -159,6 +156,7 @@ class Outbox:
                 self._sweep_for_ever(),
                 self._record_for_ever(),
                 self._fresh_for_ever(),
+                self.digests.follow_for_ever(),
             )
         ]
 
@@ -304,28 +302,9 @@ class Outbox:
             self._look_ms = moment
             self._due_at(moment)
 
-    def _rules_changed(self, tenant: str) -> None:
-        self._changed[tenant] = 0, 0
-        self.due_now()
-
-    async def _rearrange(self) -> None:
-        """Digests of tenants whose rules have changed follow, a page of each at a time."""
-        for tenant, after in list(self._changed.items()):
-            reached = await self.digests.rearrange_tenant(tenant, self._slots(), after)
-            if self._changed.get(tenant) != after:
-                continue  # changed once more meanwhile: from the beginning
-            if reached is None:
-                del self._changed[tenant]
-            else:
-                self._changed[tenant] = reached
-        if self._changed:
-            self.due_now()
-
     async def _sweep(self) -> None:
         """Claim what is due and send it. Acknowledgements in memory are written first: they cancel rows."""
         shard = self._settings.shard
-        if self._changed:
-            await self._rearrange()
         await self._acks.write()
         while True:
             now_ms = self._clock.now_ms()

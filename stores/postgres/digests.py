@@ -18,6 +18,9 @@ from stores.postgres.shard_rows import Claimed, ToldItem
 
 _SQL: Final = load_queries("digests")
 
+Place = tuple[int, str, int]
+"""Slot, user, outbox row: up to where the digests of a tenant were looked through."""
+START: Final[Place] = (0, "", 0)
 REST: Final = 20_000
 """Items that one statement tells beyond those that were looked at."""
 
@@ -225,22 +228,31 @@ class DigestStore:
         ]
 
     async def waiting_of(
-        self, tenant: str, slots: Sequence[int], after: tuple[int, int], limit: int
-    ) -> list[WaitingOf]:
-        """The same of all users of a tenant, by stream and row.
+        self, tenant: str, slots: Sequence[int], after: Place, limit: int
+    ) -> tuple[list[WaitingOf], Place | None]:
+        """The same of all users of a tenant, some at a time.
 
         Args:
-            after: (stream, row) of the last one that is known.
+            after: where to begin.
+            limit: at least 2.
+
+        Returns:
+            What was found, and where to go on; None: there is no more.
         """
         async with acquired(self._pool(), self._timeout_s) as connection:
             rows = await connection.fetch(_SQL["waiting_of"], tenant, slots, *after, limit)
-        return [
+        items = [
             WaitingOf(
                 r["id"], r["digest"].bytes, r["type"], r["category"], r["priority"], r["due_ms"],
                 r["stream_id"], r["user_id"], r["preferences"], r["zone"],
             )
             for r in rows
+            if r["id"] is not None
         ]  # fmt: skip
+        if len(rows) < limit:
+            return items, None
+        last = rows[-1]
+        return items, (last["slot"], last["user_id"], last["id"] or 0)
 
     async def move(self, term: int, rows: Sequence[tuple[int, bytes, int]], now_ms: int) -> int:
         """Let outbox rows wait in other digests: (row, digest, due). Returns how many were waiting."""

@@ -593,6 +593,46 @@ async def test_open_digests_follow_the_tenants_defaults(postgres_dsn: str) -> No
         ]  # fmt: skip
 
 
+async def test_pages_reach_all_that_waits(postgres_dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Users with more than a page, with some, and with nothing that waits: all of it follows."""
+    monkeypatch.setattr(shard_digests, "PAGE", 3)
+    async with Kit(postgres_dsn, sweep_s=600.0, policy_refresh_s=0.05) as kit:
+        await policy(kit, defaults={"digest": {"frequency": "weekly", "at": "08:00"}})
+        for n in range(7):
+            await phone(kit, f"u{n}")
+            if n % 2:
+                await prefer(kit, f"u{n}", digest="off")
+            await kit.publish(*(make_event(f"u{n}") for _ in range(1 + n)))
+        weekly = set(await open_ids(kit))
+        assert len(weekly) == 4
+        await policy(kit, defaults={"digest": "hourly"})
+        followed = "select count(*) = 0 from deliveries where digest = any ($1::uuid[])"
+        ids = [uuid.UUID(bytes=raw) for raw in weekly]
+        await eventually(lambda: kit.db.fetchval(followed, ids), what="the move of all")
+        assert len(await open_ids(kit)) == 4
+
+
+async def test_no_push_waits_for_digests_that_follow_rules(
+    postgres_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking through a tenant's digests fails or takes long: what is due leaves all the same."""
+    asked = asyncio.Event()
+
+    async def slow(*args: Any) -> Any:
+        asked.set()
+        await asyncio.Event().wait()
+
+    async with Kit(postgres_dsn, policy_refresh_s=0.05) as kit:
+        monkeypatch.setattr(kit.shard._store.digests, "waiting_of", slow)
+        await phone(kit)
+        await policy(kit, defaults={"digest": "weekly"})
+        await kit.publish(make_event())
+        await policy(kit, defaults={"digest": "daily"})
+        await eventually(asked.is_set, what="the look at what waits")
+        await kit.db.execute("update deliveries set due_at = now() - interval '1 s'")
+        await eventually(lambda: kit.router.jobs, what="the push")
+
+
 async def test_without_a_default_what_waited_by_it_is_told(postgres_dsn: str) -> None:
     """The tenant wants no digests any more: what waited comes now, together; users' own digests stay."""
     async with Kit(postgres_dsn, sweep_s=600.0, policy_refresh_s=0.05) as kit:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from carillon.attention import DEFERRED, WITHDRAWN
 from carillon.digest import EXPIRED, REMOVED, Told
 from carillon.errors import FencedError
-from stores.postgres.digests import WaitingItem, WaitingOf
+from stores.postgres.digests import Place, WaitingItem, WaitingOf
 from stores.postgres.shard_rows import Claimed, ToldItem
 
 if TYPE_CHECKING:
@@ -189,20 +189,20 @@ class ModelDigestStore:
         return await self._db.run(statement)
 
     async def waiting_of(
-        self, tenant: str, slots: Sequence[int], after: tuple[int, int], limit: int
-    ) -> list[WaitingOf]:
+        self, tenant: str, slots: Sequence[int], after: Place, limit: int
+    ) -> tuple[list[WaitingOf], Place | None]:
         asked = frozenset(slots)
 
-        def statement() -> list[WaitingOf]:
+        def statement() -> tuple[list[WaitingOf], Place | None]:
             found = [
                 d
                 for d in self._db.deliveries.values()
                 if d.digest is not None and d.carrier is None and (d.reason, d.state) == ("digest", "planned")
                 and d.slot in asked and d.note.stream.key.tenant == tenant
-                and (d.note.stream.id, d.id) > after
+                and place(d) > after
             ]  # fmt: skip
-            found.sort(key=lambda d: (d.note.stream.id, d.id))
-            return [
+            found.sort(key=place)
+            items = [
                 WaitingOf(
                     d.id, d.digest or b"", d.note.event.type, d.note.event.category, d.note.event.priority,
                     d.due_ms, d.note.stream.id, key.user, self._db.preferences.get(key), None,
@@ -210,6 +210,10 @@ class ModelDigestStore:
                 for d in found[:limit]
                 for key in (d.note.stream.key,)
             ]  # fmt: skip
+            return items, place(found[limit - 1]) if len(found) >= limit else None
+
+        def place(d: Delivery) -> Place:
+            return d.slot, d.note.stream.key.user, d.id
 
         return await self._db.run(statement)
 

@@ -143,20 +143,40 @@ where d.stream_id = $1 and d.digest is not null and d.carrier is null and d.stat
   and d.reason = 'digest' and d.state || '' = 'planned';
 
 -- name: waiting_of
--- The same of all users of a tenant, with what they want and where they are. $1 tenant, $2 slots, $3 stream and $4 row
--- after which, $5 how many.
+-- The same of all users of a tenant, with what they want and where they are: by slot, user and row. Streams are walked by
+-- their key, and one without anything that waits is a row without it: so each page costs its own rows. $1 tenant,
+-- $2 slots, $3 slot, $4 user and $5 row after which, $6 how many.
 select d.id, d.digest, n.type, n.category, n.priority, (extract(epoch from d.due_at) * 1000)::bigint as due_ms,
-       d.stream_id, s.user_id,
-       (select p.document::text from preferences p where p.tenant = s.tenant and p.user_id = s.user_id) as preferences,
-       (select p.timezone from profiles p where p.tenant = s.tenant and p.user_id = s.user_id) as zone
-from deliveries d
-join streams s on s.stream_id = d.stream_id
-join notifications n on n.id = d.notification_id
-where (d.stream_id, d.id) > ($3, $4) and s.tenant = $1 and d.slot = any ($2::smallint[])
-  and d.digest is not null and d.carrier is null and d.state in ('planned', 'sending')
-  and d.reason = 'digest' and d.state || '' = 'planned'
-order by d.stream_id, d.id
-limit $5;
+       d.stream_id, s.slot, s.user_id,
+       case when d.id is not null then
+           (select p.document::text from preferences p where p.tenant = $1 and p.user_id = s.user_id)
+       end as preferences,
+       case when d.id is not null then
+           (select p.timezone from profiles p where p.tenant = $1 and p.user_id = s.user_id)
+       end as zone
+from (
+    select s.stream_id, s.slot, s.user_id
+    from (select slot from unnest($2::smallint[]) as o (slot) where slot >= $3::smallint order by slot) o
+    cross join lateral (
+        select s.stream_id, s.slot, s.user_id from streams s
+        where s.tenant = $1 and s.slot = o.slot
+          and s.user_id >= case when o.slot = $3::smallint then $4::text else '' end
+        order by s.user_id
+        limit $6
+    ) s
+    limit $6
+) s
+left join lateral (
+    select d.id, d.digest, d.due_at, d.stream_id, d.notification_id from deliveries d
+    where d.stream_id = s.stream_id and d.digest is not null and d.carrier is null
+      and d.state in ('planned', 'sending') and d.reason = 'digest' and d.state || '' = 'planned'
+      and (d.id > $5 or (s.slot, s.user_id) <> ($3::smallint, $4::text))
+    order by d.id
+    limit $6
+) d on true
+left join notifications n on n.id = d.notification_id
+order by s.slot, s.user_id, d.id
+limit $6;
 
 -- name: move
 -- Rows that wait in another digest, or until another time, now. $3 ids, $4 digests, $5 due, $6 now.
