@@ -200,7 +200,7 @@ def test_status_shows_what_matters() -> None:
 
 
 def test_up_chooses_ports_that_are_0() -> None:
-    """By option or by variable, for `up` here alone: free ones that differ; a variable leaves it to each gateway."""
+    """By option or variable, for `up` here alone: free ones that differ; a gateway's 0 stays."""
 
     def ports(line: list[str], environ: dict[str, str]) -> tuple[int, int, int]:
         settings = _settings(build_parser().parse_args(line), environ)
