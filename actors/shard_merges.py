@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from actors.shard_users import User
+from actors.shard_windows import KnownWindows
 from carillon.digest import OVERFLOW, digest_id, key_of
 from carillon.external import IN_APP
 from carillon.ids import uuid_text
@@ -55,14 +56,21 @@ class Merges:
 
     Args:
         policy: gives a tenant's policy.
+        term: gives the term under which the shard writes.
     """
 
     def __init__(
-        self, store: ShardStore, settings: MergeSettings, policy: Callable[[str], TenantPolicy]
+        self,
+        store: ShardStore,
+        settings: MergeSettings,
+        policy: Callable[[str], TenantPolicy],
+        term: Callable[[], int],
     ) -> None:
         self._store = store
         self._settings = settings
         self._policy = policy
+        self._term = term
+        self.windows = KnownWindows(settings.known_windows)
 
     def asked(self, events: Iterable[Event]) -> bool:
         """Whether some of a batch are perhaps to be merged."""
@@ -112,7 +120,8 @@ class Merges:
             wanted.update(dict.fromkeys((user.stream_id, ask.key) for ask in asks))
             if any(speaks_languages(ask.rule) for ask in asks):
                 speaking.add(user.stream_id)
-        windows = await self._store.find_windows(list(wanted), now_ms, aside)
+        open_ones = list(wanted) if aside else await self._perhaps_open(wanted, now_ms)
+        windows = await self._store.find_windows(open_ones, now_ms, aside) if open_ones else []
         targets = {(w.stream_id, w.key): w.row.id for w in windows}
         pairs: dict[tuple[bytes, str], None] = {}
         for user, event in batch:
@@ -125,6 +134,20 @@ class Merges:
         merger.know(windows, await self._store.find_actors(list(pairs), aside) if pairs else ())
         locales = await self._store.find_locales(sorted(speaking), aside) if speaking else {}
         return MergingBatch(self, merger, asked, locales, now_ms)
+
+    async def _perhaps_open(
+        self, wanted: Iterable[tuple[int, str]], now_ms: int
+    ) -> Sequence[tuple[int, str]]:
+        """Those of the windows of which Postgres is to be asked."""
+        wanted, most = list(wanted), self._settings.known_windows
+        self.windows.under(self._term())
+        unlearned = self.windows.unlearned(stream for stream, _ in wanted)
+        if unlearned:
+            found = await self._store.open_windows(unlearned, now_ms, most)
+            if len(found) >= most:
+                return wanted  # more than can be known: they are asked of one by one
+            self.windows.learn(unlearned, found)
+        return self.windows.perhaps(wanted)
 
     async def preview(self, user: User, event: Event, filed: bool, now_ms: int) -> dict[str, Any] | None:
         """What would become of an event now, as `dryRun` tells it; None if it is not to be merged."""
@@ -261,6 +284,7 @@ class MergingBatch:
                 )
                 for key, ends_ms in target.keys.items()
             ]
+        self._merges.windows.opened((window.stream_id, window.key) for window in writes.windows)
         for row in writes.updates:
             row.back += counts[row.stream_id]
         for raw, (user, event, plan, due_ms) in self._pushes.items():

@@ -110,7 +110,7 @@ class Writer:
         self._run_effects = run
         self._reach = reach
         self._policy = policy
-        self._merges = Merges(store, merging, policy)
+        self._merges = Merges(store, merging, policy, term)
         self._window_ms = round(settings.ack_window_s * 1000)
         self._planned = planned
         self._was_erased = erased

@@ -127,6 +127,12 @@ class MergeSettings:
     max_items_bytes: int = setting(
         16_384, "Their length as JSON together; older ones go.", low=1024, high=65_536
     )
+    known_windows: int = setting(
+        100_000,
+        "Windows that a shard knows to be open, twice as many at most: of others Postgres need not be asked.",
+        low=1,
+        high=10_000_000,
+    )
     keep_s: float = setting(
         172_800.0,
         "How long it is known which events were merged: repeated tries of them are recognised, `explain` "

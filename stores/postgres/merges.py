@@ -7,7 +7,7 @@ transaction of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,6 +19,11 @@ from stores.postgres.shard_connections import ShardConnections
 from stores.postgres.shard_rows import MergedInto, StreamsErasedError, row_of, with_rows
 
 _SQL: Final = with_rows("merges")
+_ANSWER: Final = "select stream_id, seq, rev, unread from moved"
+"""How the group commit ends (shard.sql)."""
+Around = Callable[[str, int], tuple[str, Sequence[Any]]]
+"""Given the text of the group commit and how many parameters it has: one that does more, and its further
+parameters."""
 
 
 @dataclass(slots=True)
@@ -96,6 +101,13 @@ class MergeWrites:
         """The streams of which something is written."""
         return {row.stream_id for rows in (self.updates, self.windows, self.events) for row in rows}
 
+    @property
+    def opens_only(self) -> bool:
+        """Nothing was merged: there are windows that the batch's own notifications opened, and no more."""
+        if self.updates or self.pushes:
+            return False
+        return all(row.status == "opened" for row in self.events) and all(w.events == 1 for w in self.windows)
+
     def counts(self) -> dict[int, int]:
         """Stream id -> how many of its rows change."""
         found: dict[int, int] = {}
@@ -106,6 +118,8 @@ class MergeWrites:
 
 class MergeStore(ShardConnections):
     """The part of `ShardStore` that is about merging."""
+
+    _opened_sql: dict[str, str]
 
     async def _fetch_merges(self, name: str, aside: bool, *args: Any) -> list[Any]:
         async with self._reading() if aside else self._writing() as connection:
@@ -122,6 +136,11 @@ class MergeStore(ShardConnections):
         keys = [s for s, _ in wanted], [k for _, k in wanted]
         rows = await self._fetch_merges("find_windows", aside, *keys, now_ms / 1000)
         return [Window(r[0], r[1], row_of(r[8:]), r[6], r[2], r[3], r[4], r[5], r[7]) for r in rows]
+
+    async def open_windows(self, streams: Sequence[int], now_ms: int, most: int) -> list[tuple[int, str]]:
+        """(stream id, key) of the open windows of streams, at most so many."""
+        rows = await self._fetch_merges("open_windows", False, streams, now_ms / 1000, most)
+        return [(r[0], r[1]) for r in rows]
 
     async def find_actors(
         self, wanted: Sequence[tuple[bytes, str]], aside: bool = False
@@ -145,6 +164,30 @@ class MergeStore(ShardConnections):
         async with self._reading() as connection:
             await connection.execute(_SQL["prune_windows"], now_ms / 1000)
             await connection.execute(_SQL["prune_merged"], since_ms / 1000)
+
+    def _opening(self, merges: MergeWrites, ids: Sequence[bytes], now_ms: int) -> Around:
+        """Makes of the group commit of notifications with these ids one that writes the windows they open."""
+        nth = {raw: number for number, raw in enumerate(ids, 1)}
+        windows, events = merges.windows, merges.events
+
+        def made(text: str, count: int) -> tuple[str, Sequence[Any]]:
+            whole = self._opened_sql.get(text)
+            if whole is None:
+                head, found, tail = text.rpartition(_ANSWER)
+                assert found
+                parts = {f"p{number}": f"${count + number}" for number in range(1, 11)}
+                whole = self._opened_sql[text] = (
+                    f"{head.rstrip()},\n{_SQL['opened'].rstrip() % parts}\n{found}{tail}"
+                )
+            return whole, (
+                [nth[w.notification] for w in windows], [w.key for w in windows],
+                [w.ends_ms / 1000 for w in windows], [w.count for w in windows],
+                [w.notified_ms / 1000 for w in windows],
+                [nth[e.event] for e in events], [e.how for e in events], [e.source for e in events],
+                now_ms / 1000, [e.actor for e in events],
+            )  # fmt: skip
+
+        return made
 
     async def _write_merges(
         self, connection: asyncpg.Connection, term: int, merges: MergeWrites, now_ms: int, keyed: bool

@@ -20,7 +20,7 @@ from carillon.notification import NotificationRow
 from carillon.settings import PostgresSettings
 from stores.postgres.amendments import RETRACT, Amendments
 from stores.postgres.digests import DigestStore
-from stores.postgres.merges import MergeStore, MergeWrites
+from stores.postgres.merges import Around, MergeStore, MergeWrites
 from stores.postgres.shard_documents import UserDocuments
 from stores.postgres.shard_outbox import Outbox
 from stores.postgres.shard_rows import (
@@ -113,6 +113,7 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
                 claimed_of,
             ),
         )  # fmt: skip
+        self._opened_sql = {}
         self._append_sql = {
             (outbox, ruled, digests): self._append_text(outbox, ruled, digests)
             for outbox, ruled, digests in itertools.product((False, True), repeat=3)
@@ -259,8 +260,12 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
         """
         try:
             async with self._writing() as connection:
+                opening: Around | None = None
+                if merges is not None and rows and merges.opens_only:
+                    # Nothing of it needs a statement of its own, nor the transaction that holds several.
+                    opening, merges = self._opening(merges, [row.event.id for row in rows], now_ms), None
                 if not keys and before is None and merges is None:
-                    return await self._append(connection, term, counts, rows, outbox, now_ms)
+                    return await self._append(connection, term, counts, rows, outbox, now_ms, opening)
                 async with connection.transaction():
                     await self._fence(connection, term)
                     taken = await self._take_keys(connection, keys, now_ms, keys_since_ms) if keys else ()
@@ -270,7 +275,7 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
                         await before(connection)
                     heads: dict[int, tuple[int, int, int]] = {}
                     if rows:
-                        heads = await self._append(connection, term, counts, rows, outbox, now_ms)
+                        heads = await self._append(connection, term, counts, rows, outbox, now_ms, opening)
                     wanted = set(counts)
                     if merges is not None:
                         heads |= await self._write_merges(connection, term, merges, now_ms, bool(keys))
@@ -509,11 +514,6 @@ def _outbox_arrays(events: Sequence[Event], outbox: Sequence[OutboxRow], now_ms:
         chains,
         steps,
     ]
-
-
-Around = Callable[[str, int], tuple[str, Sequence[Any]]]
-"""Given the text of the group commit and how many parameters it has: one that does more, and its further
-parameters."""
 
 
 class Inside(NamedTuple):

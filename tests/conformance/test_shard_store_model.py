@@ -193,12 +193,32 @@ class Pair:
         for row in rows:
             row.back += counts[row.stream_id]
         since_ms = self.now_ms - 60_000
-        done = await self.both("append", self.term(), counts, rows, outbox, self.now_ms, keyed, since_ms)
+        opened = self.opened(rows) if rng.random() < 0.4 else None
+        done = await self.both(
+            "append", self.term(), counts, rows, outbox, self.now_ms, keyed, since_ms, None, opened
+        )
         if done is not None:
             self.notes += [(row.stream_id, row.event.id) for row in rows]
         if keyed:
             pairs = [(e.tenant, e.idempotency_key or "") for e in keyed]
             await self.both("find_keys", pairs, since_ms)
+
+    def opened(self, rows: list[AppendRow]) -> MergeWrites:
+        """What a batch writes whose notifications open windows."""
+        merges = MergeWrites()
+        for row in rows:
+            raw, stream = row.event.id, row.stream_id
+            key, ends_ms = f"key:{self.rng.randrange(4)}", self.now_ms + self.rng.randrange(6000)
+            if all((w.stream_id, w.key) != (stream, key) for w in merges.windows):
+                merges.windows.append(
+                    WindowRow(stream, key, raw, ends_ms, 1, self.rng.randrange(1, 9), self.now_ms)
+                )
+                merges.events.append(
+                    MergedRow(
+                        raw, raw, stream, "opened", "drop", "tenant", self.rng.choice((None, "john")), None
+                    )
+                )
+        return merges
 
     async def merge_events(self) -> None:
         """Some notifications take in events; one perhaps was merged before."""
@@ -250,6 +270,7 @@ class Pair:
         streams = list(self.streams.values())
         wanted = [(stream, f"key:{n}") for stream in streams for n in range(4)]
         await self.both("find_windows", wanted, self.now_ms, order=lambda found: sorted(map(repr, found)))
+        await self.both("open_windows", streams, self.now_ms, 1000, order=sorted)
         pairs = [(raw, actor) for _, raw in self.some() for actor in ("john", "jane")]
         await self.both("find_actors", pairs)
         await self.both("find_locales", streams)

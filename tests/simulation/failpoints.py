@@ -32,7 +32,7 @@ READS = frozenset(
     (
         "open", "close", "find_ids", "find_keys", "existing", "last_seen", "load_targets", "policies",
         "ids_between", "tries_before", "expired", "standing", "notifications_after", "changes_after",
-        "draw_delivery_ids", "load", "find_windows", "find_actors", "find_merged",
+        "draw_delivery_ids", "load", "find_windows", "open_windows", "find_actors", "find_merged",
         "digests.told", "digests.next_moment", "digests.waiting", "digests.waiting_of",
     )
 )  # fmt: skip

@@ -506,6 +506,13 @@ class ModelShardStore(ModelAmendments):
                 db.of_note.setdefault(push.notification, []).append(delivery)
         return heads
 
+    async def open_windows(self, streams: Sequence[int], now_ms: int, most: int) -> list[tuple[int, str]]:
+        def statement() -> list[tuple[int, str]]:
+            windows = self._db.windows
+            return [k for k in windows if k[0] in streams and windows[k].ends_ms > now_ms][:most]
+
+        return await self._db.run(statement)
+
     async def find_windows(
         self, wanted: Sequence[tuple[int, str]], now_ms: int, aside: bool = False
     ) -> list[Window]:

@@ -12,6 +12,35 @@ join merge_windows w on w.stream_id = t.stream_id and w.key = t.key
 join notifications n on n.id = w.notification_id and n.stream_id = w.stream_id
 where w.ends_at > to_timestamp($3);
 
+-- name: open_windows
+-- Windows of streams that have not ended, at most $3. $1 streams, $2 now.
+select w.stream_id, w.key from merge_windows w
+where w.stream_id = any ($1::bigint[]) and w.ends_at > to_timestamp($2)
+limit $3;
+
+-- name: opened
+-- Further parts of the group commit (`append` in shard.sql) of a batch in which nothing was merged and windows were
+-- opened by its own notifications, which the first parameters name by their number: windows, then what became of
+-- the events. Streams that were erased are not in `moved`.
+windows as (
+    insert into merge_windows as w (stream_id, key, notification_id, ends_at, events, count, notified_at)
+    select m.stream_id, t.key, ($5::uuid[])[t.nth], to_timestamp(t.ends_s), 1, t.count, to_timestamp(t.notified_s)
+    from unnest(%(p1)s::int[], %(p2)s::text[], %(p3)s::float8[], %(p4)s::int[], %(p5)s::float8[])
+         as t (nth, key, ends_s, count, notified_s)
+    join moved m on m.stream_id = ($6::bigint[])[t.nth]
+    order by m.stream_id, t.key
+    on conflict (stream_id, key) do update
+        set notification_id = excluded.notification_id, ends_at = excluded.ends_at, events = excluded.events,
+            count = excluded.count, notified_at = excluded.notified_at
+),
+noted as (
+    insert into merged_events (event_id, notification_id, stream_id, at, status, how, source, actor)
+    select ($5::uuid[])[t.nth], ($5::uuid[])[t.nth], m.stream_id, to_timestamp(%(p9)s), 'opened', t.how, t.source,
+           t.actor
+    from unnest(%(p6)s::int[], %(p7)s::text[], %(p8)s::text[], %(p10)s::text[]) as t (nth, how, source, actor)
+    join moved m on m.stream_id = ($6::bigint[])[t.nth]
+)
+
 -- name: find_actors
 -- Which actors are counted in which notifications. $1 notifications, $2 actors.
 select distinct e.notification_id, e.actor
