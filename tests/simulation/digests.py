@@ -118,7 +118,7 @@ class ModelDigestStore:
             found: dict[int, list[ToldItem]] = {}
             for carrier in carriers:
                 rows = [d for d in self._db.deliveries.values() if d.carrier == carrier]
-                rows.sort(key=lambda d: -d.note.row.seq)
+                rows.sort(key=lambda d: (-d.note.row.seq, d.note.row.id))
                 items = [
                     ToldItem(
                         d.note.row.id, d.note.event.type, d.note.row.content if i < with_content else "",

@@ -86,14 +86,14 @@ select c.id as carrier, n.id, n.type, case when i.place <= $3 then n.content els
        (extract(epoch from n.expires_at) * 1000)::bigint as expires_ms, coalesce(i.shown_on, '{}') as shown_on
 from unnest($1::bigint[]) as c (id)
 cross join lateral (
-    select n.id, n.seq, d.shown_on, row_number() over (order by n.seq desc) as place
+    select n.id, n.seq, d.shown_on, row_number() over (order by n.seq desc, n.id) as place
     from deliveries d join notifications n on n.id = d.notification_id
     where d.carrier = c.id
-    order by n.seq desc
+    order by n.seq desc, n.id
     limit $2
 ) i
 join notifications n on n.id = i.id
-order by c.id, i.seq desc;
+order by c.id, i.seq desc, n.id;
 
 -- name: next_moment
 -- When the next row that rules hold is due. $1 slots, $2 after.
