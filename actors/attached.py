@@ -67,14 +67,17 @@ class AckMemory:
     A shard that dies takes those along that it had not written. Those older than `repeat_s` it surely had.
     """
 
-    __slots__ = ("_known", "_mark", "_marked_at", "seq")
+    __slots__ = ("_known", "_mark", "_marked_at", "rev", "seq")
 
     def __init__(self, seq: int, now: float) -> None:
         self.seq = self._mark = self._known = seq
+        self.rev = 0
         self._marked_at = now
 
-    def reached(self, seq: int, now: float, repeat_s: float) -> None:
-        """An ACK for everything up to `seq`."""
+    def reached(self, seq: int, now: float, repeat_s: float, rev: int | None = None) -> None:
+        """An ACK for everything up to `seq`, with its `rev`."""
+        if rev is not None and rev > self.rev:
+            self.rev = rev
         if seq <= self.seq:
             return
         if now - self._marked_at > repeat_s:

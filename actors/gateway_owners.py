@@ -121,6 +121,7 @@ class Owners:
                     viewing=conn.viewing,
                     began_seq=None if conn.acks is None else conn.acks.known(now, self._ack_repeat_s),
                     acked_seq=0 if conn.acks is None else conn.acks.seq,
+                    acked_rev=0 if conn.acks is None else conn.acks.rev,
                     token_id=conn.token_id,
                     poll=conn.poll,
                 )
@@ -224,7 +225,12 @@ class Owners:
         if kind is ClientAck:
             if frame.seq is not None and conn.acks is not None:  # type: ignore[union-attr]
                 reached = min(frame.seq, conn.seq)  # type: ignore[union-attr]
-                conn.acks.reached(reached, self._host.loop.time(), self._ack_repeat_s)
+                conn.acks.reached(
+                    reached,
+                    self._host.loop.time(),
+                    self._ack_repeat_s,
+                    frame.rev,  # type: ignore[union-attr]
+                )
         elif kind is ClientVisibility:
             conn.attention, conn.viewing = frame.state, frame.viewing  # type: ignore[union-attr]
         elif kind is ClientWatch:
@@ -322,7 +328,9 @@ class Owners:
                 if message.state is not None:
                     conn.attention, conn.viewing = message.state, message.viewing
                 if conn.acks is not None:
-                    conn.acks.reached(min(message.seq, conn.seq), self._host.loop.time(), self._ack_repeat_s)
+                    conn.acks.reached(
+                        min(message.seq, conn.seq), self._host.loop.time(), self._ack_repeat_s, message.rev
+                    )
         elif type(message) is PresenceTold:
             if self._current(message.shard, message.term):
                 self.watches.told(link, message)

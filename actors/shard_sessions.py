@@ -199,7 +199,8 @@ class Sessions:
             self._clock.monotonic(), self._clock.now_ms(),
             position=position, reattach=message.reattach, ready=message.ready, legacy=message.legacy,
             attention=message.attention, viewing=message.viewing,
-            began_seq=message.began_seq, acked_seq=message.acked_seq, poll=message.poll,
+            began_seq=message.began_seq, acked_seq=message.acked_seq, acked_rev=message.acked_rev,
+            poll=message.poll,
         )  # fmt: skip
         attachment.token_id = message.token_id
         peer.attached[message.conn] = (user, attachment)
@@ -273,7 +274,7 @@ class Sessions:
         )
         self.run(user, effects)
         if message.seq is not None:
-            self._tell(mine, DeviceTold([], message.seq))
+            self._tell(mine, DeviceTold([], message.seq, rev=message.rev))
 
     def device_visibility(self, user: User, message: DeviceVisibility) -> bool:
         """Where a device's user looks, told by HTTP; False if it is not connected."""

@@ -46,6 +46,9 @@ class Attach(Struct, array_like=True, tag=20):
     """`carillon.tokens.token_id` of the token: one that was logged out is refused (close 4001)."""
     poll: bool = False
     """True for a long poll: what its device told of attention holds for the device's next poll, too."""
+    acked_rev: int = 0
+    """With reattach: the newest `rev` that an ACK with `seq` of this connection named; 0: none did. Of what
+    is told again, updates after it are not acknowledged."""
 
 
 class Detach(Struct, array_like=True, tag=21):
@@ -239,3 +242,5 @@ class DeviceTold(Struct, array_like=True, tag=34):
     state: str | None = None
     """None: unchanged, and so is `viewing`."""
     viewing: str | None = None
+    rev: int | None = None
+    """With `seq`, as in `ClientAck`."""

@@ -114,6 +114,7 @@ class Session(Acknowledging):
         viewing: str | None = None,
         began_seq: int | None = None,
         acked_seq: int = 0,
+        acked_rev: int = 0,
         poll: bool = False,
     ) -> tuple[Attachment, list[Effect]]:
         """Add a connection.
@@ -127,6 +128,7 @@ class Session(Acknowledging):
             began_seq, acked_seq: with reattach, what it acknowledged cumulatively: surely in the store up to
                 began_seq, perhaps lost with the attachment before up to acked_seq. Otherwise not None if
                 the position acknowledges what it covers.
+            acked_rev: with reattach, the newest revision that it told it shows; 0: it told none.
             poll: what the device told of attention holds for its next poll, too.
 
         Returns:
@@ -155,7 +157,7 @@ class Session(Acknowledging):
             attachment.first_frame_seen = ready
             if position is not None and self._take_position(attachment, *position):
                 if began_seq is not None:
-                    self._acknowledged_before(attachment, began_seq, acked_seq, effects)
+                    self._acknowledged_before(attachment, began_seq, acked_seq, acked_rev, effects)
                 if ready:
                     self._advance(attachment, effects)
                 else:

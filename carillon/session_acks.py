@@ -148,7 +148,7 @@ class Acknowledging:
         unacked[seq] = notification_id
 
     def _acknowledged_before(
-        self, attachment: Attachment, began_seq: int, acked_seq: int, effects: list[Effect]
+        self, attachment: Attachment, began_seq: int, acked_seq: int, acked_rev: int, effects: list[Effect]
     ) -> None:
         """What this connection was written, and acknowledged, at the attachment before."""
         attachment.written_before = attachment.cursor_seq
@@ -156,8 +156,9 @@ class Acknowledging:
         attachment.updated_before = attachment.cursor_rev
         attachment.acked_rev = max(0, attachment.cursor_rev - MAX_UNACKED)  # which of them, it says itself
         if began_seq < attachment.acked_seq:
-            # It may have been told to a shard that died before it wrote that down.
-            rev = attachment.cursor_rev
+            # It may have been told to a shard that died before it wrote that down. What was written since
+            # it may not show yet. If it told no revision, all updates of the range are newer than its begin.
+            rev = min(acked_rev, attachment.cursor_rev)
             effects.append(self._range(attachment, began_seq, attachment.acked_seq, rev))
 
     def _position_acknowledges(self, attachment: Attachment, seq: int, rev: int | None) -> None:

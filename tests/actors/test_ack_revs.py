@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from actors.attached import AckMemory
 from actors.shard_acks import combine
 from carillon.attention import ACTIVE, RECEIVED, SILENT, STALE
 from carillon.ids import slot_of
@@ -64,6 +65,34 @@ async def test_socket_of_before_the_update(postgres_dsn: str) -> None:
         gateway.link.send_nowait(ClientAck(1, None, [first.id], None, 1))
         await eventually(lambda: delivered(kit))
         assert (await pushes(kit))[-1] == "planned"
+
+
+@pytest.mark.parametrize(("acked_rev", "state"), [(0, "planned"), (1, "planned"), (2, "cancelled")])
+async def test_a_reattach_acknowledges_what_was_told(postgres_dsn: str, acked_rev: int, state: str) -> None:
+    """What a gateway tells again covers the updates that its client named, not those it was written."""
+    async with Kit(postgres_dsn, ack_window_s=600.0, merge={"renotify_s": 0.0}) as kit:
+        await kit.router.link.request(phone())
+        await kit.gateway.attach_ready(1)
+        await kit.publish(like("a"))
+        await kit.publish(like("b"))
+        epoch = await kit.db.fetchval("select epoch from streams")
+        await restart(kit)
+        gateway = await kit.dial("shard-a", "gateway-1")
+        gateway.attach(
+            1, epoch=epoch, last_seq=1, last_rev=2, reattach=True, ready=True, began_seq=0, acked_seq=1,
+            acked_rev=acked_rev,
+        )  # fmt: skip
+        await eventually(lambda: delivered(kit))
+        assert (await pushes(kit))[-1] == state
+
+
+def test_what_a_gateway_remembers() -> None:
+    """The newest rev that was told beside a seq, also with one that was told before."""
+    acks = AckMemory(3, 0.0)
+    assert acks.rev == 0
+    for seq, rev in ((4, None), (4, 9), (5, 8), (6, None)):
+        acks.reached(seq, 1.0, 5.0, rev)
+    assert (acks.seq, acks.rev) == (6, 9)
 
 
 async def restart(kit: Kit) -> None:
