@@ -13,7 +13,7 @@ import pytest
 
 from actors.coordinator import Coordinator, coordinator_config
 from actors.link import Link, dial
-from carillon.errors import ClusterError, LinkClosedError, RemoteError
+from carillon.errors import ClusterError, LinkClosedError, LinkHandshakeError, RemoteError
 from carillon.ids import SLOTS
 from carillon.messages import Address, ClusterMap, Done, Join, Leave, Member, Renew, StatsQuery
 from carillon.placement import EPOCH_STRIDE, ActorSpec, NodeInfo
@@ -348,7 +348,7 @@ async def test_a_coordinator_that_wakes_up_late_gives_way(bench: Bench) -> None:
     (shard,) = await bench.shards(old, "a")
     new = await bench.coordinator()
     late = bench.member("shard", "late")
-    with pytest.raises((RemoteError, LinkClosedError)):
+    with pytest.raises((RemoteError, LinkClosedError, LinkHandshakeError)):
         await late.join(old)
     assert "epoch" in await asyncio.wait_for(old.terminated, 30)
     await eventually(lambda: shard.link is not None and shard.link.closed)

@@ -41,7 +41,7 @@ async def converse(arena: Arena, sent: list[Any], packed: bool, own_ids: dict[st
     """
     wire: list[bytes] = []
     owed: list[Any] = []
-    late: list[Any] = []  # answered after a commit of their own: what comes behind them may be answered first
+    late: list[Any] = []  # answered after a look or a commit of their own, perhaps behind what came later
     for number, document in enumerate(sent):
         if isinstance(document, dict) and answerable(document):
             # Each of its own, so that answers can be told apart.
@@ -54,7 +54,7 @@ async def converse(arena: Arena, sent: list[Any], packed: bool, own_ids: dict[st
         wire.append(data)
         if _readable(data, packed) and answerable(document) and _depth(document) <= MAX_DEPTH:
             owed.append(document["id"])
-            if document.get("type") in ("SET_PRESENCE", "SUBSCRIBE", "UNSUBSCRIBE"):
+            if document.get("type") in ("SET_PRESENCE", "SUBSCRIBE", "UNSUBSCRIBE", "WATCH_PRESENCE"):
                 late.append(document["id"])
     answers: list[Any] = []
     code = None

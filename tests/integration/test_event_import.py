@@ -119,8 +119,8 @@ async def test_it_reads_only_as_fast_as_it_stores(world: World) -> None:
 
     async def lines() -> AsyncIterator[bytes]:
         nonlocal sent
-        for n in range(4000):
-            yield line(n, data={"pad": "x" * 1000})
+        for n in range(20_000):
+            yield line(n, data={"pad": "x" * 1000})  # 20 MB: buffers of the kernel grow to 10
             sent += 1
 
     work = asyncio.ensure_future(send(world, lines()))
@@ -129,12 +129,12 @@ async def test_it_reads_only_as_fast_as_it_stores(world: World) -> None:
     while seen != sent:  # the buffers of the kernel fill up, and then nothing more goes in
         seen = sent
         await asyncio.sleep(0.3)
-    assert sent < 4000
+    assert sent < 20_000
     assert len(held.waiting) == 1
     held.release()
     told = await work
-    assert (told["complete"], told["lines"], told["accepted"]) == (True, 4000, 4000)
-    assert sent == 4000
+    assert (told["complete"], told["lines"], told["accepted"]) == (True, 20_000, 20_000)
+    assert sent == 20_000
 
 
 async def test_what_cannot_be_stored_now_is_sent_again(world: World) -> None:
