@@ -45,7 +45,7 @@ async def test_send_receive_read_and_archive(fake: FakeDemo, browser: Chromium) 
     await tab.fill("#send-title-input", "Hello")
     await tab.click("#send-button")
     await tab.wait(f"{TITLES} === 'Hello' && {BADGE} === '1' && document.title.startsWith('(1)')")
-    await eventually(lambda: ("ana", {"type": "ACK", "seq": 1}) in fake.frames, what="the ACK")
+    await eventually(lambda: ("ana", {"type": "ACK", "seq": 1, "rev": 1}) in fake.frames, what="the ACK")
     await eventually(
         lambda: ("ana", {"type": "VISIBILITY", "state": "focused"}) in fake.frames, what="the VISIBILITY"
     )
