@@ -153,7 +153,8 @@ class Watches:
                 self._write((conn,), frame)
             if not answer.temporary:
                 self._watch(conn, watcher, [])
-                del self._watchers[conn]
+                if not watcher.open:  # else a later wish waits for an answer of its own
+                    del self._watchers[conn]
                 return
         else:
             if answer.ref is not None and not again:
