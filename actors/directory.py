@@ -116,6 +116,7 @@ class ShardDirectory:
         members = {member.name: member for member in new.shards}
         for name in [name for name in self._clients if name not in members]:
             self._drop(name)
+        back: list[str] = []
         for name, member in members.items():
             known = self._members.get(name)
             if name not in self._clients:
@@ -125,7 +126,11 @@ class ShardDirectory:
                 link = self._links.get(name)
                 if link is not None and not link.closed:
                     link.abort(LinkClosedError(f"{name} has a new incarnation"))
+                # It listens before it joins. Until then each try waited longer, up to `link.reconnect_max_s`.
+                back.append(name)
         self._members = members
+        for name in back:
+            self._clients[name].again()
         shards = new.shards
         self._owners = [shards[index] if 0 <= index < len(shards) else None for index in new.owners]
         self._wake()

@@ -186,6 +186,7 @@ class LinkClient:
         self._peer = peer
         self._on_open = on_open
         self._task: asyncio.Task[None] | None = None
+        self._news = asyncio.Event()
         self._closing = False
 
     def start(self) -> None:
@@ -202,6 +203,11 @@ class LinkClient:
         if self.link is not None:
             self.link.close()
             self.link = None
+
+    def again(self) -> None:
+        """The peer is heard to be there (anew): dial at once instead of waiting out the present pause."""
+        if self.link is None or self.link.closed:
+            self._news.set()
 
     def open_link(self) -> Link:
         """The open link. Raises LinkClosedError while there is none."""
@@ -231,6 +237,7 @@ class LinkClient:
                     await self._on_open(link)
                 self.link = link
                 failures = 0
+                self._news.clear()
                 await link.wait_closed()
             except (CarillonError, OSError) as exc:
                 failures += 1
@@ -249,4 +256,8 @@ class LinkClient:
             ceiling = min(
                 self._settings.reconnect_max_s, self._settings.reconnect_min_s * 2 ** min(failures, 16)
             )
-            await asyncio.sleep(random.uniform(0, ceiling))  # noqa: S311  spread, not secrecy
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(random.uniform(0, ceiling)):  # noqa: S311  spread, not secrecy
+                    await self._news.wait()
+                    failures = 0
+            self._news.clear()

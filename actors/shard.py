@@ -92,7 +92,6 @@ from carillon.session import SessionLimits
 from carillon.unsubscribe import Unsubscription, switch_off
 from stores.postgres.shard_rows import OutboxRow
 from stores.postgres.shard_store import ShardStore
-from stores.redis.presence_mirror import PresenceMirror
 
 log = logging.getLogger(__name__)
 
@@ -233,6 +232,8 @@ class Shard:
         presence, redis = self._settings.presence, self._settings.redis
         if not redis.url or presence.mirror_ttl_s <= 0:
             return None
+        from stores.redis.presence_mirror import PresenceMirror  # a shard without Redis needs none of it
+
         mirror = PresenceMirror(redis, presence.mirror_ttl_s)
         return Mirror(mirror, self._users, self._clock, presence)
 

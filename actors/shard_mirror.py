@@ -9,13 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from actors.shard_users import User, UserCache
 from carillon.clock import Clock
 from carillon.ids import UserKey
 from carillon.presence import mirror_key, mirror_value
 from carillon.settings import PresenceSettings
-from stores.redis.presence_mirror import PresenceMirror
+
+if TYPE_CHECKING:
+    from stores.redis.presence_mirror import PresenceMirror
 
 log = logging.getLogger(__name__)
 

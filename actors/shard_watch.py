@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from actors.link import Link
 from actors.shard_policies import Policies
@@ -17,7 +17,9 @@ from carillon.ids import UserKey
 from carillon.messages import ClientWatch, WatchAnswer
 from carillon.policy import WatchRule, callback_allowed
 from carillon.settings import PresenceSettings
-from stores.watch_callback import WatchCallback
+
+if TYPE_CHECKING:
+    from stores.watch_callback import WatchCallback
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ class WatchPermission:
         self._settings = settings
         self._clock = clock
         self._read_secret = read_secret
-        self._callback = WatchCallback(settings, clock)
+        self._callback: WatchCallback | None = None
         self._free = asyncio.Semaphore(settings.callback_at_once)
         self._known: OrderedDict[UserKey, _Known] = OrderedDict()
         self._queues: dict[tuple[Link, int], list[ClientWatch]] = {}  # the first is being answered
@@ -130,13 +132,21 @@ class WatchPermission:
             secret = await self._read_secret(key.tenant)
             if secret is None:
                 raise NotPermittedError("there is no such tenant any more")
-            allowed = await self._callback.ask(rule.url, secret, key.tenant, key.user, users)
+            allowed = await self._client().ask(rule.url, secret, key.tenant, key.user, users)
         until = self._clock.monotonic() + self._settings.permission_ttl_s
         self._known[key] = _Known(rule.url, asked, allowed, until)
         self._known.move_to_end(key)
         if len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
         return allowed
+
+    def _client(self) -> WatchCallback:
+        if self._callback is None:
+            # Its HTTP client is slow to import, and few tenants have such a URL.
+            from stores.watch_callback import WatchCallback
+
+            self._callback = WatchCallback(self._settings, self._clock)
+        return self._callback
 
     def _refuse(self, link: Link, message: ClientWatch, exc: CarillonError) -> None:
         code, told = exc.code, str(exc)
@@ -155,4 +165,5 @@ class WatchPermission:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._callback.close()
+        if self._callback is not None:
+            await self._callback.close()

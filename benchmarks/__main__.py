@@ -40,6 +40,7 @@ QUICK: dict[str, Any] = {
     "presence_users": 200,
     "presence_queries": 30,
     "stored_notifications": 20_000,
+    "kills": 2,
     "broadcast_users": 5_000,
     "warmup_events": 50,
 }
@@ -83,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, kind, text in (
         ("users", int, "users that events go to"),
         ("devices", int, "sockets of each online user"),
-        ("duration-s", float, "seconds of S2, S3; S4 and S7 take twice, S9 1.5 times, S10 18 times as long"),
+        ("duration-s", float, "seconds of S2, S3; S4 and S7 take twice, S10 18 times as long"),
         ("concurrency", int, "HTTP connections"),
         ("batch", int, "events of a batch"),
         ("rate-per-s", float, "events per second of S4, S7, S9 and S10"),
@@ -92,6 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("offline-events", int, "events of S5"),
         ("idle-s", float, "seconds that the connections of S6 rest, to measure what heart-beats cost"),
         ("storm-connections", int, "connections of S6 and S8"),
+        ("kills", int, "shards that S9 kills, one after the other"),
         ("broadcast-users", int, "users that B1 puts into Postgres and sends to"),
         ("stored-notifications", int, "notifications that F1 and F2 put into Postgres"),
     ):

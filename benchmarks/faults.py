@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final
 
@@ -25,7 +28,9 @@ STATISTICS_S: Final = 2.0
 REST_S: Final = 3.0
 """S8: so long the system is left alone, to know what it asks of PostgreSQL without reconnects."""
 RECOVERY_S: Final = 10.0
-"""S9: events that were due so long after the kill count as sent during it, at most."""
+"""S9: a pause that begins so long after a kill is none of its doing."""
+SETTLED_S: Final = 3.0
+"""S9: goal for the end of the pause. So long from a kill, and as long before it, others are looked at."""
 
 
 async def reconnects(target: Target, options: Options, progress: Progress) -> Measurement:
@@ -63,11 +68,16 @@ def _drop(bench: Bench) -> None:
 
 
 def _kill(target: Target, actor: str) -> None:
+    os.kill(_oldest(target, actor), signal.SIGKILL)
+
+
+def _oldest(target: Target, actor: str) -> int:
+    """Pid of the first process of a kind. Takes some 50 ms, in which the load generator does nothing else."""
     group = f"ray::{actor}"
     found = sorted(p.pid for p in snapshot(target.pids, exclude={os.getpid()}).values() if p.group == group)
     if not found:
         raise TargetError(f"no process {group} was found")
-    os.kill(found[0], signal.SIGKILL)
+    return found[0]
 
 
 async def _comes_back(bench: Bench, dsn: str, at_rest: float, drop: Any) -> dict[str, Any]:
@@ -119,69 +129,108 @@ async def _transactions_in(dsn: str, seconds: float) -> float:
 # S9
 
 
+@dataclass(frozen=True)
+class Kill:
+    """One shard that was killed. Times are of the load generator's clock."""
+
+    at: float
+    slots: frozenset[int]
+    """What it owned."""
+
+
 async def shard_killed(target: Target, options: Options, progress: Progress) -> Measurement:
-    """S9: a shard is killed under 500 events/s; the pause of its users, and what others notice."""
+    """S9: shards are killed in turn under 500 events/s; the pause of their users, and what others notice."""
     from benchmarks.scenarios import open_loop
 
     if not target.postgres_dsn:
         raise TargetError("S9 reads from PostgreSQL which shard was killed and needs postgresDsn in dev.json")
     # An event that waits for a shard holds its connection: with few, others would wait behind it.
     connections = round(options.rate_per_s * 3)
+    every_s = max(options.kill_every_s, 2 * SETTLED_S + 1.0)
     async with (
         opened(target, options, "S9", users=options.users, connections=connections) as bench,
         progress.watch(bench),
     ):
-        before = await _shards(target.postgres_dsn)
-        at = now() + options.duration_s / 2
-        killed_at = 0.0
+        kills: list[Kill] = []
 
-        async def kill() -> None:
-            nonlocal killed_at
-            await asyncio.sleep(max(0.0, at - now()))
-            killed_at = now()
-            _kill(target, "ShardActor")
+        async def kill_in_turn() -> None:
+            known = await _shards(target.postgres_dsn)
+            at = now() + 2 * SETTLED_S
+            for _ in range(options.kills):
+                # Looked up outside of the time that is looked at. The oldest, so each time another shard's.
+                victim = _oldest(target, "ShardActor")
+                await asyncio.sleep(max(0.0, at - now()))
+                killed_at = now()
+                os.kill(victim, signal.SIGKILL)
+                await asyncio.sleep(SETTLED_S + 0.2)
+                before, known = known, await _shards(target.postgres_dsn)
+                lost = {name for name, (incarnation, _) in known.items() if before[name][0] != incarnation}
+                kills.append(Kill(killed_at, frozenset(slot for name in lost for slot in before[name][1])))
+                at += every_s
 
-        killing = asyncio.get_running_loop().create_task(kill())
-        metrics = await open_loop(bench, options.duration_s * 1.5)
+        killing = asyncio.get_running_loop().create_task(kill_in_turn())
+        metrics = await open_loop(bench, 3 * SETTLED_S + every_s * (options.kills - 1) + 1.0)
         await killing
         await bench.settle()
-        after = await _shards(target.postgres_dsn)
-        lost = {name for name, (incarnation, _) in after.items() if before[name][0] != incarnation}
-        slots = {slot for name in lost for slot in before[name][1]}
-        metrics |= parted(bench, target.tenant, slots, killed_at)
+        metrics |= parted(bench, target.tenant, kills)
         measurement = await bench.finish(
-            f"a shard killed at {options.rate_per_s:g} events/s", {**bench.rate(), **metrics}
+            f"{len(kills)} shards killed in turn at {options.rate_per_s:g} events/s",
+            {**bench.rate(), **metrics},
         )
+        pauses = ", ".join(f"{pause_s:.2f}" for pause_s in metrics.pop("pauses"))
         measurement.notes.append(
-            f"its users: {metrics['pause_s']:.2f} s without a delivery; the others: p99 "
-            f"{metrics['others_before_ms']['p99']:.1f} ms before the kill, "
-            f"{metrics['others_during_ms']['p99']:.1f} ms in the {metrics['pause_s']:.2f} s after it"
+            f"its users: {pauses} s without a delivery; the others: p99 "
+            f"{metrics['others_before_ms']['p99']:.1f} ms in as long before the kills, "
+            f"{metrics['others_during_ms']['p99']:.1f} ms in the pauses; "
+            f"{metrics['others_3s_before_ms']['p99']:.1f} ms in {SETTLED_S:g} s before, "
+            f"{metrics['others_3s_ms']['p99']:.1f} ms in {SETTLED_S:g} s from the kills"
         )
         return measurement
 
 
-def parted(bench: Bench, tenant: str, slots: set[int], killed_at: float) -> dict[str, Any]:
-    """Latencies of the killed shard's users and of the others, before and after the kill."""
-    mine: list[tuple[float, float]] = []
-    others: list[tuple[float, float]] = []
-    for receiver in bench.receivers:
-        part = mine if slot_of(tenant, receiver.device.user) in slots else others
-        for at, notification, _ in receiver.device.receipts:
-            entry = bench.ledger.accepted.get(notification)
-            if entry is not None and entry.measured:
-                part.append((entry.intended_s, at))
-    if not mine or not others:
-        raise TargetError("the killed shard had none of the users, or all of them: use more shards and users")
-    times = sorted(at for _, at in mine)
-    pauses = [(b - a, b) for a, b in pairwise(times) if b > killed_at and a < killed_at + RECOVERY_S]
-    pause_s, resumed_at = max(pauses, default=(0.0, killed_at))
+def parted(bench: Bench, tenant: str, kills: Sequence[Kill]) -> dict[str, Any]:
+    """The pauses of the killed shards' users, and the others' latencies before and after the kills.
+
+    What is compared is equally long, or the p99 of the longer would stand on more rare moments: the time of
+    the pause with as much before it, and `SETTLED_S` from the kill, whatever comes after the pause included,
+    with `SETTLED_S` before it. The windows of all kills are put together. An event belongs to a window by the
+    time it was due.
+    """
+    received = [
+        (slot_of(tenant, receiver.device.user), entry.intended_s, at)
+        for receiver in bench.receivers
+        for at, notification, _ in receiver.device.receipts
+        if (entry := bench.ledger.accepted.get(notification)) is not None and entry.measured
+    ]
+    pauses: list[float] = []
+    resumed: list[float] = []
+    killed: list[float] = []
+    windows: dict[str, list[float]] = {name: [] for name in ("before", "during", "3s_before", "3s")}
+    for kill in kills:
+        mine = [(due, at) for slot, due, at in received if slot in kill.slots]
+        others = [(due, at) for slot, due, at in received if slot not in kill.slots]
+        if not mine or not others:
+            raise TargetError(
+                "the killed shard had none of the users, or all of them: use more shards and users"
+            )
+        times = sorted(at for _, at in mine)
+        around = [(b - a, b) for a, b in pairwise(times) if b > kill.at and a < kill.at + RECOVERY_S]
+        # Only those before the next kill can be this one's doing; a later pause is a later kill's.
+        until = min((other.at for other in kills if other.at > kill.at), default=kill.at + RECOVERY_S)
+        pause_s, resumed_at = max((gap for gap in around if gap[1] < until), default=(0.0, kill.at))
+        pauses.append(pause_s)
+        resumed.append(resumed_at - kill.at)
+        killed += [at - due for due, at in mine if kill.at <= due < resumed_at]
+        for name, seconds in (("", resumed_at - kill.at), ("3s", SETTLED_S)):
+            before, after = ("3s_before", "3s") if name else ("before", "during")
+            windows[before] += [at - due for due, at in others if kill.at - seconds <= due < kill.at]
+            windows[after] += [at - due for due, at in others if kill.at <= due < kill.at + seconds]
     return {
-        "pause_s": pause_s,
-        "resumed_s": resumed_at - killed_at,
-        "killed_ms": summary_ms([at - due for due, at in mine if killed_at <= due]),
-        "others_before_ms": summary_ms([at - due for due, at in others if due < killed_at]),
-        "others_during_ms": summary_ms([at - due for due, at in others if killed_at <= due < resumed_at]),
-        "others_after_ms": summary_ms([at - due for due, at in others if due >= resumed_at]),
+        "pause_s": statistics.median(pauses),
+        "resumed_s": statistics.median(resumed),
+        "pauses": pauses,
+        "killed_ms": summary_ms(killed),
+        **{f"others_{name}_ms": summary_ms(latencies) for name, latencies in windows.items()},
     }
 
 

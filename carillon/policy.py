@@ -19,11 +19,11 @@ from carillon.audience import NAME, platform_errors
 from carillon.decision import TenantRules
 from carillon.errors import InvalidInputError
 from carillon.event_rules import Text, is_array, is_object, text_error, tree_errors
+from carillon.jwks_url import check_jwks_url
 from carillon.merge_rules import MergeRule, merge_problems, merge_rules
 from carillon.problems import DocumentError, FieldError, shown
 from carillon.settings import WATCH, WHEN_AWAY, ShardSettings
 from carillon.tenant_rules import RULES, rules_of, rules_problems, window_errors
-from carillon.token_keys import check_jwks_url
 
 MAX_TYPES: Final = 200
 """Types that one document may name."""

@@ -37,6 +37,12 @@ class ClusterSettings:
         low=0.5,
         unit="s",
     )
+    start_niceness: int = setting(
+        10,
+        "Niceness of an actor's new process while it imports: how far it steps back behind others.",
+        low=0,
+        high=19,
+    )
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,10 @@ public halves Carillon reads from the tenant's JWKS. Rotation needs no pause: tw
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, cast
-from urllib.parse import urlsplit
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
@@ -24,7 +22,6 @@ MAX_KEYS: Final = 64
 """Keys of a JWKS that are looked at."""
 MIN_RSA_BITS: Final = 2048
 """RFC 7518 §3.3."""
-MAX_URL_CHARS: Final = 2048
 
 NO_KEYS: Final[Mapping[str, Any]] = MappingProxyType({})
 
@@ -90,33 +87,3 @@ def _public_key(members: dict[str, Any]) -> PublicKey | None:
     if isinstance(key, EllipticCurvePublicKey) and isinstance(key.curve, SECP256R1):
         return PublicKey(algorithm, key)
     return None
-
-
-def check_jwks_url(url: str) -> str:
-    """The URL, if keys may be read from there: https, or http on this machine.
-
-    Raises:
-        InvalidInputError: it may not.
-    """
-    expected = "an https:// URL (http:// only on the loopback)"
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port
-    except ValueError:
-        raise InvalidInputError(f"expected {expected}", "jwksUrl", expected, url[:80]) from None
-    good = len(url) <= MAX_URL_CHARS and url.isascii() and url.isprintable() and " " not in url
-    plain = parts.scheme == "http" and _loopback(host)
-    if not good or not host or (port == 0) or parts.username is not None or not (
-        parts.scheme == "https" or plain
-    ):  # fmt: skip
-        raise InvalidInputError(f"expected {expected}, got {url[:80]!r}", "jwksUrl", expected, url[:80])
-    return url
-
-
-def _loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

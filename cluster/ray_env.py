@@ -29,6 +29,13 @@ PRIORITY: Final = {
 }
 """Must be in the environment of every node (ray_cluster.yaml sets it, too)."""
 
+START: Final = {
+    # An empty value is as good as none. Where it is set otherwise, each process that starts in a dead one's
+    # place would compile every module of ours anew, while its users wait.
+    "PYTHONDONTWRITEBYTECODE": "",
+}
+"""What makes a new process start sooner."""
+
 QUIET: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Nothing collects these here; Carillon's own figures are at /metrics.
@@ -57,7 +64,7 @@ def client_environment(token_file: Path | str | None, loopback: bool) -> dict[st
         token_file: file of the cluster's token; None leaves the caller's authentication as it is.
         loopback: the whole cluster is on 127.0.0.1.
     """
-    values = {**QUIET, **SERVE_SWITCHES, **PRIORITY, "PYTHONPATH": str(ROOT)}
+    values = {**QUIET, **SERVE_SWITCHES, **PRIORITY, **START, "PYTHONPATH": str(ROOT)}
     if token_file is not None:
         # Whoever reaches the GCS can run code as us: loopback alone keeps no other user of the machine out.
         values |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}

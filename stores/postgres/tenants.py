@@ -16,8 +16,9 @@ import msgspec
 
 from carillon.api_keys import check_scopes, check_tenant_name, hash_key, make_key
 from carillon.errors import InvalidInputError, NotFoundError
+from carillon.jwks_url import check_jwks_url
 from carillon.limits import MEMBER, RateLimit, check_rate, key_limit, tenant_limit
-from carillon.token_keys import check_jwks_url, parse_jwks
+from carillon.token_keys import parse_jwks
 from carillon.tokens import ClientIdentity
 from stores.postgres.named import load_queries
 from stores.postgres.pool import Store, acquired

@@ -15,7 +15,7 @@ from actors.member import Membership
 from carillon.errors import LinkTimeoutError, NotFoundError, RemoteError, UnavailableError
 from carillon.messages import Address, Change, Done, Member
 from carillon.metrics import Stats
-from tests.actors.fakes import FakeCoordinator, FakeShard, actor_config
+from tests.actors.fakes import FakeCoordinator, FakeShard, actor_config, fast_settings
 from tests.support import eventually
 
 
@@ -145,6 +145,27 @@ async def test_a_replaced_shard_that_hangs(cluster: Cluster):
     assert old.closed
     assert 1 <= len(successor.received) <= 2
     await successor.stop()
+
+
+async def test_a_shard_that_is_back_is_dialled_at_once() -> None:
+    """The map that names its new process ends the wait for the next try, however long that is."""
+    c = await FakeCoordinator.start(fast_settings(link={"reconnect_min_s": 0.01, "reconnect_max_s": 0.01}))
+    shard = await FakeShard.start(c, "shard-a")
+    patient = c.settings.with_values(link={"reconnect_min_s": 100_000.0, "reconnect_max_s": 100_000.0})
+    membership = Membership(
+        actor_config("router", "router-1", c, settings=patient), Recorder(), stats=Stats()
+    )
+    directory = ShardDirectory(membership, None)
+    await membership.start()
+    await eventually(lambda: directory.link("shard-a"))
+    await shard.stop()
+    await eventually(lambda: directory.link("shard-a") is None)
+    successor = await FakeShard.start(c, "shard-a")
+    await eventually(lambda: directory.link("shard-a"))
+    await directory.close()
+    await membership.close()
+    await successor.stop()
+    await c.stop()
 
 
 async def test_another_actor_at_a_shards_address(cluster: Cluster):

@@ -8,7 +8,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from carillon.errors import InvalidInputError, UnauthenticatedError
-from carillon.token_keys import PublicKey, TokenKeys, check_jwks_url, parse_jwks
+from carillon.jwks_url import check_jwks_url
+from carillon.token_keys import PublicKey, TokenKeys, parse_jwks
 from carillon.tokens import token_id, unknown_key, verify
 
 NOW = 1_700_000_000_500
