@@ -40,9 +40,8 @@ from stores.postgres.broadcasts import (
     Failure,
     NotRunningError,
 )
-from stores.postgres.merges import Around
 from stores.postgres.pool import acquired
-from stores.postgres.shard_rows import OutboxRow, PoisonError
+from stores.postgres.shard_rows import Around, OutboxRow, PoisonError
 from stores.postgres.shard_store import ShardStore
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ A batch in which nobody asks for merging passes by at the cost of a look at each
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -18,7 +18,8 @@ from actors.shard_windows import KnownWindows
 from carillon.digest import OVERFLOW, digest_id, key_of
 from carillon.external import IN_APP
 from carillon.ids import uuid_text
-from carillon.merge_rules import AGGREGATE, MergeRule, speaks_languages
+from carillon.merge_begun import Begun, Opening, pack, slot_of
+from carillon.merge_rules import AGGREGATE, DROP, MergeRule, speaks_languages
 from carillon.merging import (
     DUPLICATE,
     LOUD,
@@ -33,6 +34,7 @@ from carillon.merging import (
     is_urgent,
     may_ask,
     notify,
+    said_by,
     would,
 )
 from carillon.messages import Event, Outcome
@@ -47,8 +49,20 @@ from stores.postgres.shard_store import ShardStore
 
 log = logging.getLogger(__name__)
 
-Asked = tuple[tuple[Ask, ...], dict[str, Any]]
-"""How an event is to be merged, and the members of its content."""
+
+class Asked(NamedTuple):
+    """How an event is to be merged.
+
+    Attributes:
+        members: of its content, {} of one that asks for `drop` alone: it stays as it is.
+    """
+
+    asks: tuple[Ask, ...]
+    actor: str | None
+    members: dict[str, Any]
+
+
+_NOTHING: Final[dict[str, Any]] = {}
 
 
 class Merges:
@@ -81,16 +95,16 @@ class Merges:
         rules = self._policy(event.tenant).merge
         return None if rules is None else rules.get(event.type)
 
-    def _asked(self, event: Event) -> Asked | None:
-        rule = self.rule(event)
-        if rule is None and not may_ask(event):
-            return None
+    def _asked(self, event: Event, rule: MergeRule | None) -> Asked | None:
         try:
-            members = decode_content(event.content)
+            said = said_by(event.content)
+            asks = asks_of(event, rule, self._settings, said)
+            if not asks:
+                return None
+            members = _NOTHING if asks[-1].how == DROP else decode_content(event.content)
         except (msgspec.MsgspecError, UnicodeError):
             return None  # nothing the ingress wrote: PostgreSQL will say what is wrong with it
-        asks = asks_of(event, rule, self._settings, members)
-        return (asks, members) if asks else None
+        return Asked(asks, said.actor, members)
 
     def renotify_ms(self, rule: MergeRule | None) -> int:
         """How often what grows may disturb."""
@@ -109,45 +123,66 @@ class Merges:
         Raises:
             StoreUnavailableError: nothing is known.
         """
-        asked = {event.id: found for _, event in batch if (found := self._asked(event)) is not None}
+        asked: dict[bytes, Asked] = {}
+        wanted: list[tuple[int, str]] = []
+        speaking: set[int] = set()
+        tenant: str | None = None
+        rules: Mapping[str, MergeRule] | None = None
+        for user, event in batch:
+            if event.tenant != tenant:
+                tenant = event.tenant
+                rules = self._policy(tenant).merge
+            rule = None if rules is None else rules.get(event.type)
+            if rule is None and not may_ask(event):
+                continue
+            found = self._asked(event, rule)
+            if found is None:
+                continue
+            asked[event.id] = found
+            for ask in found.asks:
+                wanted.append((user.stream_id, ask.key))
+                if ask.rule is not None and speaks_languages(ask.rule):
+                    speaking.add(user.stream_id)
         if not asked:
             return None
         merger = Merger(now_ms, self._settings)
-        wanted: dict[tuple[int, str], None] = {}
-        speaking: set[int] = set()
-        for user, event in batch:
-            asks, _ = asked.get(event.id, ((), None))
-            wanted.update(dict.fromkeys((user.stream_id, ask.key) for ask in asks))
-            if any(speaks_languages(ask.rule) for ask in asks):
-                speaking.add(user.stream_id)
-        open_ones = list(wanted) if aside else await self._perhaps_open(wanted, now_ms)
-        windows = await self._store.find_windows(open_ones, now_ms, aside) if open_ones else []
-        targets = {(w.stream_id, w.key): w.row.id for w in windows}
-        pairs: dict[tuple[bytes, str], None] = {}
-        for user, event in batch:
-            asks, members = asked.get(event.id, ((), {}))
-            actor = members.get("actorId")
-            for ask in asks:
-                target = targets.get((user.stream_id, ask.key))
-                if ask.how == AGGREGATE and target is not None and isinstance(actor, str):
-                    pairs[target, actor] = None
-        merger.know(windows, await self._store.find_actors(list(pairs), aside) if pairs else ())
+        open_ones = wanted if aside else await self._perhaps_open(wanted, now_ms)
+        if open_ones:
+            await self._know(merger, batch, asked, list(dict.fromkeys(open_ones)), now_ms, aside)
         locales = await self._store.find_locales(sorted(speaking), aside) if speaking else {}
         return MergingBatch(self, merger, asked, locales, now_ms)
 
-    async def _perhaps_open(
-        self, wanted: Iterable[tuple[int, str]], now_ms: int
-    ) -> Sequence[tuple[int, str]]:
+    async def _know(
+        self,
+        merger: Merger,
+        batch: Sequence[tuple[User, Event]],
+        asked: Mapping[bytes, Asked],
+        wanted: Sequence[tuple[int, str]],
+        now_ms: int,
+        aside: bool,
+    ) -> None:
+        """Tell a merger what Postgres has of these windows."""
+        windows = await self._store.find_windows(wanted, now_ms, aside)
+        targets = {(w.stream_id, w.key): w.row.id for w in windows}
+        pairs: dict[tuple[bytes, str], None] = {}
+        for user, event in batch if targets else ():
+            found = asked.get(event.id)
+            if found is None or found.actor is None:
+                continue
+            for ask in found.asks:
+                target = targets.get((user.stream_id, ask.key))
+                if ask.how == AGGREGATE and target is not None:
+                    pairs[target, found.actor] = None
+        merger.know(windows, await self._store.find_actors(list(pairs), aside) if pairs else ())
+
+    async def _perhaps_open(self, wanted: list[tuple[int, str]], now_ms: int) -> list[tuple[int, str]]:
         """Those of the windows of which Postgres is to be asked."""
-        wanted, most = list(wanted), self._settings.known_windows
-        self.windows.under(self._term())
-        unlearned = self.windows.unlearned(stream for stream, _ in wanted)
+        known, most = self.windows, self._settings.learned_windows
+        known.under(self._term(), now_ms)
+        unlearned = known.unlearned([stream for stream, _ in wanted])
         if unlearned:
-            found = await self._store.open_windows(unlearned, now_ms, most)
-            if len(found) >= most:
-                return wanted  # more than can be known: they are asked of one by one
-            self.windows.learn(unlearned, found)
-        return self.windows.perhaps(wanted)
+            known.learn(unlearned, await self._store.open_windows(unlearned, now_ms, most), most)
+        return known.perhaps(wanted)
 
     async def preview(self, user: User, event: Event, filed: bool, now_ms: int) -> dict[str, Any] | None:
         """What would become of an event now, as `dryRun` tells it; None if it is not to be merged."""
@@ -181,6 +216,7 @@ class MergingBatch:
 
     Attributes:
         writes: for the commit; complete after `finish`.
+        begun: what notifications of this batch say of the windows that they begin, by id; as `writes`.
         locales: languages of users by stream, where texts depend on them.
     """
 
@@ -193,24 +229,49 @@ class MergingBatch:
         now_ms: int,
     ) -> None:
         self.writes = MergeWrites()
+        self.begun: dict[bytes, Begun] = {}
         self.locales = locales
         self._merges = merges
         self._merger = merger
         self._asked = asked
         self._now_ms = now_ms
+        self._begun: list[tuple[int, str, int]] = []
+        self._opened: dict[bytes, Decision] = {}
         self._targets: dict[bytes, Target] = {}  # that change, or are made
         self._users: dict[bytes, User] = {}
         self._pushes: dict[bytes, tuple[User, Event, Plan, int]] = {}
         self._silent: dict[bytes, bool] = {}
         self._told: set[bytes] = set()  # targets that have a push of this batch
 
-    def __contains__(self, event: Event) -> bool:
-        return event.id in self._asked
+    def asked(self, event: Event) -> Asked | None:
+        """How an event is to be merged; None: it is not."""
+        return self._asked.get(event.id)
+
+    def alone(self, user: User, asked: Asked) -> bool:
+        """Whether an event that asks is a notification of its own for sure."""
+        return self._merger.alone(user.stream_id, asked.asks)
 
     def decide(self, user: User, event: Event, *, filed: bool, priority: int) -> Decision:
         """What becomes of an event that asks."""
-        asks, members = self._asked[event.id]
+        asks, _, members = self._asked[event.id]
         return self._merger.decide(user.stream_id, event, asks, dict(members), filed=filed, priority=priority)
+
+    def begin(self, user: User, event: Event, asked: Asked, plan: Plan) -> None:
+        """Decide for an event that asks and is `alone`: it begins its windows."""
+        ask = asked.asks[0]
+        if ask.how != DROP or len(asked.asks) > 1:
+            self.take(user, event, plan)
+            return
+        now_ms, stream_id, key = self._now_ms, user.stream_id, ask.key
+        ends_ms = now_ms + ask.window_ms
+        self._merger.begin_drop(stream_id, event, key)
+        self._begun.append((stream_id, key, ends_ms))
+        opening = Opening(ask.source, now_ms, self._notified_ms(plan), asked.actor, ((key, ends_ms),))
+        self.begun[event.id] = Begun(pack(opening), slot_of(key, ends_ms))
+
+    def _notified_ms(self, plan: Plan) -> int:
+        """When the user is disturbed by a notification of its own."""
+        return self._now_ms if plan.digest is not None else _told_at(plan, self._now_ms)
 
     def take(self, user: User, event: Event, plan: Plan) -> tuple[Decision, bool]:
         """Decide for an event that asks.
@@ -221,13 +282,15 @@ class MergingBatch:
         priority = event.priority if plan.priority is None else plan.priority
         decision = self.decide(user, event, filed=plan.archived, priority=priority)
         target = decision.target
-        notice: str | None = None
         if decision.status == OPENED:
-            target.notified_ms = self._now_ms if plan.digest is not None else _told_at(plan, self._now_ms)
+            target.notified_ms = self._notified_ms(plan)
             self._targets[target.id] = target
+            self._opened[target.id] = decision
             if plan.push_due_ms is not None:
                 self._told.add(target.id)
-        elif decision.status == MERGED:
+            return decision, True
+        notice: str | None = None
+        if decision.status == MERGED:
             self._targets[target.id] = target
             self._users[target.id] = user
             notice = self._notify(user, event, plan, decision, urgent=is_urgent(priority))
@@ -237,7 +300,7 @@ class MergingBatch:
                 decision.actor, notice,
             )
         )  # fmt: skip
-        return decision, decision.status == OPENED or notice == LOUD
+        return decision, notice == LOUD
 
     def _notify(self, user: User, event: Event, plan: Plan, decision: Decision, *, urgent: bool) -> str:
         target = decision.target
@@ -268,23 +331,31 @@ class MergingBatch:
         counts: dict[int, int] = {}
         writes = self.writes
         for target in self._targets.values():
-            content = target.content(self.locales.get(target.stream_id))
             if target.row is None:
-                contents[target.id] = content
+                if self._opened[target.id].ask.how != DROP:
+                    contents[target.id] = target.content(self.locales.get(target.stream_id))
+                if self._begins(target):
+                    continue
             elif target.changed:
                 counts[target.stream_id] = counts.get(target.stream_id, 0) + 1
                 row = UpdateRow(
-                    target.id, target.stream_id, content, target.priority, target.type, target.category,
-                    target.expires_ms, target.top, -counts[target.stream_id],
+                    target.id, target.stream_id, target.content(self.locales.get(target.stream_id)),
+                    target.priority, target.type, target.category, target.expires_ms, target.top,
+                    -counts[target.stream_id],
                 )  # fmt: skip
                 writes.updates.append(row)
-            writes.windows += [
-                WindowRow(
-                    target.stream_id, key, target.id, ends_ms, target.events, target.count, target.notified_ms
-                )
-                for key, ends_ms in target.keys.items()
-            ]
-        self._merges.windows.opened((window.stream_id, window.key) for window in writes.windows)
+                if target.opening is not None:
+                    writes.events.append(_opened_row(target, target.opening, target.opening.at_ms))
+            for key, ends_ms in target.keys.items():
+                self._begun.append((target.stream_id, key, ends_ms))
+                writes.windows.append(
+                    WindowRow(
+                        target.stream_id, key, target.id, ends_ms, target.events, target.count,
+                        target.notified_ms,
+                    )
+                )  # fmt: skip
+        writes.left = self._merger.left
+        self._merges.windows.opened(self._begun)
         for row in writes.updates:
             row.back += counts[row.stream_id]
         for raw, (user, event, plan, due_ms) in self._pushes.items():
@@ -301,6 +372,21 @@ class MergingBatch:
                         )
                     )  # fmt: skip
         return contents
+
+    def _begins(self, target: Target) -> bool:
+        """Let a notification of this batch say what windows it begins; False: these need rows."""
+        _, _, ask, actor = self._opened[target.id]
+        opening = Opening(ask.source, self._now_ms, target.notified_ms, actor, target.began)
+        if target.events > 1 or target.rows:
+            self.writes.events.append(_opened_row(target, opening))
+            return False
+        slots: list[int | None] = [None, None]
+        for number, (key, ends_ms) in enumerate(target.began):
+            if key in target.keys:
+                self._begun.append((target.stream_id, key, ends_ms))
+                slots[number] = slot_of(key, ends_ms)
+        self.begun[target.id] = Begun(pack(opening), *slots)
+        return True
 
     def outcome(
         self,
@@ -354,6 +440,14 @@ class MergingBatch:
                 )  # fmt: skip
                 told = msgspec.structs.replace(event, id=target.id)
                 planned(user, told, target.seq, row, revs.get(push.notification, 0))
+
+
+def _opened_row(target: Target, opening: Opening, at_ms: int | None = None) -> MergedRow:
+    """The row of an event that became a notification."""
+    return MergedRow(
+        target.id, target.id, target.stream_id, OPENED, opening.how, opening.source, opening.actor, None,
+        at_ms,
+    )  # fmt: skip
 
 
 def _row_after(target: Target, rev: int, content: str, now_ms: int) -> NotificationRow:

@@ -547,18 +547,21 @@ class Writer:
             assert user is not None
             # Planned before, the batch met a taken idempotency key: limits are not spent twice.
             first = entry.plan is None
-            if merging is None:
+            asked = None if merging is None else merging.asked(event)
+            if merging is None or asked is None or merging.alone(user, asked):
                 decided = entry.plan = self._plan(entry, now_ms, spend=first)
+                if merging is not None:
+                    if asked is not None:
+                        merging.begin(user, event, asked, decided)
+                    own.append(entry)
             else:
-                joins = event in merging
-                decided = entry.plan = self._plan(entry, now_ms, spend=first and not joins)
-                if joins:
-                    decision, disturbs_now = merging.take(user, event, decided)
-                    if first and disturbs_now:
-                        self._plan(entry, now_ms, spend=True)
-                    if decision.status != OPENED:
-                        merged.append((entry, decision))
-                        continue
+                decided = entry.plan = self._plan(entry, now_ms)
+                decision, disturbs_now = merging.take(user, event, decided)
+                if first and disturbs_now:
+                    self._plan(entry, now_ms, spend=True)
+                if decision.status != OPENED:
+                    merged.append((entry, decision))
+                    continue
                 own.append(entry)
             stream_id = user.stream_id
             counts[stream_id] = counts.get(stream_id, 0) + 1
@@ -588,9 +591,12 @@ class Writer:
         if merging is not None:
             contents = await merging.finish(self._next_delivery_id)
             changed = merging.writes.counts()
+            begun = merging.begun
             for row in rows:
-                if row.event.id in contents:  # a copy: a batch that fails is decided anew
-                    row.event = replace(row.event, content=contents[row.event.id])
+                raw = row.event.id
+                row.begun = begun.get(raw)
+                if raw in contents:  # a copy: a batch that fails is decided anew
+                    row.event = replace(row.event, content=contents[raw])
         heads = await self._store.append(
             term, counts, rows, outbox, now_ms, keyed, self._keys_since_ms() if keyed else 0,
             None if self._guard is None else functools.partial(self._guard, batch),

@@ -17,7 +17,8 @@ with is not said again.
 
 `Merger` decides for one batch of a shard's writer: it is given the windows that are open, takes the batch's
 events in order, and says at the end what is to be written. Whatever it changes is its own, so that a batch
-whose commit fails is decided anew.
+whose commit fails is decided anew. A window has a row of its own only once something was merged into its
+notification, whose row says what there is to say until then (carillon/merge_begun.py).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from carillon.clock import rfc3339
 from carillon.decision import URGENT
 from carillon.event_rules import is_array
 from carillon.ids import uuid_text
+from carillon.merge_begun import Opening, slot_of
 from carillon.merge_rules import ACCUMULATE, AGGREGATE, COUNT, DROP, REPLACE, MergeRule, data_of, render
 from carillon.messages import PRIORITIES, Event
 from carillon.notification import ALWAYS, NotificationRow, decode_content, encode_content, filed_away
@@ -83,28 +85,50 @@ def may_ask(event: Event) -> bool:
     return event.dedupe is not None or event.aggregate is not None
 
 
-def asks_of(
-    event: Event, rule: MergeRule | None, limits: MergeSettings, members: Mapping[str, Any]
-) -> tuple[Ask, ...]:
+class Said(msgspec.Struct, rename="camel"):
+    """What tells events apart: a part of a notification's content."""
+
+    title: Any = None
+    body: Any = None
+    target_type: Any = None
+    target_id: Any = None
+    actor_id: Any = None
+
+    @property
+    def actor(self) -> str | None:
+        """Who did it, as far as actors can be told apart; None: nobody is named."""
+        return self.actor_id if isinstance(self.actor_id, str) else None
+
+
+_said: Final = msgspec.json.Decoder(Said).decode
+
+
+def said_by(content: str) -> Said:
+    """That part of a stored content.
+
+    Raises:
+        msgspec.MsgspecError, UnicodeError: it is nothing that the ingress wrote.
+    """
+    return _said(f"{{{content}}}")
+
+
+def asks_of(event: Event, rule: MergeRule | None, limits: MergeSettings, said: Said) -> tuple[Ask, ...]:
     """How an event is to be merged; a `drop` comes first, and at most one other follows.
 
     The event wins over the rule, except that a rule's aggregation holds beside an event's `drop`: the same
     like twice is one, and those of different actors are gathered.
-
-    Args:
-        members: the event's content.
     """
     dedupe, aggregate = event.dedupe, event.aggregate
     asks: list[Ask] = []
     if dedupe is not None:
-        asks.append(_alike(event, dedupe.merge, dedupe.key, dedupe.window_ms, EVENT, rule, limits, members))
+        asks.append(_alike(event, dedupe.merge, dedupe.key, dedupe.window_ms, EVENT, rule, limits, said))
     if dedupe is None or dedupe.merge == DROP:
         if aggregate:
-            asks.append(_about(event, 0, EVENT, rule, limits, members))
+            asks.append(_about(event, 0, EVENT, rule, limits, said))
         elif rule is not None and rule.how == AGGREGATE and aggregate is None:
-            asks.append(_about(event, rule.window_ms, TENANT, rule, limits, members))
+            asks.append(_about(event, rule.window_ms, TENANT, rule, limits, said))
         elif dedupe is None and rule is not None and rule.how is not None and rule.how != AGGREGATE:
-            asks.append(_alike(event, rule.how, None, rule.window_ms, TENANT, rule, limits, members))
+            asks.append(_alike(event, rule.how, None, rule.window_ms, TENANT, rule, limits, said))
     return tuple(asks)
 
 
@@ -116,13 +140,12 @@ def _alike(
     source: str,
     rule: MergeRule | None,
     limits: MergeSettings,
-    members: Mapping[str, Any],
+    said: Said,
 ) -> Ask:
     window_ms = window_ms or round(limits.dedupe_window_s * 1000)
     if key is not None:
         return Ask(how, f"{how}:{_digest(key)}", key, window_ms, source, rule)
-    told = [members.get(name) for name in ("title", "body", "targetType", "targetId")]
-    content = _digest([event.type, *told])
+    content = _digest([event.type, said.title, said.body, said.target_type, said.target_id])
     return Ask(how, f"{how}:{content}", content, window_ms, source, rule)
 
 
@@ -132,24 +155,18 @@ def _about(
     source: str,
     rule: MergeRule | None,
     limits: MergeSettings,
-    members: Mapping[str, Any],
+    said: Said,
 ) -> Ask:
     if not window_ms:
         own = rule is not None and rule.how == AGGREGATE and rule.window_ms
         window_ms = own or round(limits.aggregate_window_s * 1000)
-    about = [event.type, members.get("targetType"), members.get("targetId")]
+    about = [event.type, said.target_type, said.target_id]
     name = ":".join(part or "" for part in about).rstrip(":")
     return Ask(AGGREGATE, f"{AGGREGATE}:{_digest(about)}", name, window_ms, source, rule)
 
 
 def _digest(value: Any) -> str:
     return hashlib.blake2b(_encode(value), digest_size=16).hexdigest()
-
-
-def actor_of(event: Event, members: Mapping[str, Any]) -> str | None:
-    """Who did it, as far as actors can be told apart; None: nobody is named."""
-    actor = members.get("actorId")
-    return actor if isinstance(actor, str) else None
 
 
 @dataclass(slots=True)
@@ -162,6 +179,7 @@ class Window:
         notified_ms: when the user was last disturbed by it, or will be.
         priority: of the row.
         cancelled: the service stopped what was pending of it.
+        opening: of one without a row of its own: how it began.
     """
 
     stream_id: int
@@ -173,6 +191,7 @@ class Window:
     count: int
     notified_ms: int
     cancelled: bool = False
+    opening: Opening | None = None
 
 
 @dataclass(slots=True)
@@ -185,7 +204,11 @@ class Target:
         filed: the user wants nothing of it in the app.
         open: it takes in others. gone: it is withdrawn or over: not even a duplicate refers to it.
         changed: something was merged into it. top: it is to go to the top of the feed.
-        keys: windows to be written, with their ends.
+        keys: windows that began or took something in, with their ends; of one that this batch makes those
+            that it still has.
+        began: of one that this batch makes: all its windows, with their ends.
+        rows: its windows need rows though nothing was merged into it: they stand for others there.
+        opening: of a stored one: how the window began that has no row yet and took something in.
         loud: it may disturb the user now.
         texts: what writes title and body when `count` is above 1.
     """
@@ -209,6 +232,9 @@ class Target:
     top: bool = False
     loud: bool = False
     keys: dict[str, int] = field(default_factory=dict[str, int])
+    began: tuple[tuple[str, int], ...] = ()
+    rows: bool = False
+    opening: Opening | None = None
     texts: MergeRule | None = None
 
     def content(self, locale: str | None) -> str:
@@ -235,7 +261,11 @@ class Decision(NamedTuple):
 
 
 class Merger:
-    """Decides for the events of one batch, in order."""
+    """Decides for the events of one batch, in order.
+
+    Attributes:
+        left: (notification, slot) of windows without rows whose keys began anew with other notifications.
+    """
 
     def __init__(self, now_ms: int, limits: MergeSettings) -> None:
         self._now_ms = now_ms
@@ -243,6 +273,9 @@ class Merger:
         self._windows: dict[tuple[int, str], tuple[Target, int]] = {}
         self._targets: dict[bytes, Target] = {}
         self._actors: set[tuple[bytes, str]] = set()
+        self._openings: dict[tuple[int, str], Opening] = {}  # of windows without rows
+        self._dropping: dict[tuple[int, str], Event] = {}  # by windows of `drop` that began in this batch
+        self.left: list[tuple[bytes, int]] = []
 
     def know(self, windows: Iterable[Window], actors: Iterable[tuple[bytes, str]] = ()) -> None:
         """Take in what the store has: windows, and which of the actors asked about are counted already."""
@@ -255,6 +288,26 @@ class Merger:
                 target.events, target.count = w.events, w.count
             target.notified_ms = max(target.notified_ms, w.notified_ms)
             self._windows[w.stream_id, w.key] = target, w.ends_ms
+            if w.opening is not None:
+                self._openings[w.stream_id, w.key] = w.opening
+                if w.opening.actor is not None:
+                    self._actors.add((w.row.id, w.opening.actor))
+
+    def alone(self, stream_id: int, asks: Iterable[Ask]) -> bool:
+        """Whether an event is a notification of its own for sure: none of its windows is there."""
+        windows, dropping = self._windows, self._dropping
+        for ask in asks:
+            window = (stream_id, ask.key)
+            if window in windows or window in dropping:
+                return False
+        return True
+
+    def begin_drop(self, stream_id: int, event: Event, key: str) -> None:
+        """An event that is `alone` begins a window of `drop` and no other.
+
+        Nothing is ever merged into it, so that no more needs to be known of it.
+        """
+        self._dropping[stream_id, key] = event
 
     def _stored(self, w: Window) -> Target:
         row = w.row
@@ -282,13 +335,18 @@ class Merger:
         """What becomes of the next event.
 
         Args:
-            members: of its content; kept.
+            members: of its content; kept. Not needed of one that asks for `drop` alone.
             filed: its user wants nothing of it in the app.
             priority: with the user's override.
         """
-        actor = actor_of(event, members)
+        who = members.get("actorId")
+        actor = who if isinstance(who, str) else None
         for ask in asks:
-            found = self._windows.get((stream_id, ask.key))
+            window = (stream_id, ask.key)
+            found = self._windows.get(window)
+            if found is None and window in self._dropping:
+                first = self._made(stream_id, self._dropping[window], {}, filed=False, priority=priority)
+                return Decision(DUPLICATE, first, ask, None)
             if found is None or found[1] <= self._now_ms:
                 continue
             target = found[0]
@@ -301,23 +359,39 @@ class Merger:
                     if other is not ask:
                         self._open(target, stream_id, other)
                 return Decision(MERGED, target, ask, actor)
-        target = Target(
-            event.id, stream_id, 0, None, members, event.type, event.category, priority, event.expires_ms,
-            1, 1, self._now_ms, filed,
-        )  # fmt: skip
+        target = self._made(stream_id, event, members, filed=filed, priority=priority)
         ask = asks[-1]
         if ask.how != DROP:
             _name(target, ask, self._limits)
         self._targets[event.id] = target
         for one in asks:
             self._open(target, stream_id, one)
+        target.began = tuple(target.keys.items())
         if actor is not None:
             self._actors.add((event.id, actor))
         return Decision(OPENED, target, ask, actor)
 
+    def _made(
+        self, stream_id: int, event: Event, members: dict[str, Any], *, filed: bool, priority: int
+    ) -> Target:
+        return Target(
+            event.id, stream_id, 0, None, members, event.type, event.category, priority, event.expires_ms,
+            1, 1, self._now_ms, filed,
+        )  # fmt: skip
+
     def _open(self, target: Target, stream_id: int, ask: Ask) -> None:
+        window = (stream_id, ask.key)
         ends_ms = self._now_ms + ask.window_ms
-        self._windows[stream_id, ask.key] = target, ends_ms
+        known = self._windows.get(window)
+        if known is not None and known[0] is not target:
+            before = known[0]
+            if before.row is None:
+                before.keys.pop(ask.key, None)
+            else:
+                target.rows = True
+                if self._openings.pop(window, None) is not None:
+                    self.left.append((before.id, slot_of(ask.key, known[1])))
+        self._windows[window] = target, ends_ms
         target.keys[ask.key] = ends_ms
 
     def _take_in(
@@ -330,7 +404,9 @@ class Merger:
         priority: int,
     ) -> None:
         before = target.members
-        target.keys.setdefault(ask.key, self._windows[target.stream_id, ask.key][1])
+        window = (target.stream_id, ask.key)
+        target.keys.setdefault(ask.key, self._windows[window][1])
+        target.opening = self._openings.pop(window, target.opening)
         target.events += 1
         fresh = True
         if ask.how == AGGREGATE and actor is not None:

@@ -128,10 +128,17 @@ class MergeSettings:
         16_384, "Their length as JSON together; older ones go.", low=1024, high=65_536
     )
     known_windows: int = setting(
-        100_000,
-        "Windows that a shard knows to be open, twice as many at most: of others Postgres need not be asked.",
+        500_000,
+        "Windows that a shard remembers, about 90 bytes each: of others Postgres need not be asked.",
         low=1,
         high=10_000_000,
+    )
+    learned_windows: int = setting(
+        1000,
+        "Open windows of one user that a shard reads when it takes over; of a user with more, Postgres is "
+        "asked of every event that may be merged, for a day.",
+        low=1,
+        high=1_000_000,
     )
     keep_s: float = setting(
         172_800.0,

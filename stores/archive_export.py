@@ -19,6 +19,8 @@ from carillon.clock import rfc3339
 from carillon.decision import unpack
 from carillon.errors import ArchiveError, UnavailableError
 from carillon.explain import told
+from carillon.merge_begun import unpack as read_opening
+from carillon.merging import OPENED
 from carillon.settings import Settings
 from stores.archive_files import ArchiveFiles
 from stores.archiver import root_of
@@ -27,7 +29,9 @@ from stores.postgres.pool import acquired
 
 _PIECE: Final = 200
 _encode: Final = msgspec.json.Encoder().encode
-_OURS: Final = frozenset({"stream_id", "slot", "content", "decision"})
+_OURS: Final = frozenset(
+    {"stream_id", "slot", "content", "decision", "merging", "merge_slot", "merge_slot_2"}
+)
 """Columns that say nothing of the user, or are told in another form."""
 
 
@@ -85,16 +89,29 @@ def _of_user(files: ArchiveFiles, part: Part, user: str) -> list[Archived]:
 
 def _line(found: Archived) -> str:
     decision = found.notification.get("decision")
+    merged = found.merged
+    if "merging" in found.notification and all(one["event_id"] != str(found.id) for one in merged):
+        merged = [_opened(found), *merged]
     document = {
         "kind": "archivedNotification",
         "notification": found.content() | _camel(found.notification),
         "deliveries": [_camel(one) for one in found.deliveries],
         "rules": [] if decision is None else told(unpack(decision)),
         "amendments": [_camel(one) for one in found.amendments],
-        "mergedEvents": [_camel(one) for one in found.merged],
+        "mergedEvents": [_camel(one) for one in merged],
         "variant": None if found.exposure is None else _camel(found.exposure),
     }
     return _encode(document).decode()
+
+
+def _opened(found: Archived) -> dict[str, Any]:
+    """The event that began it, as the row would say that there is once something is merged into it."""
+    opening = read_opening(found.notification["merging"])
+    row = {
+        "event_id": str(found.id), "notification_id": str(found.id), "at": rfc3339(opening.at_ms),
+        "status": OPENED, "how": opening.how, "source": opening.source,
+    }  # fmt: skip
+    return row if opening.actor is None else row | {"actor": opening.actor}
 
 
 def _camel(row: dict[str, Any]) -> dict[str, Any]:

@@ -28,9 +28,9 @@ from carillon.broadcasts import (
 from carillon.errors import FencedError, IdempotencyConflictError, StoreUnavailableError, UnavailableError
 from carillon.ids import SLOTS
 from stores.postgres.audience import AudienceReader, audience_queries
-from stores.postgres.merges import Around
 from stores.postgres.named import load_queries
 from stores.postgres.pool import Store, acquired
+from stores.postgres.shard_rows import Around
 
 _COUNTS: Final = ("stored", "delivered", "queued", "deferred", "suppressed", "failed")
 _ROW: Final = ", ".join(

@@ -14,7 +14,9 @@ import msgspec
 
 from carillon.errors import InvalidInputError
 from carillon.hot_feed import NOWHERE, Standing
+from carillon.merge_begun import unpack
 from carillon.merge_windows import KnownWindow
+from carillon.merging import OPENED
 from carillon.notification import NotificationRow, gone
 from stores.postgres.named import load_queries
 from stores.postgres.pool import Store, acquired
@@ -375,7 +377,7 @@ class FeedReader(Store):
                 self._sql["merged"], uuid.UUID(bytes=notification_id), MERGED_SHOWN
             )
             windows = []
-            if events:
+            if events:  # else nothing was merged: the notification says what windows it began
                 windows = await connection.fetch(self._sql["merge_windows"], uuid.UUID(bytes=notification_id))
         by_id: dict[int, dict[str, Any]] = {}
         for t in tries:
@@ -394,7 +396,7 @@ class FeedReader(Store):
         return Found(
             row_of(record), record["user_id"], list(by_id.values()), record["decision"], record["receipt"],
             record["priority"], record["version"], record["cancelled_ms"], [Act(*act) for act in acts],
-            _merge_log(events, windows),
+            _merge_log(notification_id, record, events, windows),
         )  # fmt: skip
 
     async def owner(self, tenant: str, notification_id: bytes) -> str | None:
@@ -453,9 +455,22 @@ def row_of(record: asyncpg.Record) -> NotificationRow:
     )
 
 
-def _merge_log(events: list[Any], windows: list[Any]) -> MergeLog | None:
-    if not events:
+def _merge_log(raw: bytes, record: Any, events: list[Any], windows: list[Any]) -> MergeLog | None:
+    """What rows tell, and what the notification itself says of windows that have none."""
+    text = record["merging"]
+    if not events and text is None:
         return None
     told = [MergedEvent(e[0].bytes, *list(e)[1:7]) for e in events]
-    known = [KnownWindow(*window) for window in windows]
-    return MergeLog(events[0]["merged"], events[0]["duplicates"], told, known)
+    known = [KnownWindow(*list(window)[1:]) for window in windows]
+    if text is not None:
+        opening = unpack(text)
+        at_ms, source, told_ms = opening.at_ms, opening.source, opening.notified_ms
+        if len(told) < MERGED_SHOWN and all(one.event != raw for one in told):
+            told.append(MergedEvent(raw, at_ms, OPENED, opening.how, source, opening.actor, None))
+        rows = {window["key"] for window in windows}
+        for key, ends_ms in opening.found_by((record["merge_slot"], record["merge_slot_2"])):
+            if key not in rows:
+                known.append(KnownWindow(key.partition(":")[0], at_ms, ends_ms, source, 1, 1, told_ms))
+        known.sort(key=lambda window: window.ends_ms)
+    counts = (events[0]["merged"], events[0]["duplicates"]) if events else (0, 0)
+    return MergeLog(*counts, told, known)

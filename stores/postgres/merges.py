@@ -7,23 +7,19 @@ transaction of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import asyncpg
 from asyncpg.pgproto.pgproto import UUID
 
+from carillon.merge_begun import open_slots, slots_at, unpack
 from carillon.merging import Window
 from stores.postgres.shard_connections import ShardConnections
 from stores.postgres.shard_rows import MergedInto, StreamsErasedError, row_of, with_rows
 
 _SQL: Final = with_rows("merges")
-_ANSWER: Final = "select stream_id, seq, rev, unread from moved"
-"""How the group commit ends (shard.sql)."""
-Around = Callable[[str, int], tuple[str, Sequence[Any]]]
-"""Given the text of the group commit and how many parameters it has: one that does more, and its further
-parameters."""
 
 
 @dataclass(slots=True)
@@ -67,6 +63,8 @@ class MergedRow:
     source: str
     actor: str | None
     notice: str | None
+    at_ms: int | None = None
+    """Of one that began a notification before: when it did. It is there already, perhaps."""
 
 
 @dataclass(slots=True)
@@ -96,17 +94,15 @@ class MergeWrites:
     windows: list[WindowRow] = field(default_factory=list)
     events: list[MergedRow] = field(default_factory=list)
     pushes: list[RepushRow] = field(default_factory=list)
+    left: list[tuple[bytes, int]] = field(default_factory=list)
+    """Notifications and slots: of windows without rows that began anew with another one."""
+
+    def __bool__(self) -> bool:
+        return bool(self.updates or self.windows or self.events or self.pushes)
 
     def streams(self) -> set[int]:
         """The streams of which something is written."""
         return {row.stream_id for rows in (self.updates, self.windows, self.events) for row in rows}
-
-    @property
-    def opens_only(self) -> bool:
-        """Nothing was merged: there are windows that the batch's own notifications opened, and no more."""
-        if self.updates or self.pushes:
-            return False
-        return all(row.status == "opened" for row in self.events) and all(w.events == 1 for w in self.windows)
 
     def counts(self) -> dict[int, int]:
         """Stream id -> how many of its rows change."""
@@ -118,8 +114,6 @@ class MergeWrites:
 
 class MergeStore(ShardConnections):
     """The part of `ShardStore` that is about merging."""
-
-    _opened_sql: dict[str, str]
 
     async def _fetch_merges(self, name: str, aside: bool, *args: Any) -> list[Any]:
         async with self._reading() if aside else self._writing() as connection:
@@ -133,14 +127,36 @@ class MergeStore(ShardConnections):
         Args:
             aside: here and below, not asked by the writer, whose connection is its own.
         """
-        keys = [s for s, _ in wanted], [k for _, k in wanted]
-        rows = await self._fetch_merges("find_windows", aside, *keys, now_ms / 1000)
-        return [Window(r[0], r[1], row_of(r[8:]), r[6], r[2], r[3], r[4], r[5], r[7]) for r in rows]
+        slots = [slots_at(key, now_ms) for _, key in wanted]
+        rows = await self._fetch_merges(
+            "find_windows", aside, [s for s, _ in wanted], [k for _, k in wanted], now_ms / 1000,
+            [today for today, _ in slots], [tomorrow for _, tomorrow in slots],
+        )  # fmt: skip
+        found: dict[tuple[int, str], Window] = {}
+        for r in rows:
+            row, opening, ends_ms, notified_ms = row_of(r[9:]), None, r[2], r[5]
+            if ends_ms is None:  # it has no row of its own
+                opening = unpack(r[8])
+                ends_ms, notified_ms = dict(opening.windows).get(r[1], 0), opening.notified_ms
+                if ends_ms <= now_ms:
+                    continue
+            window = Window(r[0], r[1], row, r[6], ends_ms, r[3], r[4], notified_ms, r[7], opening)
+            known = found.get((r[0], r[1]))
+            if known is None or (row.seq, opening is None) > (known.row.seq, known.opening is None):
+                found[r[0], r[1]] = window
+        return list(found.values())
 
-    async def open_windows(self, streams: Sequence[int], now_ms: int, most: int) -> list[tuple[int, str]]:
-        """(stream id, key) of the open windows of streams, at most so many."""
-        rows = await self._fetch_merges("open_windows", False, streams, now_ms / 1000, most)
-        return [(r[0], r[1]) for r in rows]
+    async def open_windows(
+        self, streams: Sequence[int], now_ms: int, most: int
+    ) -> list[tuple[int, str, int]]:
+        """(stream id, key, end) of the open windows of streams, at least `most` of one that has as many."""
+        first, last = open_slots(now_ms)
+        rows = await self._fetch_merges("open_windows", False, streams, now_ms / 1000, most, first, last)
+        found: list[tuple[int, str, int]] = []
+        for stream, key, ends_ms, text in rows:
+            windows = ((key, ends_ms),) if text is None else unpack(text).windows
+            found += [(stream, name, end) for name, end in windows]
+        return found
 
     async def find_actors(
         self, wanted: Sequence[tuple[bytes, str]], aside: bool = False
@@ -165,30 +181,6 @@ class MergeStore(ShardConnections):
             await connection.execute(_SQL["prune_windows"], now_ms / 1000)
             await connection.execute(_SQL["prune_merged"], since_ms / 1000)
 
-    def _opening(self, merges: MergeWrites, ids: Sequence[bytes], now_ms: int) -> Around:
-        """Makes of the group commit of notifications with these ids one that writes the windows they open."""
-        nth = {raw: number for number, raw in enumerate(ids, 1)}
-        windows, events = merges.windows, merges.events
-
-        def made(text: str, count: int) -> tuple[str, Sequence[Any]]:
-            whole = self._opened_sql.get(text)
-            if whole is None:
-                head, found, tail = text.rpartition(_ANSWER)
-                assert found
-                parts = {f"p{number}": f"${count + number}" for number in range(1, 11)}
-                whole = self._opened_sql[text] = (
-                    f"{head.rstrip()},\n{_SQL['opened'].rstrip() % parts}\n{found}{tail}"
-                )
-            return whole, (
-                [nth[w.notification] for w in windows], [w.key for w in windows],
-                [w.ends_ms / 1000 for w in windows], [w.count for w in windows],
-                [w.notified_ms / 1000 for w in windows],
-                [nth[e.event] for e in events], [e.how for e in events], [e.source for e in events],
-                now_ms / 1000, [e.actor for e in events],
-            )  # fmt: skip
-
-        return made
-
     async def _write_merges(
         self, connection: asyncpg.Connection, term: int, merges: MergeWrites, now_ms: int, keyed: bool
     ) -> dict[int, tuple[int, int, int]]:
@@ -197,6 +189,9 @@ class MergeStore(ShardConnections):
         Raises:
             StreamsErasedError: some streams are gone, and some events of the batch are `keyed`.
         """
+        if merges.left:
+            left = [UUID(raw) for raw, _ in merges.left], [slot for _, slot in merges.left]
+            await connection.execute(_SQL["leave_windows"], *left)
         counts = merges.counts()
         rows, windows, events, pushes = merges.updates, merges.windows, merges.events, merges.pushes
         found = await connection.fetch(
@@ -215,6 +210,7 @@ class MergeStore(ShardConnections):
             [_s(p.hold_until_ms) for p in pushes], [p.reason for p in pushes], [p.channel for p in pushes],
             [p.chain for p in pushes], [p.step for p in pushes], now_ms / 1000,
             [None if p.digest is None else UUID(p.digest) for p in pushes],
+            [_s(e.at_ms) for e in events],
         )  # fmt: skip
         self._check(found, term)
         gone = merges.streams() - {r[0] for r in found} if keyed else None

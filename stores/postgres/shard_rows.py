@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from carillon.errors import InvalidInputError
 from carillon.ids import UserKey
+from carillon.merge_begun import Begun
 from carillon.messages import Event, Outcome, PushTarget
 from carillon.notification import NotificationRow
 from stores.postgres.named import load_queries
+
+Around = Callable[[str, int], tuple[str, Sequence[Any]]]
+"""Given the text of the group commit and how many parameters it has: one that does more, and its further
+parameters."""
 
 
 def _ms(column: str) -> str:
@@ -86,6 +91,8 @@ class AppendRow:
     """With the user's override; None: the event's."""
     receipt: int | None = None
     """How the user was reached (carillon.explain.receipt_of)."""
+    begun: Begun | None = None
+    """The windows of merging that it begins and that have no rows of their own."""
 
 
 @dataclass(slots=True)

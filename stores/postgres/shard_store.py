@@ -15,16 +15,18 @@ import msgspec
 from asyncpg.pgproto.pgproto import UUID
 
 from carillon.ids import UserKey
+from carillon.merge_begun import Begun
 from carillon.messages import Event, PushTarget
 from carillon.notification import NotificationRow
 from carillon.settings import PostgresSettings
 from stores.postgres.amendments import RETRACT, Amendments
 from stores.postgres.digests import DigestStore
-from stores.postgres.merges import Around, MergeStore, MergeWrites
+from stores.postgres.merges import MergeStore, MergeWrites
 from stores.postgres.shard_documents import UserDocuments
 from stores.postgres.shard_outbox import Outbox
 from stores.postgres.shard_rows import (
     AppendRow,
+    Around,
     ChangeDone,
     KeysTakenError,
     OutboxRow,
@@ -37,6 +39,7 @@ from stores.postgres.shard_rows import (
     with_rows,
 )
 
+_NOT_BEGUN: Final = Begun(None, None)
 NOBODY: Final[Mapping[int, str]] = {}
 
 _NOT_WITH_THEM = "\n      and n.id not in (select t.id from target t)"
@@ -113,10 +116,8 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
                 claimed_of,
             ),
         )  # fmt: skip
-        self._opened_sql = {}
         self._append_sql = {
-            (outbox, ruled, digests): self._append_text(outbox, ruled, digests)
-            for outbox, ruled, digests in itertools.product((False, True), repeat=3)
+            kind: self._append_text(*kind) for kind in itertools.product((False, True), repeat=4)
         }
         self._change_sql = {op: self._change_text("change", "$4", parts) for op, parts in OPERATIONS.items()}
         self._read_all_sql = self._change_text("read_all", "$3", OPERATIONS["read"])
@@ -145,9 +146,12 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
         parts = {**parts, "streams": streams, "taken_over": taken_over}
         return self._sql[name] % {**parts, "take_back": before + self._sql["take_back"] % parts}
 
-    def _append_text(self, outbox: bool, ruled: bool, digests: bool) -> str:
-        """The group commit of batches with or without outbox rows, rules that fired, and rows of digests."""
-        names = ("shown_array", "shown_name", "ruled", "ruled_values", "ruled_arrays", "ruled_names")
+    def _append_text(self, outbox: bool, ruled: bool, digests: bool, begun: bool) -> str:
+        """The group commit of batches with or without outbox rows, rules that fired, digests, windows."""
+        names = (
+            "shown_array", "shown_name", "ruled", "ruled_values", "ruled_arrays", "ruled_names",
+            "begun", "begun_values", "begun_arrays", "begun_names",
+        )  # fmt: skip
         parts = dict.fromkeys(names, "") | {"shown": "n", "planned": "", "slot": ""}
         if outbox:
             number = 30 if ruled else 27
@@ -170,6 +174,14 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
                 "ruled_values": ", e.decision, to_timestamp(e.archived_s)",
                 "ruled_arrays": f", ${first + 1}::text[], ${first + 2}::float8[]",
                 "ruled_names": ", decision, archived_s",
+            }
+        if begun:
+            first = last + 1 + 3 * ruled + (outbox and digests)
+            parts |= {
+                "begun": ", merging, merge_slot, merge_slot_2",
+                "begun_values": ", e.merging, e.merge_slot, e.merge_slot_2",
+                "begun_arrays": f", ${first}::text[], ${first + 1}::bigint[], ${first + 2}::bigint[]",
+                "begun_names": ", merging, merge_slot, merge_slot_2",
             }
         return self._sql["append"] % parts
 
@@ -260,12 +272,9 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
         """
         try:
             async with self._writing() as connection:
-                opening: Around | None = None
-                if merges is not None and rows and merges.opens_only:
-                    # Nothing of it needs a statement of its own, nor the transaction that holds several.
-                    opening, merges = self._opening(merges, [row.event.id for row in rows], now_ms), None
-                if not keys and before is None and merges is None:
-                    return await self._append(connection, term, counts, rows, outbox, now_ms, opening)
+                merging = merges is not None  # some notifications begin windows, perhaps
+                if not keys and before is None and not merges:
+                    return await self._append(connection, term, counts, rows, outbox, now_ms, merging=merging)
                 async with connection.transaction():
                     await self._fence(connection, term)
                     taken = await self._take_keys(connection, keys, now_ms, keys_since_ms) if keys else ()
@@ -275,9 +284,11 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
                         await before(connection)
                     heads: dict[int, tuple[int, int, int]] = {}
                     if rows:
-                        heads = await self._append(connection, term, counts, rows, outbox, now_ms, opening)
+                        heads = await self._append(
+                            connection, term, counts, rows, outbox, now_ms, merging=merging
+                        )
                     wanted = set(counts)
-                    if merges is not None:
+                    if merges:
                         heads |= await self._write_merges(connection, term, merges, now_ms, bool(keys))
                         wanted |= merges.counts().keys()
                     if keys and len(heads) < len(wanted):
@@ -296,6 +307,8 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
         outbox: Sequence[OutboxRow],
         now_ms: int,
         around: Around | None = None,
+        *,
+        merging: bool = False,
     ) -> dict[int, tuple[int, int, int]]:
         events = [row.event for row in rows]
         planned: list[Any] = []
@@ -317,10 +330,14 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
         # What waits in a digest does so by a rule: other batches do not look.
         if ruled and any(o.digest is not None for o in outbox):
             digests = [[None if o.digest is None else UUID(o.digest) for o in outbox]]
-        text = self._append_sql[bool(outbox), bool(ruled), bool(digests)]
+        begun: list[Any] = []
+        if merging and any(row.begun is not None for row in rows):
+            of = [_NOT_BEGUN if row.begun is None else row.begun for row in rows]
+            begun = [[b.text for b in of], [b.slot for b in of], [b.second for b in of]]
+        text = self._append_sql[bool(outbox), bool(ruled), bool(digests), bool(begun)]
         more: Sequence[Any] = ()
         if around is not None:
-            text, more = around(text, 13 + len(planned) + 1 + len(ruled) + len(digests))
+            text, more = around(text, 13 + len(planned) + 1 + len(ruled) + len(digests) + len(begun))
         answer = await connection.fetch(
             text,
             self._shard,
@@ -340,6 +357,7 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
             [row.receipt for row in rows],
             *ruled,
             *digests,
+            *begun,
             *more,
         )
         self._check(answer, term)

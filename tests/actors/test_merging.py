@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 from typing import Any
 
@@ -23,6 +24,8 @@ from carillon.messages import (
 from carillon.notification import encode_content
 from tests.actors.shard_kit import HandGateway, Kit, clock, make_event
 from tests.support import eventually
+
+numbers = itertools.count(2)
 
 
 def like(actor: str, *, user: str = "u", post: str = "42", **more: Any) -> Event:
@@ -197,15 +200,89 @@ async def test_windows_survive_the_shard(postgres_dsn: str) -> None:
     async with Kit(postgres_dsn) as kit:
         first = like("john")
         await kit.publish(first, like("jane"))
-        await kit.shard.stop()
-        kit.coordinator.joined.pop("shard-a", None)
-        kit.shard = await kit.start_shard("shard-a")
-        kit.router = await kit.dial("shard-a", "router-2")
+        await restarted(kit)
         outcomes = await kit.publish(like("jane"), like("jim"))
         assert {(o.status, o.id) for o in outcomes} == {("merged", first.id)}
         (row,) = await rows(kit)
         assert row["content"]["count"] == 3
         assert [actor["id"] for actor in row["content"]["actors"]] == ["jim", "jane", "john"]
+
+
+async def restarted(kit: Kit) -> None:
+    """A shard that begins anew and knows nothing."""
+    await kit.shard.stop()
+    kit.coordinator.joined.pop("shard-a", None)
+    kit.shard = await kit.start_shard("shard-a")
+    kit.router = await kit.dial("shard-a", f"router-{next(numbers)}")
+
+
+async def test_windows_that_have_no_rows_survive_the_shard(postgres_dsn: str) -> None:
+    """Nothing was written but the notifications, and the next shard finds their windows all the same.
+
+    What is merged then makes the rows, of the time at which the window began.
+    """
+    async with Kit(postgres_dsn) as kit:
+        once = message("a", "drop", key=None)
+        both = like("joan", post="7", dedupe=Dedupe("drop", "joan:7"))
+        first, counted = like("john"), message("b", "count")
+        await kit.publish(first, once, both, counted, make_event())
+        tables = "select (select count(*) from merge_windows), (select count(*) from merged_events)"
+        assert tuple(await kit.db.fetchrow(tables)) == (0, 0)
+        await restarted(kit)
+        outcomes = await kit.publish(
+            like("john"), like("jane"), message("a", "drop", key=None), message("c", "count"),
+            like("joan", post="7", dedupe=Dedupe("drop", "joan:7")), like("jim", post="7"),
+        )  # fmt: skip
+        assert [(o.status, o.id) for o in outcomes] == [
+            ("merged", first.id), ("merged", first.id), ("duplicate", once.id), ("merged", counted.id),
+            ("duplicate", both.id), ("merged", both.id),
+        ]  # fmt: skip
+        found = {bytes(row["id"].bytes): row["content"] for row in await rows(kit)}
+        assert [found[e.id].get("count") for e in (first, counted, both, once)] == [2, 2, 2, None]
+        assert [actor["id"] for actor in found[first.id]["actors"]] == ["jane", "john"]
+        assert tuple(await kit.db.fetchrow(tables)) == (3, 9)
+        assert await kit.db.fetchval(
+            "select bool_and(n.id = e.event_id"
+            " and e.at = to_timestamp((n.merging::json ->> 1)::float8 / 1000))"
+            " from merged_events e join notifications n on n.id = e.notification_id where e.status = 'opened'"
+        )
+        await restarted(kit)
+        (more,) = await kit.publish(like("jack"))
+        assert (more.status, more.id) == ("merged", first.id)
+        assert (await rows(kit))[0]["content"]["count"] == 3
+
+
+async def test_a_window_that_was_closed_gives_way_to_the_next(postgres_dsn: str) -> None:
+    """Read before its time was over: the next begins anew, and whoever takes over finds that one alone."""
+    async with Kit(postgres_dsn) as kit:
+        one, two = like("john"), like("jane")
+        await kit.publish(one)
+        await read(kit, one.id)
+        (new,) = await kit.publish(two)
+        assert (new.status, new.id) == ("stored", two.id)
+        for name in ("jim", "joe"):
+            await restarted(kit)
+            (grown,) = await kit.publish(like(name))
+            assert (grown.status, grown.id) == ("merged", two.id)
+        found = "select count(*) filter (where merge_slot is null), count(*) from notifications"
+        assert tuple(await kit.db.fetchrow(found)) == (2, 2)
+        assert (await rows(kit))[1]["content"]["count"] == 3
+
+
+async def test_one_batch_begins_windows_that_give_way_to_each_other(postgres_dsn: str) -> None:
+    """What the user wants nothing of takes in nothing that is wanted: the later of them has the window."""
+    async with Kit(postgres_dsn) as kit:
+        await kit.db.execute(
+            "insert into preferences (tenant, user_id, document) values ('t', 'u', $1)",
+            json.dumps({"categories": {"muted": {"in_app": False}}}),
+        )
+        muted = message("a", "count", category="muted")
+        wanted, more = message("b", "count"), message("c", "count")
+        outcomes = await kit.publish(muted, wanted, more)
+        assert [o.id for o in outcomes] == [muted.id, wanted.id, wanted.id]
+        await restarted(kit)
+        (last,) = await kit.publish(message("d", "count"))
+        assert (last.status, last.id) == ("merged", wanted.id)
 
 
 async def test_who_was_away_gets_what_it_has_become(postgres_dsn: str) -> None:
@@ -374,7 +451,7 @@ async def test_a_fenced_shard_merges_nothing(postgres_dsn: str) -> None:
         (outcome,) = await kit.publish(like("jane"))
         assert outcome.status == "moved"
         assert (await rows(kit))[0]["content"]["count"] == 1
-        assert await kit.db.fetchval("select count(*) from merged_events") == 1
+        assert await kit.db.fetchval("select count(*) from merged_events") == 0
 
 
 async def test_a_tenants_rule_merges_what_does_not_ask(postgres_dsn: str) -> None:

@@ -32,7 +32,9 @@ from carillon.attention import (
 from carillon.clock import SystemClock
 from carillon.digest import Item, Told, tell
 from carillon.errors import FencedError, VersionError
-from carillon.ids import UserKey, Uuid7Source, slot_of
+from carillon.ids import UserKey, Uuid7Source
+from carillon.ids import slot_of as slot_of_user
+from carillon.merge_begun import Begun, Opening, pack, slot_of
 from carillon.messages import Event, PushTarget
 from carillon.settings import PostgresSettings
 from stores.postgres.amendments import Amended, EditRow
@@ -59,6 +61,7 @@ from tests.simulation.store import Database, ModelClusterStore, ModelShardStore
 
 DIGESTS = (bytes(15) + b"a", bytes(15) + b"b")
 USERS = [UserKey("t", name) for name in ("ann", "bob", "cat")]
+KEYS = [f"count:{n * 0x1234567890ABCDEF:032x}" for n in range(1, 5)]
 ACTS = [bytes([n]) * 16 for n in range(40)]
 SIGNALS = (ACTIVE, AWAY, DONE, KEEP, RECEIVED, SILENT, STALE)
 EXPECTED = (FencedError, KeysTakenError, PoisonError, VersionError)
@@ -138,7 +141,7 @@ class Pair:
             await self.both(
                 "put_preferences", self.term(), key.tenant, key.user, document, self.now_ms, version
             )
-        asked = [(key, slot_of(*key), f"e-{key.user}")]
+        asked = [(key, slot_of_user(*key), f"e-{key.user}")]
         records = await self.both("load_users", self.term(), asked, order=_tokens_sorted)
         for record in records or ():
             self.streams[key] = record.stream_id
@@ -154,7 +157,7 @@ class Pair:
         keyed: list[Event] = []
         for _ in range(rng.choice((1, 1, 2, 5))):
             key = rng.choice(list(self.streams))
-            stream, slot = self.streams[key], slot_of(*key)
+            stream, slot = self.streams[key], slot_of_user(*key)
             twice = bool(self.notes) and rng.random() < 0.05
             raw = rng.choice(self.notes)[1] if twice else self.ids.next(self.now_ms)
             event = Event(
@@ -204,20 +207,24 @@ class Pair:
             await self.both("find_keys", pairs, since_ms)
 
     def opened(self, rows: list[AppendRow]) -> MergeWrites:
-        """What a batch writes whose notifications open windows."""
-        merges = MergeWrites()
+        """What a batch writes whose notifications begin windows: some without rows, of others the rows."""
+        merges, rng = MergeWrites(), self.rng
         for row in rows:
             raw, stream = row.event.id, row.stream_id
-            key, ends_ms = f"key:{self.rng.randrange(4)}", self.now_ms + self.rng.randrange(6000)
-            if all((w.stream_id, w.key) != (stream, key) for w in merges.windows):
+            actor = rng.choice((None, "john"))
+            windows = [
+                (key, self.now_ms + rng.randrange(6000)) for key in rng.sample(KEYS, rng.choice((1, 2)))
+            ]
+            if rng.random() < 0.7:
+                told_ms = self.now_ms + rng.randrange(3000)
+                opening = Opening("tenant", self.now_ms, told_ms, actor, tuple(windows))
+                slots = [slot_of(*one) if rng.random() < 0.9 else None for one in windows]
+                row.begun = Begun(pack(opening), *slots)
+            elif all((w.stream_id, w.key) != (stream, windows[0][0]) for w in merges.windows):
                 merges.windows.append(
-                    WindowRow(stream, key, raw, ends_ms, 1, self.rng.randrange(1, 9), self.now_ms)
+                    WindowRow(stream, windows[0][0], raw, windows[0][1], 1, rng.randrange(1, 9), self.now_ms)
                 )
-                merges.events.append(
-                    MergedRow(
-                        raw, raw, stream, "opened", "drop", "tenant", self.rng.choice((None, "john")), None
-                    )
-                )
+                merges.events.append(MergedRow(raw, raw, stream, "opened", "drop", "tenant", actor, None))
         return merges
 
     async def merge_events(self) -> None:
@@ -253,13 +260,22 @@ class Pair:
                             number, raw, stream, slot, due_ms, gate, None, "r", "fcm", "apns", 0, digest
                         )
                     )
-            key = f"key:{rng.randrange(4)}"
+            key = rng.choice(KEYS)
             if all((w.stream_id, w.key) != (stream, key) for w in merges.windows):
                 ends_ms = self.now_ms + rng.randrange(6000)
                 merges.windows.append(WindowRow(stream, key, raw, ends_ms, self.made, self.made, self.now_ms))
             status = rng.choice(("opened", "merged", "duplicate"))
             actor = rng.choice((None, "john", "jane"))
             merges.events.append(MergedRow(event, raw, stream, status, "count", "event", actor, "loud"))
+            opening = self.db.notes[raw].opening
+            if opening is not None and rng.random() < 0.5 and all(e.event != raw for e in merges.events):
+                began_ms = opening.at_ms
+                merges.events.append(
+                    MergedRow(raw, raw, stream, "opened", "count", "event", opening.actor, None, began_ms)
+                )
+            slots = [slot for slot in self.db.notes[raw].slots if slot is not None]
+            if slots and rng.random() < 0.3:
+                merges.left.append((raw, rng.choice(slots)))
         for row in merges.updates:
             row.back += back[row.stream_id]
         done = await self.both("append", self.term(), {}, [], [], self.now_ms, [], 0, None, merges)
@@ -268,7 +284,7 @@ class Pair:
 
     async def look_at_merges(self) -> None:
         streams = list(self.streams.values())
-        wanted = [(stream, f"key:{n}") for stream in streams for n in range(4)]
+        wanted = [(stream, key) for stream in streams for key in KEYS]
         await self.both("find_windows", wanted, self.now_ms, order=lambda found: sorted(map(repr, found)))
         await self.both("open_windows", streams, self.now_ms, 1000, order=sorted)
         pairs = [(raw, actor) for _, raw in self.some() for actor in ("john", "jane")]
@@ -345,7 +361,7 @@ class Pair:
         await self.both("acknowledge", self.term(), told, self.now_ms)
 
     async def claim(self) -> None:
-        slots = [slot_of(*key) for key in USERS if self.rng.random() < 0.7]
+        slots = [slot_of_user(*key) for key in USERS if self.rng.random() < 0.7]
         due_ms = self.now_ms + self.rng.choice((0, 5000))
         lease_ms = due_ms + 3000 + self.made
         claimed = await self.both(
@@ -381,7 +397,7 @@ class Pair:
             of, raw = rng.choice(self.notes)
             await self.both("digests.remove", self.term(), of, digest, raw, now_ms)
         elif which == 3:
-            slots = [slot_of(*key) for key in USERS if rng.random() < 0.7]
+            slots = [slot_of_user(*key) for key in USERS if rng.random() < 0.7]
             await self.both("digests.next_moment", slots, now_ms)
             waiting = await self.both(
                 "digests.waiting", stream, order=lambda rows: sorted(rows, key=lambda w: w.delivery)

@@ -13,6 +13,7 @@ import asyncpg
 from carillon.archive import Search
 from carillon.clock import ManualClock, rfc3339
 from carillon.ids import slot_of
+from carillon.merge_begun import Opening, pack
 from carillon.notification import encode_content
 from carillon.retention import Month
 from carillon.settings import Settings
@@ -120,10 +121,12 @@ class ArchiveWorld:
             at = at_ms / 1000
             await self.db.execute(
                 "insert into notifications (id, stream_id, seq, rev, position, changed, priority, type,"
-                " content, created_at, read_at, receipt, decision)"
-                " values ($1, $2, $3, $4, $5, $6, 1, $7, $8, to_timestamp($9), to_timestamp($10), 3, '[]')",
+                " content, created_at, read_at, receipt, decision, merging, merge_slot, merge_slot_2)"
+                " values ($1, $2, $3, $4, $5, $6, 1, $7, $8, to_timestamp($9), to_timestamp($10), 3, '[]',"
+                " $11, 1, 2)",
                 made, stream_id, seq, rev, rev - read, read, members["type"], encode_content(members), at,
                 at + 60 if read else None,
+                pack(Opening("event", at_ms, at_ms, "joan", ((f"drop:{seq:032x}", at_ms + 60_000),))),
             )  # fmt: skip
             if push is not None:
                 delivery = await self.db.fetchval(

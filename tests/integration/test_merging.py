@@ -94,6 +94,39 @@ async def test_likes_are_gathered_and_explained(service: Merging) -> None:
     assert one["version"] == 3
 
 
+async def test_what_nothing_was_merged_into_says_its_window(service: Merging) -> None:
+    """A lone event is explained as the first of many: its window, the rule, and until when it is open."""
+    alone = await service.like("John", dedupe={"key": "like:john"})
+    plain = await service.event(title="nobody asks", type="other")
+    why = await service.explain(alone)
+    show("alone", why["merged"])
+    merged = why["merged"]
+    assert (merged["count"], merged["events"], merged["duplicates"]) == (1, 0, 0)
+    (opened,) = merged["newest"]
+    assert (opened["id"], opened["status"], opened["how"]) == (alone["id"], "opened", "aggregate")
+    assert (opened["source"], opened["actorId"], opened["notice"]) == ("event", "john", None)
+    drop, window = merged["windows"]
+    assert (drop["how"], drop["windowS"], drop["open"]) == ("drop", 300, True)
+    assert (window["how"], window["source"], window["windowS"]) == ("aggregate", "event", 3600)
+    assert (window["events"], window["count"], window["open"], window["renotifyS"]) == (1, 1, True, 300)
+    assert window["words"] in why["words"]
+    assert await service.notification(alone) | {"merged": merged} == await service.notification(alone)
+    assert (await service.explain(plain))["merged"] is None
+    # The second one makes rows of it, and nothing that is told of it changes but for what was merged.
+    await service.like("John", dedupe={"key": "like:john"})
+    again = (await service.explain(alone))["merged"]
+    assert [e["status"] for e in again["newest"]] == ["duplicate", "opened"]
+    assert again["windows"] == merged["windows"]
+    await service.like("Jane")
+    grown = (await service.explain(alone))["merged"]
+    assert grown["newest"][1:] == again["newest"]
+    assert grown["windows"][0] == drop
+    assert (grown["windows"][1]["events"], grown["windows"][1]["endsAt"]) == (2, window["endsAt"])
+    await service.mine("POST", "/api/notifications/read", {"notificationIds": [alone["id"]]})
+    closed = (await service.explain(alone))["merged"]["windows"]
+    assert [one["closedBy"] for one in closed] == [None, "read"]
+
+
 async def test_each_way_of_deduplication(service: Merging) -> None:
     """drop, count in the tenant's words, replace and accumulate."""
     alert = {"type": "disk.full", "title": "Disk full on db1", "dedupe": {"key": "disk:db1", "windowS": 600}}

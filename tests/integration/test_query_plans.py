@@ -19,6 +19,7 @@ import pytest_asyncio
 
 from carillon.clock import SystemClock
 from carillon.ids import Uuid7Source
+from carillon.merge_begun import open_slots, slots_at
 from carillon.settings import PostgresSettings
 from cluster.embedded import EmbeddedPostgres
 from stores.postgres.dead_letters import TOP as DEAD_TOP
@@ -27,6 +28,7 @@ from stores.postgres.feed import ROW_COLUMNS, TOP
 from stores.postgres.named import load_queries
 from stores.postgres.search import search_queries
 from stores.postgres.shard_connections import PLANS
+from stores.postgres.shard_rows import with_rows
 from stores.postgres.shard_store import ShardStore
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -255,6 +257,39 @@ async def test_small_reads(filled: asyncpg.Connection[Any]) -> None:
     """A device and a preferences document are found by their keys."""
     assert_indexed(await plan_of(filled, FEED["device"], "acme", "user3", "d"))
     assert_indexed(await plan_of(filled, FEED["preferences"], "acme", "user3"))
+
+
+MERGES = with_rows("merges")
+
+
+@pytest.mark.parametrize("name", ["find_windows", "open_windows"])
+async def test_windows_without_rows_are_found_by_their_slots(
+    filled: asyncpg.Connection[Any], name: str
+) -> None:
+    """Generic plans look for windows in the index of those that have slots, never through notifications."""
+    key = f"drop:{7:032x}"
+    today, tomorrow = slots_at(key, NOW)
+    streams = [
+        row[0] for row in await filled.fetch("select stream_id from streams order by stream_id limit 3")
+    ]
+    arguments: tuple[Any, ...] = (streams, NOW / 1000, 1000, *open_slots(NOW))
+    if name == "find_windows":
+        arguments = (streams, [key] * 3, NOW / 1000, [today] * 3, [tomorrow] * 3)
+    transaction = filled.transaction()
+    await transaction.start()
+    try:
+        await filled.execute(
+            "update notifications set merge_slot = $1, merging = '[]' where seq % 500 = 7", today
+        )
+        for setting, value in PLANS.items():
+            await filled.execute(f"set local {setting} = {value}")
+        found = await plan_of(filled, MERGES[name].rstrip().rstrip(";"), *arguments)
+    finally:
+        await transaction.rollback()
+    read = [node for node in found if node.get("Relation Name", "").startswith("notifications_2")]
+    assert read
+    assert all("merge_slot" in node.get("Index Name", "") for node in read)
+    assert sum(node["Actual Rows"] * node["Actual Loops"] for node in read) == 3 * 20
 
 
 SHARD = ShardStore(PostgresSettings(dsn="postgresql://nowhere"), "shard-a")

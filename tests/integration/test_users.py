@@ -97,9 +97,9 @@ async def fill(service: Service, user: str, other: str) -> None:
     await service.call("PUT", f"/v1/users/{user}", PROFILE)
     await service.call("PUT", f"/v1/users/{user}/devices/phone", device)
     await service.call("PUT", f"/v1/users/{user}/preferences", {"channels": {"push": True}})
-    for n in range(6):  # the last one is merged into the one before
+    for n in range(6):  # the last one is merged into the one before, the first one could be
         event = {"userId": user, "type": "t", "title": f"n{n}", "idempotencyKey": f"{user}-{n}"}
-        more = {"dedupe": {"key": "k", "merge": "count"}} if n >= 4 else {}
+        more = {"dedupe": {"key": "k", "merge": "count"}} if n >= 4 else {"aggregate": n == 0}
         await service.call("POST", "/v1/events", event | more, 202)
     later = rfc3339(clock.now_ms() + 3_600_000)
     event = {"type": "t", "title": "later"}
@@ -207,8 +207,15 @@ async def test_erase_and_export(service: Service) -> None:
     assert {name: len(some) for name, some in kinds.items()} == {
         "user": 1, "stream": 1, "profile": 1, "preferences": 1, "device": 1, "topic": 1, "schedule": 3,
         "ticket": 1, "revokedToken": 1, "idempotencyKey": 6, "notification": 5, "end": 1,
-        "amendment": 1, "broadcastFailure": 1, "mergedEvent": 2, "mergeWindow": 1,
+        "amendment": 1, "broadcastFailure": 1, "mergedEvent": 3, "mergeWindow": 2,
     }  # fmt: skip
+    alone = {"notificationId": kinds["notification"][0]["notification"]["id"]}
+    (opened,) = [line for line in kinds["mergedEvent"] if line["eventId"] == alone["notificationId"]]
+    assert (opened["status"], opened["how"], opened["source"]) == ("opened", "aggregate", "event")
+    (window,) = [line for line in kinds["mergeWindow"] if alone.items() <= line.items()]
+    assert window["key"].startswith("aggregate:")
+    assert (window["events"], window["count"], window["notifiedAt"]) == (1, 1, opened["at"])
+    assert window["endsAt"] > opened["at"]
     assert kinds["profile"][0] | PROFILE == kinds["profile"][0]
     note = kinds["notification"][4]
     assert (note["notification"]["title"], note["notification"]["seq"]) == ("n5", 5)

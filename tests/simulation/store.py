@@ -24,6 +24,7 @@ from carillon.attention import ACKNOWLEDGED, ALWAYS, DEFERRED, DONE, HELD, SEEN,
 from carillon.clock import Clock
 from carillon.errors import FencedError, StoreUnavailableError, VersionError
 from carillon.ids import SLOTS, UserKey, uuid_text
+from carillon.merge_begun import Opening, open_slots, unpack
 from carillon.merging import OPENED, Window
 from carillon.messages import Event, Member, PushTarget
 from carillon.notification import NotificationRow
@@ -67,6 +68,8 @@ class Note:
     decision: str | None = None
     version: int = 1
     cancelled_ms: int | None = None
+    opening: Opening | None = None
+    slots: tuple[int | None, ...] = ()
 
     @property
     def open(self) -> bool:
@@ -80,6 +83,19 @@ class Note:
         return (
             r.read_ms is None and r.archived_ms is None and r.dismissed_ms is None and r.retracted_ms is None
         )
+
+
+def _window(
+    key: tuple[int, str],
+    note: Note,
+    ends_ms: int,
+    events: int,
+    count: int,
+    notified_ms: int,
+    opening: Opening | None = None,
+) -> Window:
+    row, cancelled = copy.copy(note.row), note.cancelled_ms is not None
+    return Window(*key, row, note.event.priority, ends_ms, events, count, notified_ms, cancelled, opening)
 
 
 @dataclass(slots=True)
@@ -362,11 +378,11 @@ class ModelShardStore(ModelAmendments):
         def statement() -> dict[int, tuple[int, int, int]]:
             if merges is not None:
                 for event in merges.events:  # all or nothing
-                    if event.event in self._db.merged:
+                    if event.event in self._db.merged and event.at_ms is None:
                         self._fence(term)
                         raise PoisonError(f"PostgreSQL refuses the data: merged twice {event.event.hex()}")
             heads = self._append(term, counts, rows, outbox, now_ms, keys, keys_since_ms)
-            return heads if merges is None else heads | self._merge_events(merges, now_ms)
+            return heads | self._merge_events(merges, now_ms) if merges else heads
 
         return await self._db.run(statement)
 
@@ -409,6 +425,8 @@ class ModelShardStore(ModelAmendments):
             if row.archived:
                 shown.archived_ms = e.created_ms
             note = db.notes[e.id] = Note(found, e, shown, decision=row.decision)
+            if row.begun is not None and row.begun.text is not None:
+                note.opening, note.slots = unpack(row.begun.text), (row.begun.slot, row.begun.second)
             found.notes.append(note)
             self._told("appends", f"{found.key.user} seq {seq} {e.id.hex()[-6:]}")
         for planned in outbox:
@@ -474,10 +492,14 @@ class ModelShardStore(ModelAmendments):
             e.priority, e.type, e.category = row.priority, row.type, row.category
             note.version += 1
             self._told("merges", f"{note.stream.key.user} seq {note.row.seq} rev {rev}")
+        for raw, slot in merges.left:
+            if raw in db.notes:
+                db.notes[raw].slots = tuple(None if one == slot else one for one in db.notes[raw].slots)
         for window in merges.windows:
             db.windows[window.stream_id, window.key] = window
         for event in merges.events:
-            db.merged[event.event] = (event, now_ms)
+            if event.at_ms is None or event.event not in db.merged:
+                db.merged[event.event] = (event, now_ms if event.at_ms is None else event.at_ms)
         taken_over = set()
         for push in merges.pushes:
             for d in db.of_note.get(push.notification, ()):
@@ -506,10 +528,24 @@ class ModelShardStore(ModelAmendments):
                 db.of_note.setdefault(push.notification, []).append(delivery)
         return heads
 
-    async def open_windows(self, streams: Sequence[int], now_ms: int, most: int) -> list[tuple[int, str]]:
-        def statement() -> list[tuple[int, str]]:
-            windows = self._db.windows
-            return [k for k in windows if k[0] in streams and windows[k].ends_ms > now_ms][:most]
+    async def open_windows(
+        self, streams: Sequence[int], now_ms: int, most: int
+    ) -> list[tuple[int, str, int]]:
+        first, last = open_slots(now_ms)
+
+        def statement() -> list[tuple[int, str, int]]:
+            found = []
+            for stream in streams:
+                rows = [(*k, w.ends_ms) for k, w in self._db.windows.items() if k[0] == stream]
+                found += [row for row in rows if row[2] > now_ms][:most]
+                known = self._db.by_id.get(stream)
+                for nth in (0, 1):
+                    notes = [
+                        n for n in (known.notes if known else ()) if n.slots and n.slots[nth] is not None
+                    ]
+                    told = [n.opening for n in notes if n.opening and first <= (n.slots[nth] or 0) <= last]
+                    found += [(stream, *window) for opening in told[:most] for window in opening.windows]
+            return found
 
         return await self._db.run(statement)
 
@@ -519,14 +555,20 @@ class ModelShardStore(ModelAmendments):
         def statement() -> list[Window]:
             found = []
             for key in wanted:
+                those: list[Window] = []
                 w = self._db.windows.get(key)
                 note = None if w is None else self._db.notes.get(w.notification)
                 if w is not None and note is not None and w.ends_ms > now_ms:
-                    row = copy.copy(note.row)
-                    cancelled, level = note.cancelled_ms is not None, note.event.priority
-                    found.append(
-                        Window(*key, row, level, w.ends_ms, w.events, w.count, w.notified_ms, cancelled)
-                    )
+                    those.append(_window(key, note, w.ends_ms, w.events, w.count, w.notified_ms))
+                stream = self._db.by_id.get(key[0])
+                for note in () if stream is None else stream.notes:
+                    if note.opening is not None:
+                        for name, ends_ms in note.opening.found_by(note.slots):
+                            if name == key[1] and ends_ms > now_ms:
+                                told_ms = note.opening.notified_ms
+                                those.append(_window(key, note, ends_ms, 1, 1, told_ms, note.opening))
+                if those:  # the newest; with a row rather than without
+                    found.append(max(those, key=lambda w: (w.row.seq, w.opening is None)))
             return found
 
         return await self._db.run(statement)

@@ -16,7 +16,19 @@ from carillon import merge_rules, merging
 from carillon.ids import uuid_text
 from carillon.merge_rules import MergeRule, merge_problems
 from carillon.merge_rules import merge_rules as read_rules
-from carillon.merging import DUPLICATE, LATER, LOUD, MERGED, OPENED, QUIET, Merger, Target, Window, asks_of
+from carillon.merging import (
+    DUPLICATE,
+    LATER,
+    LOUD,
+    MERGED,
+    OPENED,
+    QUIET,
+    Merger,
+    Target,
+    Window,
+    asks_of,
+    said_by,
+)
 from carillon.messages import Dedupe, Event
 from carillon.notification import NotificationRow, decode_content, encode_content
 from carillon.settings import MergeSettings
@@ -78,7 +90,7 @@ class Store:
         decisions: list[merging.Decision] = []
         for one in events:
             members = decode_content(one.content)
-            asks = asks_of(one, rule, LIMITS, members)
+            asks = asks_of(one, rule, LIMITS, said_by(one.content))
             decision = merger.decide(1, one, asks, members, filed=False, priority=one.priority)
             decisions.append(decision)
             if decision.status == DUPLICATE:
@@ -296,7 +308,7 @@ def test_items_are_bounded_in_bytes() -> None:
         one = event(number, dedupe=ask, data={"blob": "x" * (2000 if number == 19 else 100)})
         members = decode_content(one.content)
         decision = merger.decide(
-            1, one, asks_of(one, None, limits, members), members, filed=False, priority=1
+            1, one, asks_of(one, None, limits, said_by(one.content)), members, filed=False, priority=1
         )
         target = decision.target
         row = NotificationRow(target.id, 1, 1, 1, target.content(None))
@@ -399,9 +411,7 @@ def test_the_event_wins_over_the_rule() -> None:
 
     def asked(rule: MergeRule | None, **more: Any) -> list[tuple[str, str, int]]:
         one = event(1, **more)
-        return [
-            (a.how, a.source, a.window_ms) for a in asks_of(one, rule, LIMITS, decode_content(one.content))
-        ]
+        return [(a.how, a.source, a.window_ms) for a in asks_of(one, rule, LIMITS, said_by(one.content))]
 
     rule = rules["like"]
     assert asked(None) == []

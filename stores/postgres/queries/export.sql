@@ -69,14 +69,32 @@ select json_build_object(
     'source', e.source, 'actorId', e.actor, 'notice', e.notice)::text
 from notifications n join merged_events e on e.notification_id = n.id
 where n.stream_id = $1
-order by e.at, e.event_id;
+union all
+select json_build_object(
+    'eventId', n.id, 'notificationId', n.id, 'at', rfc3339(to_timestamp((m.said ->> 1)::float8 / 1000)),
+    'status', 'opened', 'how', split_part(m.said ->> -2, ':', 1), 'source', m.said ->> 0, 'actorId', m.said ->> 3,
+    'notice', null)::text
+from notifications n, lateral (select n.merging::json as said) m
+where n.stream_id = $1 and n.merging is not null
+  and not exists (select from merged_events e where e.event_id = n.id);
 
 -- name: mergeWindow
 -- Until when events are merged, or dropped. $1 stream.
 select json_build_object(
     'notificationId', notification_id, 'key', key, 'endsAt', rfc3339(ends_at), 'events', events, 'count', count,
     'notifiedAt', rfc3339(notified_at))::text
-from merge_windows where stream_id = $1 order by key;
+from merge_windows where stream_id = $1
+union all
+select json_build_object(
+    'notificationId', n.id, 'key', m.said ->> k.nth,
+    'endsAt', rfc3339(to_timestamp((m.at_ms + (m.said ->> k.nth + 1)::float8) / 1000)), 'events', 1, 'count', 1,
+    'notifiedAt', rfc3339(to_timestamp((m.at_ms + (m.said ->> 2)::float8) / 1000)))::text
+from notifications n,
+    lateral (select n.merging::json as said, (n.merging::json ->> 1)::float8 as at_ms) m,
+    lateral (select 4 as nth where n.merge_slot is not null union all select 6 where n.merge_slot_2 is not null) k
+where n.stream_id = $1 and n.merging is not null
+  and not exists (select from merge_windows w
+                  where w.stream_id = n.stream_id and w.key = m.said ->> k.nth and w.notification_id = n.id);
 
 -- name: idempotencyKey
 -- $1 stream, $2 oldest living creation time (seconds).

@@ -111,7 +111,7 @@ limit $4;
 -- name: notification
 -- One notification of a tenant by id: the partition is pruned by the id. $1 id, $2 tenant.
 select %(row)s, s.user_id, n.decision, n.receipt, n.priority, coalesce(n.version, 1) as version,
-       (extract(epoch from n.cancelled_at) * 1000)::bigint as cancelled_ms
+       (extract(epoch from n.cancelled_at) * 1000)::bigint as cancelled_ms, n.merging, n.merge_slot, n.merge_slot_2
 from notifications n
 join streams s on s.stream_id = n.stream_id
 where n.id = $1 and s.tenant = $2;
@@ -145,7 +145,7 @@ limit $2;
 
 -- name: merge_windows
 -- The windows of a notification, with their first event as far as it is still known. $1 notification.
-select split_part(w.key, ':', 1) as how, o.began_ms, (extract(epoch from w.ends_at) * 1000)::bigint as ends_ms,
+select w.key, split_part(w.key, ':', 1) as how, o.began_ms, (extract(epoch from w.ends_at) * 1000)::bigint as ends_ms,
        o.source, w.events, w.count, (extract(epoch from w.notified_at) * 1000)::bigint as notified_ms
 from notifications n
 join merge_windows w on w.stream_id = n.stream_id and w.notification_id = n.id

@@ -3,43 +3,54 @@
 -- As in shard.sql, `state || ''` keeps generic plans from reading all that is pending.
 
 -- name: find_windows
--- Windows that have not ended, with their notifications. $1 streams, $2 keys, $3 now.
+-- Windows that have not ended, with their notifications: those that have rows, and those of which only the notification
+-- tells, by the slots in which they would be (carillon/merge_begun.py). $1 streams, $2 keys, $3 now, $4,$5 slots.
+with asked as materialized (
+    select * from unnest($1::bigint[], $2::text[], $4::bigint[], $5::bigint[]) as t (stream_id, key, today, tomorrow)
+)
 select w.stream_id, w.key, (extract(epoch from w.ends_at) * 1000)::bigint as ends_ms, w.events, w.count,
        (extract(epoch from w.notified_at) * 1000)::bigint as notified_ms, n.priority,
-       n.cancelled_at is not null as cancelled, %(row)s
-from unnest($1::bigint[], $2::text[]) as t (stream_id, key)
+       n.cancelled_at is not null as cancelled, null as merging, %(row)s
+from asked t
 join merge_windows w on w.stream_id = t.stream_id and w.key = t.key
 join notifications n on n.id = w.notification_id and n.stream_id = w.stream_id
-where w.ends_at > to_timestamp($3);
+where w.ends_at > to_timestamp($3)
+union all
+select n.stream_id, t.key, null, 1, 1, null, n.priority, n.cancelled_at is not null, n.merging, %(row)s
+from asked t
+join notifications n on n.stream_id = t.stream_id and n.merge_slot = any (array[t.today, t.tomorrow])
+union all
+select n.stream_id, t.key, null, 1, 1, null, n.priority, n.cancelled_at is not null, n.merging, %(row)s
+from asked t
+join notifications n on n.stream_id = t.stream_id and n.merge_slot_2 = any (array[t.today, t.tomorrow]);
 
 -- name: open_windows
--- Windows of streams that have not ended, at most $3. $1 streams, $2 now.
-select w.stream_id, w.key from merge_windows w
-where w.stream_id = any ($1::bigint[]) and w.ends_at > to_timestamp($2)
-limit $3;
+-- Windows of streams that may not have ended, as above; of each stream at most $3 of each kind. $1 streams, $2 now,
+-- $4,$5 least and greatest slot.
+select t.stream_id, w.key, (extract(epoch from w.ends_at) * 1000)::bigint as ends_ms, null as merging
+from unnest($1::bigint[]) as t (stream_id),
+    lateral (select * from merge_windows w where w.stream_id = t.stream_id and w.ends_at > to_timestamp($2)
+             limit $3) w
+union all
+select t.stream_id, null, null, n.merging
+from unnest($1::bigint[]) as t (stream_id),
+    lateral (select n.merging from notifications n
+             where n.stream_id = t.stream_id and n.merge_slot between $4 and $5
+             limit $3) n
+union all
+select t.stream_id, null, null, n.merging
+from unnest($1::bigint[]) as t (stream_id),
+    lateral (select n.merging from notifications n
+             where n.stream_id = t.stream_id and n.merge_slot_2 between $4 and $5
+             limit $3) n;
 
--- name: opened
--- Further parts of the group commit (`append` in shard.sql) of a batch in which nothing was merged and windows were
--- opened by its own notifications, which the first parameters name by their number: windows, then what became of
--- the events. Streams that were erased are not in `moved`.
-windows as (
-    insert into merge_windows as w (stream_id, key, notification_id, ends_at, events, count, notified_at)
-    select m.stream_id, t.key, ($5::uuid[])[t.nth], to_timestamp(t.ends_s), 1, t.count, to_timestamp(t.notified_s)
-    from unnest(%(p1)s::int[], %(p2)s::text[], %(p3)s::float8[], %(p4)s::int[], %(p5)s::float8[])
-         as t (nth, key, ends_s, count, notified_s)
-    join moved m on m.stream_id = ($6::bigint[])[t.nth]
-    order by m.stream_id, t.key
-    on conflict (stream_id, key) do update
-        set notification_id = excluded.notification_id, ends_at = excluded.ends_at, events = excluded.events,
-            count = excluded.count, notified_at = excluded.notified_at
-),
-noted as (
-    insert into merged_events (event_id, notification_id, stream_id, at, status, how, source, actor)
-    select ($5::uuid[])[t.nth], ($5::uuid[])[t.nth], m.stream_id, to_timestamp(%(p9)s), 'opened', t.how, t.source,
-           t.actor
-    from unnest(%(p6)s::int[], %(p7)s::text[], %(p8)s::text[], %(p10)s::text[]) as t (nth, how, source, actor)
-    join moved m on m.stream_id = ($6::bigint[])[t.nth]
-)
+-- name: leave_windows
+-- Windows without rows whose keys began anew with other notifications: they are found no more. $1 notifications,
+-- $2 slots.
+update notifications n
+set merge_slot = nullif(n.merge_slot, t.slot), merge_slot_2 = nullif(n.merge_slot_2, t.slot)
+from unnest($1::uuid[], $2::bigint[]) as t (id, slot)
+where n.id = t.id;
 
 -- name: find_actors
 -- Which actors are counted in which notifications. $1 notifications, $2 actors.
@@ -70,7 +81,8 @@ where e.status <> 'opened';
 -- and how many of their rows change; $5..$13 those rows, `back` counting from the stream's last; $14..$20 windows;
 -- $21..$28 events; $29..$39 pushes, one per notification and channel: one that waits already, untried, takes over
 -- what is new, else it is planned, and ends one that would be tried again after it. $40 now, $41 the digests they wait
--- in: one that was to come earlier stays where it waits. Of streams that are gone nothing is written or answered.
+-- in: one that was to come earlier stays where it waits; $42 since when events that began notifications are in them:
+-- these are written late, if they are not there. Of streams that are gone nothing is written or answered.
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
 living as materialized (  -- an erasure waits for us, or has taken the stream
     select s.stream_id from fence, streams s
@@ -108,11 +120,13 @@ windows as (
 ),
 noted as (
     insert into merged_events (event_id, notification_id, stream_id, at, status, how, source, actor, notice)
-    select t.event_id, t.notification_id, t.stream_id, to_timestamp($40), t.status, t.how, t.source, t.actor, t.notice
+    select t.event_id, t.notification_id, t.stream_id, to_timestamp(coalesce(t.at_s, $40)), t.status, t.how, t.source,
+           t.actor, t.notice
     from unnest($21::uuid[], $22::uuid[], $23::bigint[], $24::text[], $25::text[], $26::text[], $27::text[],
-                $28::text[])
-         as t (event_id, notification_id, stream_id, status, how, source, actor, notice)
+                $28::text[], $42::float8[])
+         as t (event_id, notification_id, stream_id, status, how, source, actor, notice, at_s)
     join living l using (stream_id)
+    where t.at_s is null or not exists (select from merged_events m where m.event_id = t.event_id)
 ),
 pushes as materialized (
     select t.*

@@ -61,8 +61,10 @@ order by d.tenant, d.user_id, d.device_id;
 -- The group commit: positions, notifications and outbox in one statement, hence one transaction.
 -- $3,$4 stream ids and how many each gets; $5..$13 the notifications, `back` counting from the stream's last;
 -- a batch with outbox rows has `append_planned` behind `stored`: $14..$16 the rows, $17 now, $18..$25 shapes.
--- Behind them come the receipts. A batch in which rules fired has three parameters more (shard_store.py fills in the names below): how many of
--- each stream count as unread, what was decided, and since when those are filed away that users do not want.
+-- Behind them come the receipts. A batch in which rules fired has three parameters more (shard_store.py fills in the
+-- names below): how many of each stream count as unread, what was decided, and since when those are filed away that
+-- users do not want. One whose notifications begin windows of merging has three more behind all others: what they say
+-- of these, and where they are found.
 with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
 moved as (
     update streams s set seq = s.seq + u.n, rev = s.rev + u.n, unread = s.unread + u.%(shown)s
@@ -73,12 +75,13 @@ moved as (
 stored as (
     insert into notifications
         (id, stream_id, seq, rev, position, priority, type, category, content, created_at, expires_at,
-         receipt%(ruled)s)
+         receipt%(ruled)s%(begun)s)
     select e.id, e.stream_id, m.seq - e.back, m.rev - e.back, m.rev - e.back, e.priority, e.type, e.category,
-           e.content, to_timestamp(e.created_s), to_timestamp(e.expires_s), e.receipt%(ruled_values)s
+           e.content, to_timestamp(e.created_s), to_timestamp(e.expires_s), e.receipt%(ruled_values)s%(begun_values)s
     from unnest($5::uuid[], $6::bigint[], $7::int[], $8::smallint[], $9::text[], $10::text[], $11::text[],
-                $12::float8[], $13::float8[], %(receipt)s::smallint[]%(ruled_arrays)s)
-         as e (id, stream_id, back, priority, type, category, content, created_s, expires_s, receipt%(ruled_names)s)
+                $12::float8[], $13::float8[], %(receipt)s::smallint[]%(ruled_arrays)s%(begun_arrays)s)
+         as e (id, stream_id, back, priority, type, category, content, created_s, expires_s, receipt%(ruled_names)s
+               %(begun_names)s)
     join moved m on m.stream_id = e.stream_id
 )%(planned)s
 select stream_id, seq, rev, unread from moved
