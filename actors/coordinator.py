@@ -494,7 +494,7 @@ class Coordinator:
         self._roster.put(Entry(member, None if link.closed else link))
         self._leases.grant(member.name, self._clock.monotonic())
         if self._supervisor is not None:
-            self._supervisor.joined(member.name)
+            self._supervisor.joined(member.name, member.node)
         if old is not None and old is not link:
             old.close()
 

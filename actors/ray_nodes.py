@@ -11,6 +11,7 @@ import ray
 from actors.config import ActorConfig
 from actors.names import actor_name
 from actors.ray_shell import HEAD_RESOURCE, answers, find_actor, spawn_actor
+from actors.ray_spare import ensure_spare
 from carillon.placement import ActorSpec, NodeInfo
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,14 @@ class RayNodes:
         )
         log.info("starting %s", name)
         spawn_actor(config)
+
+    async def prepare(self, node: str) -> None:
+        """Have a process ready on a node for the next actor that starts there."""
+        try:
+            if await asyncio.to_thread(ensure_spare, node):
+                log.info("a spare process is started on node %s", node[:8])
+        except Exception as exc:  # gRPC's and Ray's errors share no base; it only makes a start faster
+            log.warning("no spare process on node %s: %s: %s", node[:8], type(exc).__name__, exc)
 
     async def remove(self, name: str) -> None:
         """End an actor for good: one of a lost node would wait for that node for ever."""

@@ -30,6 +30,10 @@ class Nodes(Protocol):
         """End an actor for good, if it exists."""
         ...
 
+    async def prepare(self, node: str) -> None:
+        """Have a process ready on a node for the next actor that starts there. Never raises."""
+        ...
+
 
 class Supervisor:
     """Keeps the wanted actors started. Restarting a process is Ray's work, not its.
@@ -58,6 +62,7 @@ class Supervisor:
         self._has_joined = has_joined
         self._asked_at: dict[str, float] = {}
         self._to_remove: set[str] = set()
+        self._spare_at: dict[str, float] = {}  # by node: when to see to its spare process
 
     async def poll(self) -> None:
         """Ask for the nodes. Raises what Ray raises; the last answer then stays in force."""
@@ -109,7 +114,21 @@ class Supervisor:
                 log.warning("%s has not joined %.0f s after it was started", name, now - asked_at)
             self._asked_at[name] = now
             await self._nodes.ensure(self.wanted[name])
+        await self._prepare()
 
-    def joined(self, name: str) -> None:
-        """An actor has joined: its next absence is a new one."""
+    async def _prepare(self) -> None:
+        """See to the spare processes of nodes on which something has started, once nothing starts there."""
+        busy = {self.wanted[name].node for name in self.missing()}
+        now = self._clock.monotonic()
+        for node in [node for node, at in self._spare_at.items() if now >= at and node not in busy]:
+            del self._spare_at[node]
+            if node in self.live and node not in self.draining:
+                await self._nodes.prepare(node)
+
+    def joined(self, name: str, node: str) -> None:
+        """An actor has joined: its next absence is a new one. Its process may have been its node's spare."""
         self._asked_at.pop(name, None)
+        cluster = self._settings.cluster
+        if cluster.spare_process:
+            # A little later: those that have just come back have enough to do with what waited for them.
+            self._spare_at[node] = self._clock.monotonic() + cluster.spare_delay_s

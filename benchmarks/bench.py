@@ -67,7 +67,7 @@ class Options:
     """C1: measured queries of each kind."""
     kills: int = 5
     """S9: how many shards are killed, one after the other."""
-    kill_every_s: float = 7.0
+    kill_every_s: float = 9.0
     """S9: from one kill to the next."""
     broadcast_users: int = 200_000
     """B1: users of the topic, put into Postgres before."""

@@ -444,6 +444,7 @@ class FakeNodes:
         self.dead: set[str] = set()
         self.asked: list[ActorSpec] = []
         self.removed: list[str] = []
+        self.prepared: list[str] = []
 
     async def alive(self) -> tuple[list[NodeInfo], set[str]]:
         return [NodeInfo(node, "127.0.0.1", node == "head") for node in self.live], set(self.dead)
@@ -453,6 +454,9 @@ class FakeNodes:
 
     async def remove(self, name: str) -> None:
         self.removed.append(name)
+
+    async def prepare(self, node: str) -> None:
+        self.prepared.append(node)
 
 
 async def test_each_node_gets_its_actors_and_a_dead_one_loses_them(bench: Bench) -> None:
