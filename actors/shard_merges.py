@@ -18,7 +18,7 @@ from actors.shard_windows import KnownWindows
 from carillon.digest import OVERFLOW, digest_id, key_of
 from carillon.external import IN_APP
 from carillon.ids import uuid_text
-from carillon.merge_begun import Begun, Opening, pack, slot_of
+from carillon.merge_begun import Begun, Opening, begun_by_one, pack, slot_of
 from carillon.merge_rules import AGGREGATE, DROP, MergeRule, speaks_languages
 from carillon.merging import (
     DUPLICATE,
@@ -263,11 +263,11 @@ class MergingBatch:
             self.take(user, event, plan)
             return
         now_ms, stream_id, key = self._now_ms, user.stream_id, ask.key
-        ends_ms = now_ms + ask.window_ms
         self._merger.begin_drop(stream_id, event, key)
-        self._begun.append((stream_id, key, ends_ms))
-        opening = Opening(ask.source, now_ms, self._notified_ms(plan), asked.actor, ((key, ends_ms),))
-        self.begun[event.id] = Begun(pack(opening), slot_of(key, ends_ms))
+        self._begun.append((stream_id, key, now_ms + ask.window_ms))
+        self.begun[event.id] = begun_by_one(
+            ask.source, now_ms, self._notified_ms(plan), asked.actor, key, ask.window_ms
+        )
 
     def _notified_ms(self, plan: Plan) -> int:
         """When the user is disturbed by a notification of its own."""

@@ -81,12 +81,16 @@ class Verdict(NamedTuple):
     digest: str | None = None
 
 
+_FAMILIES: Final = {
+    channel: PUSH
+    for channel, external in EXTERNAL.items()
+    if external.providers and external.providers <= PUSH_PROVIDERS
+}
+
+
 def family(channel: str) -> str:
     """A channel as preferences name it: fcm and apns are push."""
-    external = EXTERNAL.get(channel)
-    if external is None or channel == PUSH:
-        return channel
-    return PUSH if external.providers and external.providers <= PUSH_PROVIDERS else channel
+    return _FAMILIES.get(channel, channel)
 
 
 def judge(
@@ -162,9 +166,8 @@ def weigh(
         spends = _limits_of(tenant.limits, kind)
         if _over(spends, spent, now_ms) is not None:
             rules.append(Fired("urgent_passes", EVENT) if urgent else Fired("forced_passes", TENANT))
-    return Verdict(
-        off, open_.why, priority, until_ms, silent, tuple(dict.fromkeys(rules)), spends, reason, digest
-    )
+    told = tuple(rules) if len(rules) < 2 else tuple(dict.fromkeys(rules))
+    return Verdict(off, open_.why, priority, until_ms, silent, told, spends, reason, digest)
 
 
 def _held(open_: Switches, user: Preferences, defaults: Preferences, now_ms: int, again: bool) -> list[Fired]:
@@ -175,7 +178,8 @@ def _held(open_: Switches, user: Preferences, defaults: Preferences, now_ms: int
     if not again and open_.digest is not None:
         assert open_.digest_of is not None
         at_ms = open_.digest.next_ms(at_ms)
-        found.append(open_.digest_of._replace(until_ms=at_ms))
+        rule, whose, about, channels, _ = open_.digest_of
+        found.append(Fired(rule, whose, about, channels, at_ms))
     # One after the other suffices: quiet hours end outside of quiet hours, and later than do-not-disturb.
     if user.dnd_until_ms > at_ms:
         at_ms = user.dnd_until_ms
@@ -235,14 +239,16 @@ def _over(
 
 def opened(names: Sequence[str], off: frozenset[str]) -> list[str]:
     """Those of the channels that are not closed."""
-    return [name for name in names if family(name) not in off]
+    return [name for name in names if _FAMILIES.get(name, name) not in off] if off else list(names)
 
 
 def fired(verdict: Verdict, names: Sequence[str]) -> list[Fired]:
     """Every rule that fired for an event that would have used these channels, in the order they count."""
+    if not verdict.why:
+        return list(verdict.rules)
     found: dict[tuple[str, str, str | None], list[str]] = {}
     for name in names:
-        rule = verdict.why.get(family(name))
+        rule = verdict.why.get(_FAMILIES.get(name, name))
         if rule is not None:
             found.setdefault(rule[:3], []).append(name)
     switched = [Fired(rule, source, about, tuple(some)) for (rule, source, about), some in found.items()]

@@ -6,6 +6,7 @@ when those before ended without success. `Choice` says where to begin; the outbo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, get_args
@@ -79,10 +80,18 @@ def choose(asked: Sequence[str] | None, fallback: Sequence[str] | None, provider
         fallback: what to try then.
         providers: push providers at which the user has a target.
     """
+    return _chosen(
+        None if asked is None else tuple(asked), tuple(fallback) if fallback else (), frozenset(providers)
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _chosen(asked: tuple[str, ...] | None, fallback: tuple[str, ...], providers: frozenset[str]) -> Choice:
+    """`choose`: most events ask for the same few channels, of users who have the same few providers."""
     first = (PUSH,) if asked is None else _minimal([name for name in asked if name in EXTERNAL])
     steps = [first]
     known = {*first, *(asked or ())}
-    for name in fallback or ():
+    for name in fallback:
         if name not in known:
             known.add(name)
             steps.append((name,))

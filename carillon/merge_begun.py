@@ -68,6 +68,15 @@ def pack(opening: Opening) -> str:
     return f'["{source}",{at_ms},{notified_ms - at_ms},{who},{keys}]'
 
 
+def begun_by_one(
+    source: str, at_ms: int, notified_ms: int, actor: str | None, key: str, window_ms: int
+) -> Begun:
+    """What a notification says that began one window."""
+    who = "null" if actor is None else _encode(actor).decode()
+    text = f'["{source}",{at_ms},{notified_ms - at_ms},{who},"{key}",{window_ms}]'
+    return Begun(text, slot_of(key, at_ms + window_ms))
+
+
 def unpack(text: str) -> Opening:
     """What `pack` was given."""
     source, at_ms, later_ms, actor, *rest = _decode(text)

@@ -10,9 +10,11 @@ when it is due and what may cancel it (guarantees G6, G7).
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Final
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from carillon.attention import ALWAYS, ANY, AWAY_LEVELS, DEFERRED, SEEN, Attention
 from carillon.decision import URGENT, Verdict, fired, opened
@@ -30,8 +32,7 @@ class Reach(Enum):
     OFFLINE = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Struct, frozen=True):
     """What to do with one event.
 
     Attributes:
@@ -173,15 +174,18 @@ def _ruled(
         names.insert(0, IN_APP)  # not asked for, but sockets and feed would have shown it
     rules = tuple(fired(verdict, names))
     priority = None if verdict.priority == event.priority else verdict.priority
+    if not choice.channels and not archived:
+        reason = verdict.reason if verdict.reason is not None else "preferences" if rules else None
+        return Plan(
+            "delivered" if live else "stored", (IN_APP,), None, False, None, None, _less(reason, verdict),
+            choice.chain, choice.step, False, verdict.silent, priority, rules,
+        )  # fmt: skip
     common: dict[str, Any] = {
         "chain": choice.chain, "step": choice.step, "archived": archived, "silent": verdict.silent,
         "priority": priority, "rules": rules,
     }  # fmt: skip
     if not choice.channels:
-        reason = verdict.reason if verdict.reason is not None else "preferences" if rules else None
-        if archived:
-            return Plan("suppressed", (), reason="preferences", **common)
-        return Plan("delivered" if live else "stored", (IN_APP,), reason=_less(reason, verdict), **common)
+        return Plan("suppressed", (), reason="preferences", **common)
     alone = archived or (event.channels is not None and IN_APP not in event.channels)
     if verdict.until_ms is not None:
         channels = choice.channels if alone else (IN_APP, *choice.channels)

@@ -117,7 +117,9 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
             ),
         )  # fmt: skip
         self._append_sql = {
-            kind: self._append_text(*kind) for kind in itertools.product((False, True), repeat=4)
+            (outbox, ruled, digests, windows): self._append_text(outbox, ruled, digests, windows)
+            for outbox, ruled, digests in itertools.product((False, True), repeat=3)
+            for windows in range(3)
         }
         self._change_sql = {op: self._change_text("change", "$4", parts) for op, parts in OPERATIONS.items()}
         self._read_all_sql = self._change_text("read_all", "$3", OPERATIONS["read"])
@@ -146,8 +148,12 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
         parts = {**parts, "streams": streams, "taken_over": taken_over}
         return self._sql[name] % {**parts, "take_back": before + self._sql["take_back"] % parts}
 
-    def _append_text(self, outbox: bool, ruled: bool, digests: bool, begun: bool) -> str:
-        """The group commit of batches with or without outbox rows, rules that fired, digests, windows."""
+    def _append_text(self, outbox: bool, ruled: bool, digests: bool, windows: int) -> str:
+        """The group commit of batches with or without outbox rows, rules that fired, and rows of digests.
+
+        Args:
+            windows: of merging that one of its notifications begins, at most.
+        """
         names = (
             "shown_array", "shown_name", "ruled", "ruled_values", "ruled_arrays", "ruled_names",
             "begun", "begun_values", "begun_arrays", "begun_names",
@@ -175,14 +181,15 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
                 "ruled_arrays": f", ${first + 1}::text[], ${first + 2}::float8[]",
                 "ruled_names": ", decision, archived_s",
             }
-        if begun:
+        if windows:
             first = last + 1 + 3 * ruled + (outbox and digests)
-            parts |= {
-                "begun": ", merging, merge_slot, merge_slot_2",
-                "begun_values": ", e.merging, e.merge_slot, e.merge_slot_2",
-                "begun_arrays": f", ${first}::text[], ${first + 1}::bigint[], ${first + 2}::bigint[]",
-                "begun_names": ", merging, merge_slot, merge_slot_2",
-            }
+            names = ("merging", "merge_slot", "merge_slot_2")[: windows + 1]
+            types = ("text", "bigint", "bigint")
+            parts["begun"] = parts["begun_names"] = "".join(f", {name}" for name in names)
+            parts["begun_values"] = "".join(f", e.{name}" for name in names)
+            parts["begun_arrays"] = "".join(
+                f", ${first + nth}::{kind}[]" for nth, kind in enumerate(types[: windows + 1])
+            )
         return self._sql["append"] % parts
 
     @property
@@ -333,8 +340,11 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
         begun: list[Any] = []
         if merging and any(row.begun is not None for row in rows):
             of = [_NOT_BEGUN if row.begun is None else row.begun for row in rows]
-            begun = [[b.text for b in of], [b.slot for b in of], [b.second for b in of]]
-        text = self._append_sql[bool(outbox), bool(ruled), bool(digests), bool(begun)]
+            begun = [[b.text for b in of], [b.slot for b in of]]
+            seconds = [b.second for b in of]
+            if any(seconds):
+                begun.append(seconds)
+        text = self._append_sql[bool(outbox), bool(ruled), bool(digests), max(0, len(begun) - 1)]
         more: Sequence[Any] = ()
         if around is not None:
             text, more = around(text, 13 + len(planned) + 1 + len(ruled) + len(digests) + len(begun))
