@@ -20,6 +20,7 @@ from actors.shard_amendments import AMENDMENTS, AmendEntry
 from actors.shard_broadcasts import Broadcasts
 from actors.shard_changes import ChangeEntry
 from actors.shard_expiry import Expiry
+from actors.shard_kept import KeptPushes
 from actors.shard_mirror import Mirror
 from actors.shard_outbox import Outbox
 from actors.shard_policies import Policies
@@ -42,6 +43,7 @@ from carillon.errors import (
     UnavailableError,
 )
 from carillon.ids import SLOTS, UserKey
+from carillon.kept_push import KeptPush
 from carillon.messages import (
     Amend,
     Attach,
@@ -168,11 +170,15 @@ class Shard:
         presence = self._settings.presence
         self._policies = Policies(self._store, shard, presence)
         self._users = UserCache(self._store, self._term, shard.context_cache, self._policies.ensure)
+        self._kept = KeptPushes(
+            self._store, self._clock, self._stats, shard, term=self._term, owns=self._owns
+        )
         self._acks = Acknowledgements(
-            self._store, self._clock, self._stats, shard, term=self._term, fenced=self._was_fenced,
+            self._store, self._kept, self._clock, self._stats, shard,
+            term=self._term, fenced=self._was_fenced,
         )  # fmt: skip
         self._outbox = Outbox(
-            self._store, self._users, self._acks, self._clock, self._stats, self._settings,
+            self._store, self._users, self._acks, self._kept, self._clock, self._stats, self._settings,
             term=self._term, slots=lambda: self._slots, policies=self._policies, send_jobs=self._send_jobs,
             settled=self._settled, templates=lambda: self._schedules.templates,
             fenced=self._was_fenced,
@@ -198,7 +204,7 @@ class Shard:
         self._writer = Writer(
             self._store, self._users, self._clock, self._stats, shard, self._settings.merge,
             term=self._term, owns=self._owns, run=self._sessions.run, reach=self._reach,
-            policy=self._policies.of, planned=self._planned, withdrawn=self._outbox.due_now,
+            policy=self._policies.of, kept=self._kept, planned=self._planned, withdrawn=self._outbox.due_now,
             stopped=self._outbox.stop, expires=self._expiry.watch, fenced=self._was_fenced,
             erased=lambda user: self._sessions.end_user(user, 4001, "this user was erased"),
         )  # fmt: skip
@@ -328,6 +334,8 @@ class Shard:
             self._presence.slots_lost(before & owned)
             self._sessions.forget_slots(self._users.forget_slots(before & owned))
             self._presence.slots_taken(before & owned)
+            self._kept.slots_lost(before & owned)
+            self._kept.slots_came(before & owned)
         self._slots = sorted(owned)
         for slot in before - owned:
             self._owned[slot] = 0
@@ -336,8 +344,10 @@ class Shard:
         if before - owned:
             self._presence.slots_lost(before - owned)
             self._sessions.forget_slots(self._users.forget_slots(before - owned))
+            self._kept.slots_lost(before - owned)
         if owned - before:
             self._presence.slots_taken(owned - before)
+            self._kept.slots_came(owned - before)
             self._outbox.slots_came()
 
     def _reach(self, user: User) -> tuple[Reach, int]:
@@ -354,7 +364,7 @@ class Shard:
     async def _settled(self) -> None:
         await self._writer.settled()
 
-    def _planned(self, user: User, event: Event, seq: int, row: OutboxRow, rev: int) -> None:
+    def _planned(self, user: User, event: Event, seq: int, row: OutboxRow | KeptPush, rev: int) -> None:
         session = user.session
         self._outbox.planned(user, event, seq, row, live=session is not None and session.live)
         if session is not None and not row.claimed and row.gate != DEFERRED:

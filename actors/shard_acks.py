@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import islice
 
+from actors.shard_kept import KeptPushes
 from actors.shard_users import User
 from carillon.attention import ACTIVE, AWAY, RECEIVED, SILENT, STALE
 from carillon.clock import Clock
@@ -72,12 +73,14 @@ class Acknowledgements:
     """Acknowledgements of one shard.
 
     Args:
+        kept: pushes that are no rows of the outbox yet.
         fenced: called when the term turns out to be over.
     """
 
     def __init__(
         self,
         store: ShardStore,
+        kept: KeptPushes,
         clock: Clock,
         stats: Stats,
         settings: ShardSettings,
@@ -86,6 +89,7 @@ class Acknowledgements:
         fenced: Callable[[], None],
     ) -> None:
         self._store = store
+        self._kept = kept
         self._clock = clock
         self._stats = stats
         self._settings = settings
@@ -224,7 +228,10 @@ class Acknowledgements:
             for row in batch:
                 del self._told[row.notification]
             try:
-                new = await self._store.acknowledge(self._term(), batch, self._clock.now_ms())
+                now_ms = self._clock.now_ms()
+                rest, new = await self._kept.acknowledge(batch, now_ms)
+                if rest:
+                    new += await self._store.acknowledge(self._term(), rest, now_ms)
             except BaseException:
                 # In the order it was told: what came meanwhile is behind it.
                 meanwhile, self._told = self._told, {row.notification: row for row in batch}

@@ -18,6 +18,7 @@ from actors.link import Link
 from actors.shard_acks import Acknowledgements
 from actors.shard_again import DecidedAgain
 from actors.shard_digests import Digests
+from actors.shard_kept import KeptPushes
 from actors.shard_policies import Policies
 from actors.shard_returns import Returns
 from actors.shard_users import User, UserCache
@@ -27,6 +28,7 @@ from carillon.clock import Clock
 from carillon.errors import CarillonError, FencedError, StoreUnavailableError
 from carillon.external import EXTERNAL
 from carillon.ids import UserKey, uuid_text
+from carillon.kept_push import KeptPush
 from carillon.messages import LEFT, Done, Event, Push, PushJob, PushLeft, PushOutcome, PushResult, PushTarget
 from carillon.metrics import Stats
 from carillon.notification import decode_content, text_of
@@ -82,6 +84,7 @@ class Outbox:
 
     Args:
         acks: written before due rows are claimed: they cancel some.
+        kept: pushes that are no rows yet; they are when they are due.
         slots: gives the slots owned now.
         policies: of tenants, for what is decided again; should they change, open digests follow.
         settled: awaits the batch that the writer has in flight.
@@ -95,6 +98,7 @@ class Outbox:
         store: ShardStore,
         users: UserCache,
         acks: Acknowledgements,
+        kept: KeptPushes,
         clock: Clock,
         stats: Stats,
         settings: Settings,
@@ -111,6 +115,7 @@ class Outbox:
         self._store = store
         self._users = users
         self._acks = acks
+        self._kept = kept
         acks.on_change(self.settled_in_app, self.due_now)
         self._clock = clock
         self._stats = stats
@@ -184,9 +189,9 @@ class Outbox:
         lease_ms = round(self._settings.shard.delivery_lease_s * 1000)
         self._stopped[notification] = reason, now_ms + lease_ms
 
-    def planned(self, user: User, event: Event, seq: int, row: OutboxRow, *, live: bool) -> None:
-        """A row was committed with its notification."""
-        if row.claimed:
+    def planned(self, user: User, event: Event, seq: int, row: OutboxRow | KeptPush, *, live: bool) -> None:
+        """A push was committed with its notification."""
+        if isinstance(row, OutboxRow) and row.claimed:
             self._fresh.append((user, event, seq, row))
             self._fresh_wake.set()
         elif row.gate == DEFERRED:
@@ -306,6 +311,8 @@ class Outbox:
         """Claim what is due and send it. Acknowledgements in memory are written first: they cancel rows."""
         shard = self._settings.shard
         await self._acks.write()
+        await self._kept.write_due(self._clock.now_ms())
+        await self._kept.follow()
         while True:
             now_ms = self._clock.now_ms()
             lease_end_ms = now_ms + round(shard.delivery_lease_s * 1000)

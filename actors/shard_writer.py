@@ -22,6 +22,7 @@ from actors.fair_queue import FairQueue
 from actors.shard_amendments import AMENDMENTS, Amendments
 from actors.shard_changes import ChangeEntry, Changes, finish
 from actors.shard_entries import Entry, answered, disturbs, unread_after
+from actors.shard_kept import KeptPushes
 from actors.shard_lane import Guard, Lane
 from actors.shard_merges import Merges, MergingBatch
 from actors.shard_policies import NO_RULES
@@ -35,6 +36,7 @@ from carillon.errors import CarillonError, FencedError, NotFoundError, Unavailab
 from carillon.explain import circumstance, of_plan, read_receipt, told
 from carillon.external import IN_APP
 from carillon.ids import UserKey, uuid_text
+from carillon.kept_push import KeptPush
 from carillon.merging import OPENED, Decision
 from carillon.messages import Event, Outcome
 from carillon.metrics import Stats
@@ -63,7 +65,8 @@ class Writer:
         run: carries out session effects.
         reach: tells how a user is found now, and the wall time at which grace ends.
         policy: gives a tenant's policy.
-        planned: called with what was committed with a push: (user, entry, outbox row).
+        kept: pushes that are no rows of the outbox yet: made here, and ended here by changes.
+        planned: called with what was committed with a push: (user, entry, outbox row or what is kept).
         withdrawn: called when pushes are to be taken back, or to replace others.
         stopped: called with what is not to be pushed any more, and why.
         expires: called with users of whom something expires, and when.
@@ -85,7 +88,8 @@ class Writer:
         run: Callable[[User, list[Effect]], None],
         reach: Callable[[User], tuple[Reach, int]],
         policy: Callable[[str], TenantPolicy],
-        planned: Callable[[User, Event, int, OutboxRow, int], None],
+        kept: KeptPushes,
+        planned: Callable[[User, Event, int, OutboxRow | KeptPush, int], None],
         withdrawn: Callable[[], None],
         stopped: Callable[[bytes, str], None],
         expires: Callable[[User, int], None],
@@ -111,6 +115,7 @@ class Writer:
         self._reach = reach
         self._policy = policy
         self._merges = Merges(store, merging, policy, term)
+        self._kept = kept
         self._window_ms = round(settings.ack_window_s * 1000)
         self._planned = planned
         self._was_erased = erased
@@ -306,6 +311,7 @@ class Writer:
             raise
         except Exception as exc:
             log.exception("a batch of %d events failed", len(batch))
+            self._suspect(entry.user for entry in batch)
             for entry in batch:
                 self._fail(entry, UnavailableError(f"append failed: {type(exc).__name__}"))
 
@@ -325,14 +331,15 @@ class Writer:
             records = await self._store.load_users(
                 self._term(), [(user.key, user.slot, os.urandom(6).hex()) for user in batch]
             )
+            await self._kept.look_for_unsure({user.stream_id for user in batch})
         except CarillonError as exc:
             log.info("%d users wait for a look at their streams: %s", len(self._suspects), exc)
-            if isinstance(exc, FencedError):
-                self._suspects.clear()  # the slots are another shard's, or everything is read anew
             return
+        known = {user.key: user for user in batch}
         for user in list(self._suspects.values())[:LOAD_BATCH]:
             del self._suspects[user.key]
-        known = {user.key: user for user in batch}
+        if not self._suspects:
+            self._kept.sure()
         for record in records:
             user = known[record.key]
             if record.stream_id != user.stream_id:
@@ -530,16 +537,30 @@ class Writer:
         return session.attention(now_ms, self._window_ms)
 
     async def _append_planned(self, term: int, batch: list[Entry], keyed: Sequence[Event]) -> None:
+        kept = self._kept.begin()
+        try:
+            await self._append_kept(term, batch, keyed, kept)
+        except (FencedError, KeysTakenError, PoisonError, StreamsErasedError):
+            self._kept.undone()
+            raise
+
+    async def _append_kept(
+        self, term: int, batch: list[Entry], keyed: Sequence[Event], kept: list[KeptPush]
+    ) -> None:
+        """Append; `kept` gets what is kept of it."""
         now_ms = self._clock.now_ms()
         counts: dict[int, int] = {}
         rows: list[AppendRow] = []
         own: list[Entry] = batch  # those that become notifications
         outbox: list[OutboxRow] = []
-        pushes: list[tuple[User, Entry, OutboxRow]] = []
+        pushes: list[tuple[User, Entry, OutboxRow | KeptPush]] = []
+        alike: Plan | None = None
+        kept_text = ""
         archived = False
         merging: MergingBatch | None = None
         merged: list[tuple[Entry, Decision]] = []
         if self._merges.asked([entry.event for entry in batch]):
+            await self._kept.write({e.user.stream_id for e in batch if e.user})
             merging = await self._merges.begin([(e.user, e.event) for e in batch if e.user], now_ms)
             own = [] if merging is not None else batch
         for entry in batch:
@@ -573,6 +594,17 @@ class Writer:
                 row_of_event.archived, row_of_event.priority = decided.archived, decided.priority
                 archived = archived or decided.archived
             if decided.push_due_ms is not None:
+                if merging is None and decided.keepable and self._kept.may_keep(event.id, event.slot):
+                    push = KeptPush(
+                        event.id, stream_id, event.slot, decided.channels[1:], decided.push_due_ms,
+                        decided.hold_until_ms, None, decided.reason, ",".join(decided.chain), decided.step,
+                    )  # fmt: skip
+                    if decided is not alike:  # plans of a batch are mostly one and the same
+                        alike, kept_text = decided, push.text()
+                    row_of_event.kept = kept_text
+                    kept.append(push)
+                    pushes.append((user, entry, push))
+                    continue
                 for channel in decided.channels:
                     if channel == IN_APP:
                         continue
@@ -616,9 +648,10 @@ class Writer:
             entry.event = row.event
             rev = head[1] - row.back - (changed.get(row.stream_id, 0) if changed else 0)
             self._committed(entry, head[0] - row.back, rev, unread, committed_ms)
-        for user, entry, outbox_row in pushes:
+        self._kept.noted([push for push in kept if push.notification in seqs] if kept else kept)
+        for user, entry, push_row in pushes:
             if entry.event.id in seqs:
-                self._planned(user, entry.event, seqs[entry.event.id], outbox_row, 0)
+                self._planned(user, entry.event, seqs[entry.event.id], push_row, 0)
         if merging is not None:
             self._merged(merging, merged, heads, seqs)
 
@@ -759,6 +792,8 @@ class Writer:
         self._changes.extendleft(reversed(later))
         for op, changes in by_op.items():
             try:
+                if op != "expire":
+                    await self._kept.write({c.user.stream_id for c in changes})
                 owned = [c for c in changes if self._still_owned(c)]
                 await (self._amendments if op in AMENDMENTS else self._changes_of_users).apply(op, owned)
             except CarillonError as exc:

@@ -72,3 +72,8 @@ def parse_uuid(text: str) -> bytes | None:
 def uuid7_ms(raw: bytes) -> int:
     """The wall time in milliseconds that a UUIDv7 carries."""
     return int.from_bytes(raw[:6], "big")
+
+
+def least_uuid7(now_ms: int) -> bytes:
+    """What no UUIDv7 of wall time `now_ms` (milliseconds) or later is less than."""
+    return max(0, now_ms).to_bytes(6, "big") + bytes(10)

@@ -44,6 +44,7 @@ HELP: Final[dict[str, str]] = {
     "connections": "Open client connections.",
     "sessions": "Session actors in memory.",
     "outbox_due": "Outbox rows whose time has come.",
+    "pushes_kept": "Pushes that wait for an acknowledgement and are no outbox rows yet.",
     "append_queue": "Events waiting for a group commit.",
     "pool_queue": "Jobs waiting in push pools.",
     "breaker_changes": "Openings and closings of circuit breakers, by provider and app.",

@@ -9,6 +9,7 @@ when it is due and what may cancel it (guarantees G6, G7).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from enum import Enum
 from typing import Any, Final
@@ -37,7 +38,8 @@ class Plan(Struct, frozen=True):
 
     Attributes:
         status: the routing outcome to answer if the plan holds at the commit.
-        channels: channels planned, in order; each but in_app has an outbox row.
+        channels: channels planned, in order; each but in_app has an outbox row, or may have one later (see
+            `keepable`).
         push_due_ms: when what leaves the system is due, None for nothing.
         push_now: True if the row is born claimed: its job is on its way to the pool right after the commit.
         gate: what an acknowledgement does to the push (carillon/attention.py).
@@ -67,6 +69,12 @@ class Plan(Struct, frozen=True):
     priority: int | None = None
     rules: tuple[Fired, ...] = ()
     digest: str | None = None
+
+    @property
+    def keepable(self) -> bool:
+        """The push waits for an acknowledgement of a device that is there, which most likely ends it: it need
+        not be a row of the outbox yet (docs/adr/0016-kept-pushes.md)."""
+        return self.gate is None and not self.push_now and self.digest is None and self.status == "delivered"
 
 
 _FEED_ONLY = Plan("stored", (IN_APP,))
@@ -216,6 +224,12 @@ def _less(reason: str | None, verdict: Verdict) -> str | None:
     return reason
 
 
+@functools.lru_cache(maxsize=64)
+def _watched(channels: tuple[str, ...], due_ms: int, hold_until_ms: int | None, reason: str | None) -> Plan:
+    """What most events of a batch have in common: delivered, and pushed if nobody acknowledges."""
+    return Plan("delivered", channels, due_ms, False, None, hold_until_ms, reason)
+
+
 def _decide(
     alone: bool,
     priority: int,
@@ -246,7 +260,7 @@ def _decide(
         return Plan("queued", both, at_once, True, gate, hold_ms)
     if attention not in AWAY_LEVELS:
         reason = "viewing" if attention is Attention.VIEWING else None
-        return Plan("delivered", both, now_ms + ack_window_ms, False, None, hold_ms, reason)
+        return _watched(both, now_ms + ack_window_ms, hold_ms, reason)
     if policy.when_away == "both":
         return Plan("delivered", both, at_once, True, ALWAYS)
     if policy.when_away == "push_after":

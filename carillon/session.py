@@ -425,12 +425,11 @@ class Session(Acknowledging):
 
     def attention(self, now_ms: int, window_ms: int) -> Attention:
         """How closely the user looks, VIEWING apart (see `viewed`)."""
-        return combined(
-            [
-                device_attention(a.attention, a.reported, a.owes_since_ms, now_ms, window_ms)
-                for a in self.attachments
-            ]
-        )
+        found = [
+            device_attention(a.attention, a.reported, a.owes_since_ms, now_ms, window_ms)
+            for a in self.attachments
+        ]
+        return found[0] if len(found) == 1 else combined(found)
 
     def viewed(self) -> list[str]:
         """The items ("targetType:targetId") that focused devices show now."""

@@ -49,6 +49,23 @@ class ShardSettings:
         high=3600.0,
         unit="s",
     )
+    max_kept_pushes: int = setting(
+        50_000,
+        "Pushes of a shard that wait for an acknowledgement without a row of the outbox; beyond it they get "
+        "one at once. 0: each does.",
+        low=0,
+    )
+    kept_s: float = setting(
+        90.0, "One that is held for longer than that gets a row at its acknowledgement.", low=0.0, unit="s"
+    )
+    kept_mark_s: float = setting(
+        5.0,
+        "How often a shard notes from which notification on it keeps such pushes; a successor looks through "
+        "what is younger.",
+        low=0.05,
+        high=3600.0,
+        unit="s",
+    )
     policy_refresh_s: float = setting(
         5.0, "A tenant's changed policy holds everywhere within so long.", low=0.05, unit="s"
     )

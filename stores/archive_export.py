@@ -19,6 +19,7 @@ from carillon.clock import rfc3339
 from carillon.decision import unpack
 from carillon.errors import ArchiveError, UnavailableError
 from carillon.explain import told
+from carillon.kept_push import exported
 from carillon.merge_begun import unpack as read_opening
 from carillon.merging import OPENED
 from carillon.settings import Settings
@@ -30,7 +31,7 @@ from stores.postgres.pool import acquired
 _PIECE: Final = 200
 _encode: Final = msgspec.json.Encoder().encode
 _OURS: Final = frozenset(
-    {"stream_id", "slot", "content", "decision", "merging", "merge_slot", "merge_slot_2"}
+    {"stream_id", "slot", "content", "decision", "kept", "merging", "merge_slot", "merge_slot_2"}
 )
 """Columns that say nothing of the user, or are told in another form."""
 
@@ -95,7 +96,7 @@ def _line(found: Archived) -> str:
     document = {
         "kind": "archivedNotification",
         "notification": found.content() | _camel(found.notification),
-        "deliveries": [_camel(one) for one in found.deliveries],
+        "deliveries": [_camel(one) for one in found.deliveries] or _kept(found.notification),
         "rules": [] if decision is None else told(unpack(decision)),
         "amendments": [_camel(one) for one in found.amendments],
         "mergedEvents": [_camel(one) for one in merged],
@@ -114,6 +115,17 @@ def _opened(found: Archived) -> dict[str, Any]:
     return row if opening.actor is None else row | {"actor": opening.actor}
 
 
+def _kept(row: dict[str, Any]) -> list[dict[str, Any]]:
+    if row.get("kept") is None:
+        return []
+    delivered = row.get("delivered_at")
+    return exported(row["kept"], _ms(row["created_at"]), None if delivered is None else _ms(delivered))
+
+
+def _ms(time: str) -> int:
+    return round(msgspec.convert(time, datetime).timestamp() * 1000)
+
+
 def _camel(row: dict[str, Any]) -> dict[str, Any]:
     """A row as the API names and writes things."""
     out: dict[str, Any] = {}
@@ -124,6 +136,6 @@ def _camel(row: dict[str, Any]) -> dict[str, Any]:
         if name == "tries":
             value = [_camel(one) for one in value]
         elif isinstance(value, str) and (name == "at" or name.endswith("_at")):
-            value = rfc3339(round(msgspec.convert(value, datetime).timestamp() * 1000))
+            value = rfc3339(_ms(value))
         out[first + "".join(word.capitalize() for word in others)] = value
     return out

@@ -174,6 +174,7 @@ class ClusterStore:
         """Delete rows of shards that own nothing and have not begun a term for a week, but for `keep`."""
         async with self._transaction(epoch) as connection:
             await connection.execute(self._sql["forget_old_shards"], list(keep))
+            await connection.execute(self._sql["forget_old_marks"])
 
     @contextlib.asynccontextmanager
     async def _transaction(self, epoch: int) -> AsyncIterator[asyncpg.Connection]:

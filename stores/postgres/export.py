@@ -11,6 +11,7 @@ import msgspec
 
 from carillon.decision import unpack
 from carillon.explain import told
+from carillon.kept_push import exported
 from carillon.notification import NotificationRow, notification_json, user_json_of
 from stores.archive_export import ArchiveExport
 from stores.postgres.feed import ROW_COLUMNS
@@ -99,9 +100,13 @@ def _notification(record: asyncpg.Record, user_json: str) -> str:
     row = NotificationRow(raw.bytes, *rest)
     decision = record["decision"]
     rules = [] if decision is None else told(unpack(decision))
+    deliveries = record["deliveries"]
+    if not deliveries and record["kept"] is not None:
+        kept = exported(record["kept"], record["created_ms"], row.delivered_ms)
+        deliveries = [_encode(one).decode() for one in kept]
     return (
         f'{{"kind":"notification","notification":{notification_json(row, user_json)},'
-        f'"deliveries":[{",".join(record["deliveries"])}],"rules":{_encode(rules).decode()},'
+        f'"deliveries":[{",".join(deliveries)}],"rules":{_encode(rules).decode()},'
         f'"receipt":{"null" if record["receipt"] is None else record["receipt"]},'
         f'"variant":{record["exposure"] or "null"}}}'
     )

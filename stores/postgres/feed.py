@@ -14,6 +14,7 @@ import msgspec
 
 from carillon.errors import InvalidInputError
 from carillon.hot_feed import NOWHERE, Standing
+from carillon.kept_push import history
 from carillon.merge_begun import unpack
 from carillon.merge_windows import KnownWindow
 from carillon.merging import OPENED
@@ -393,8 +394,11 @@ class FeedReader(Store):
                     "started_ms", "duration_ms",
                 )  # fmt: skip
                 delivery["tries"].append({name: t[name] for name in names})
+        deliveries = list(by_id.values())
+        if not deliveries and record["kept"] is not None:
+            deliveries = history(record["kept"], record["created_ms"], record["delivered_ms"])
         return Found(
-            row_of(record), record["user_id"], list(by_id.values()), record["decision"], record["receipt"],
+            row_of(record), record["user_id"], deliveries, record["decision"], record["receipt"],
             record["priority"], record["version"], record["cancelled_ms"], [Act(*act) for act in acts],
             _merge_log(notification_id, record, events, windows),
         )  # fmt: skip

@@ -93,6 +93,8 @@ class AppendRow:
     """How the user was reached (carillon.explain.receipt_of)."""
     begun: Begun | None = None
     """The windows of merging that it begins and that have no rows of their own."""
+    kept: str | None = None
+    """Its push, if that is no row of the outbox yet (carillon/kept_push.py)."""
 
 
 @dataclass(slots=True)

@@ -23,6 +23,7 @@ from stores.postgres.amendments import RETRACT, Amendments
 from stores.postgres.digests import DigestStore
 from stores.postgres.merges import MergeStore, MergeWrites
 from stores.postgres.shard_documents import UserDocuments
+from stores.postgres.shard_kept import KeptStore
 from stores.postgres.shard_outbox import Outbox
 from stores.postgres.shard_rows import (
     AppendRow,
@@ -87,7 +88,7 @@ OPERATIONS: Final[dict[str, dict[str, str]]] = {
 """The durable changes that name ids, as parts of the statement `change`."""
 
 
-class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
+class ShardStore(Amendments, KeptStore, MergeStore, Outbox, UserDocuments):
     """PostgreSQL as one shard sees it.
 
     Args:
@@ -117,8 +118,8 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
             ),
         )  # fmt: skip
         self._append_sql = {
-            (outbox, ruled, digests, windows): self._append_text(outbox, ruled, digests, windows)
-            for outbox, ruled, digests in itertools.product((False, True), repeat=3)
+            (outbox, ruled, digests, windows, kept): self._append_text(outbox, ruled, digests, windows, kept)
+            for outbox, ruled, digests, kept in itertools.product((False, True), repeat=4)
             for windows in range(3)
         }
         self._change_sql = {op: self._change_text("change", "$4", parts) for op, parts in OPERATIONS.items()}
@@ -148,15 +149,15 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
         parts = {**parts, "streams": streams, "taken_over": taken_over}
         return self._sql[name] % {**parts, "take_back": before + self._sql["take_back"] % parts}
 
-    def _append_text(self, outbox: bool, ruled: bool, digests: bool, windows: int) -> str:
-        """The group commit of batches with or without outbox rows, rules that fired, and rows of digests.
+    def _append_text(self, outbox: bool, ruled: bool, digests: bool, windows: int, kept: bool) -> str:
+        """The group commit of batches with or without outbox rows, rules that fired, digests, kept pushes.
 
         Args:
             windows: of merging that one of its notifications begins, at most.
         """
         names = (
             "shown_array", "shown_name", "ruled", "ruled_values", "ruled_arrays", "ruled_names",
-            "begun", "begun_values", "begun_arrays", "begun_names",
+            "begun", "begun_values", "begun_arrays", "begun_names", "kept", "kept_value", "kept_array",
         )  # fmt: skip
         parts = dict.fromkeys(names, "") | {"shown": "n", "planned": "", "slot": ""}
         if outbox:
@@ -190,6 +191,9 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
             parts["begun_arrays"] = "".join(
                 f", ${first + nth}::{kind}[]" for nth, kind in enumerate(types[: windows + 1])
             )
+        if kept:
+            number = last + 1 + 3 * ruled + (outbox and digests) + (windows + 1 if windows else 0)
+            parts |= {"kept": ", kept", "kept_value": ", e.kept", "kept_array": f", ${number}::text[]"}
         return self._sql["append"] % parts
 
     @property
@@ -344,10 +348,13 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
             seconds = [b.second for b in of]
             if any(seconds):
                 begun.append(seconds)
-        text = self._append_sql[bool(outbox), bool(ruled), bool(digests), max(0, len(begun) - 1)]
+        kept: list[Any] = [[row.kept for row in rows]] if any(row.kept is not None for row in rows) else []
+        kind = bool(outbox), bool(ruled), bool(digests), max(0, len(begun) - 1), bool(kept)
+        text = self._append_sql[kind]
         more: Sequence[Any] = ()
         if around is not None:
-            text, more = around(text, 13 + len(planned) + 1 + len(ruled) + len(digests) + len(begun))
+            before = len(planned) + len(ruled) + len(digests) + len(begun) + len(kept)
+            text, more = around(text, 13 + 1 + before)
         answer = await connection.fetch(
             text,
             self._shard,
@@ -368,6 +375,7 @@ class ShardStore(Amendments, MergeStore, Outbox, UserDocuments):
             *ruled,
             *digests,
             *begun,
+            *kept,
             *more,
         )
         self._check(answer, term)

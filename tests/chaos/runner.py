@@ -13,6 +13,7 @@ from typing import Any
 
 import asyncpg
 
+from carillon.kept_push import history as kept_history
 from tests.chaos.devices import Device
 from tests.chaos.faults import FaultKind, Injected, go_together
 from tests.chaos.history import History
@@ -36,6 +37,9 @@ SHORT = {
     "CARILLON_PUSH_BREAKER_OPEN_S": "0.5",
 }
 """Durations of a short run; a long one has the defaults."""
+KEPT = "n.kept is not null and not exists (select from deliveries d where d.notification_id = n.id)"
+"""Of a notification n: its push never became a row of the outbox."""
+
 RECOVERY_S = 90.0
 """Longest wait for events to flow again after a fault was healed."""
 SETTLE_S = 240.0
@@ -316,6 +320,11 @@ class Run:
             )
             if pending:
                 return f"{pending} rows of the outbox are not done"
+            kept = await connection.fetchval(
+                f"select count(*) from notifications n where {KEPT} and n.kept ~ '^\\['"
+            )
+            if kept:
+                return f"{kept} pushes are kept for an acknowledgement"
             heads = dict(
                 await connection.fetch("select s.user_id, n.id::text from streams s"
                 " join notifications n on n.stream_id = s.stream_id and n.seq = s.seq")
@@ -368,6 +377,18 @@ class Run:
                     state=row["state"], attempts=row["attempts"], reason=row["reason"],
                     due=history.at_wall(row["due"]), t=history.at_wall(row["updated"]),
                 )  # fmt: skip
+            for row in await connection.fetch(
+                "select n.id::text, n.kept, extract(epoch from n.created_at)::float8 as created,"
+                f" extract(epoch from n.delivered_at)::float8 as delivered from notifications n where {KEPT}"
+            ):
+                delivered = None if row["delivered"] is None else round(row["delivered"] * 1000)
+                for told in kept_history(row["kept"], round(row["created"] * 1000), delivered):
+                    history.add(
+                        "delivery", delivery=0, notification=row["id"], channel=told["channel"],
+                        state=told["state"], attempts=0, reason=told["reason"],
+                        due=history.at_wall(told["due_ms"] / 1000),
+                        t=history.at_wall(told["updated_ms"] / 1000),
+                    )  # fmt: skip
             for row in await connection.fetch(
                 "select delivery_id, attempt, device_id, provider, outcome, status, error,"
                 " extract(epoch from started_at)::float8 as started from delivery_attempts"

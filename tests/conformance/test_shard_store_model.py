@@ -34,6 +34,7 @@ from carillon.digest import Item, Told, tell
 from carillon.errors import FencedError, VersionError
 from carillon.ids import UserKey, Uuid7Source
 from carillon.ids import slot_of as slot_of_user
+from carillon.kept_push import KeptPush
 from carillon.merge_begun import Begun, Opening, pack, slot_of
 from carillon.messages import Event, PushTarget
 from carillon.settings import PostgresSettings
@@ -129,7 +130,7 @@ class Pair:
             self.append, self.append, self.append, self.append, self.change, self.change, self.acknowledge,
             self.claim, self.amend, self.amend, self.settle, self.digest, self.digest, self.replay, self.look,
             self.targets, self.load, self.merge_events, self.look_at_merges,
-            self.log_out, self.dead_letters,
+            self.log_out, self.dead_letters, self.keep,
         )  # fmt: skip
         await self.rng.choice(steps)()
 
@@ -193,6 +194,9 @@ class Pair:
                     row.digest, row.gate, row.claimed = rng.choice(DIGESTS), DEFERRED, False
                     row.reason = "digest"
                 outbox.append(row)
+            elif rng.random() < 0.6:
+                push = self.push(raw, stream, slot)
+                rows[-1].kept = push.text()
         for row in rows:
             row.back += counts[row.stream_id]
         since_ms = self.now_ms - 60_000
@@ -205,6 +209,45 @@ class Pair:
         if keyed:
             pairs = [(e.tenant, e.idempotency_key or "") for e in keyed]
             await self.both("find_keys", pairs, since_ms)
+
+    def push(self, raw: bytes, stream: int, slot: int) -> KeptPush:
+        """One that may be kept."""
+        rng, now_ms = self.rng, self.now_ms
+        channels = rng.choice((["fcm"], ["fcm"], ["fcm", "email"]))
+        hold_ms = rng.choice((None, now_ms + rng.randrange(9000)))
+        push = KeptPush(raw, stream, slot, channels, now_ms + rng.randrange(4000), hold_ms)
+        push.gate, push.reason = rng.choice((None, HELD)), rng.choice((None, "viewing"))
+        push.chain, push.shown_on = rng.choice(("", "email,sms")), rng.choice(((), ("phone", "pad")))
+        return push
+
+    async def keep(self) -> None:
+        """Something is done about kept pushes, or about some that others made rows."""
+        rng = self.rng
+        which = rng.randrange(4)
+        some = [self.push(raw, stream, self.db.by_id[stream].slot) for stream, raw in self.some()]
+        if which == 0 and some:
+            told = [(push, rng.choice(("", "-", "~")) + push.text(), rng.random() < 0.8) for push in some]
+            await self.both("acknowledge_kept", self.term(), told, self.now_ms)
+        elif which == 1 and some:
+            # What is another stream's by mistake is written to that stream's notification: neither looks.
+            await self.both("write_kept", self.term(), some, self.now_ms)
+        elif which == 2:
+            since = rng.choice(self.notes)[1] if self.notes else bytes(16)
+            await self.both("mark_kept", self.term(), since)
+        else:
+            slots = [slot_of_user(*key) for key in USERS if rng.random() < 0.7]
+            streams = rng.choice((None, None, list(self.streams.values())[:1]))
+            await self.both("adopt_kept", self.term(), slots, self.now_ms, streams)
+        await self.compare_kept()
+
+    async def compare_kept(self) -> None:
+        """What notifications keep, one by one."""
+        rows = await self.sql.fetch(
+            "select id, kept, delivered_at is not null from notifications order by id"
+        )
+        assert [(r[0].bytes, r[1], r[2]) for r in rows] == [
+            (raw, note.kept, note.row.delivered_ms is not None) for raw, note in sorted(self.db.notes.items())
+        ]
 
     def opened(self, rows: list[AppendRow]) -> MergeWrites:
         """What a batch writes whose notifications begin windows: some without rows, of others the rows."""

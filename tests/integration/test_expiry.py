@@ -213,7 +213,7 @@ async def test_a_connection_that_waits_is_told_when_it_is_live(postgres_dsn: str
 
 async def test_held_pushes_leave_out_what_has_expired(postgres_dsn: str) -> None:
     """Three were held for one moment, one of them has expired: the push speaks for two."""
-    async with Kit(postgres_dsn) as kit:
+    async with Kit(postgres_dsn, max_kept_pushes=0) as kit:
         await kit.router.link.request(device("phone"))
         await kit.gateway.attach_ready(1)
         events = [make_event(title=f"n{n}") for n in range(3)]

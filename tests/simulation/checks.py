@@ -7,6 +7,7 @@ from collections import Counter
 
 from carillon.ids import uuid_text
 from tests.simulation.devices import Device
+from tests.simulation.kept import waits
 from tests.simulation.merging import check_merged, grown, told_by
 from tests.simulation.store import CLAIMABLE, Delivery, Note
 from tests.simulation.waiting import tomorrow
@@ -33,6 +34,9 @@ def settled(world: World) -> list[str]:
     open_ = [d for d in world.db.deliveries.values() if d.state in CLAIMABLE and not tomorrow(world, d)]
     left += [f"push {d.id} is {d.state}, due {d.due_ms - world.clock.now_ms()} ms" for d in open_]
     left += [what for device in world.devices for what in device.undone()]
+    left += [
+        f"a push of {n.row.id.hex()[-6:]} is kept" for n in world.db.notes.values() if waits(world.db, n)
+    ]
     now_ms = world.clock.now_ms()
     for note in world.db.notes.values():  # the count would change while it is looked at
         if note.counted and note.row.expires_ms is not None and note.row.expires_ms > now_ms:
@@ -168,6 +172,10 @@ def _pushes(world: World) -> None:
             merged = note.row.id in grown(world)  # what was merged into it has pushes of its own
             if len({delivery.channel for delivery in planned}) < len(planned) and not merged:
                 world.violated(f"G7: {who} has one channel twice")
+            if not planned and note.kept is not None:
+                if note.row.id not in acked.get(user, ()) and not stopped(note):
+                    world.violated(f"G6: nobody has {who}, and its push was ended: {note.kept}")
+                continue
             if not planned:
                 has_phone = (TENANT, user, f"{user}-phone") in world.db.devices
                 if wants and has_phone and user not in world.lost_targets and not stopped(note):
@@ -216,6 +224,13 @@ def _wrong_end(world: World, delivery: Delivery, taken: bool, acked: bool) -> st
     if "falls back to" in reason:
         follows = any(other.step > delivery.step for other in world.db.of_note[note.row.id])
         return "" if follows else "G7: nothing follows"
+    if reason == "superseded":  # by the push of what was merged into it, which is judged itself
+        later = world.db.of_note[note.row.id]
+        return (
+            ""
+            if any(o.channel == delivery.channel and o.id > delivery.id for o in later)
+            else "G6: by nothing"
+        )
     if reason.startswith("no "):
         return "" if excused else "G6: the user has a phone"
     if delivery.chain and any(other.state == "sent" for other in world.db.of_note[note.row.id]):
@@ -282,6 +297,9 @@ async def _there(world: World) -> list[str]:
 def summary(world: World) -> Counter[str]:
     """Figures of one run, to see that simulations do something."""
     states = Counter(f"push {d.state}" for d in world.db.deliveries.values())
+    states["pushes kept to their end"] = sum(
+        note.kept is not None and note.kept[0] != "[" for note in world.db.notes.values()
+    )
     return states + Counter(
         {
             "events": len(world.published),

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from actors.slot_table import SlotTable
-from carillon.attention import ACKNOWLEDGED, ALWAYS, DEFERRED, DONE, HELD, SEEN, WITHDRAWN, on_signal
+from carillon.attention import ACKNOWLEDGED, ALWAYS, DEFERRED, DONE, HELD, SEEN, SILENT, WITHDRAWN, on_signal
 from carillon.clock import Clock
 from carillon.errors import FencedError, StoreUnavailableError, VersionError
 from carillon.ids import SLOTS, UserKey, uuid_text
@@ -51,6 +51,7 @@ from stores.postgres.shard_rows import (
 from stores.postgres.shard_store import NOBODY
 from tests.simulation.amendments import ModelAmendments
 from tests.simulation.digests import ModelDigestStore
+from tests.simulation.kept import ModelKept
 from tests.simulation.loop import NODE, Node, SimLoop
 
 PENDING = ("planned", "failed", "unknown")
@@ -70,6 +71,7 @@ class Note:
     cancelled_ms: int | None = None
     opening: Opening | None = None
     slots: tuple[int | None, ...] = ()
+    kept: str | None = None
 
     @property
     def open(self) -> bool:
@@ -174,6 +176,8 @@ class Database:
         self.members: list[Member] = []
         self.draining: frozenset[str] = frozenset()
         self.owners: list[str | None] = [None] * SLOTS
+        self.kept_marks: dict[str, bytes] = {}
+        self.kept_from: dict[int, bytes] = {}  # by slot
         self.shards: dict[str, ShardRow] = {}
         self.streams: dict[UserKey, StreamRow] = {}
         self.by_id: dict[int, StreamRow] = {}
@@ -296,11 +300,12 @@ def _naming(name: str, method: Any) -> Any:
 
 
 _named(ModelAmendments)
+_named(ModelKept)
 _named(ModelDigestStore, "digests.")
 
 
 @_named
-class ModelShardStore(ModelAmendments):
+class ModelShardStore(ModelAmendments, ModelKept):
     """`stores.postgres.shard_store.ShardStore` over a `Database`."""
 
     def __init__(self, db: Database, shard: str) -> None:
@@ -380,11 +385,18 @@ class ModelShardStore(ModelAmendments):
                 for event in merges.events:  # all or nothing
                     if event.event in self._db.merged and event.at_ms is None:
                         self._fence(term)
+                        self._free(keys, keys_since_ms)
                         raise PoisonError(f"PostgreSQL refuses the data: merged twice {event.event.hex()}")
             heads = self._append(term, counts, rows, outbox, now_ms, keys, keys_since_ms)
             return heads | self._merge_events(merges, now_ms) if merges else heads
 
         return await self._db.run(statement)
+
+    def _free(self, keys: Sequence[Event], since_ms: int) -> None:
+        for event in keys:
+            known = self._db.keys.get((event.tenant, event.idempotency_key or ""))
+            if known is not None and known[2] >= since_ms:
+                raise KeysTakenError
 
     def _append(
         self,
@@ -398,10 +410,7 @@ class ModelShardStore(ModelAmendments):
     ) -> dict[int, tuple[int, int, int]]:
         db = self._db
         self._fence(term)
-        for event in keys:
-            known = db.keys.get((event.tenant, event.idempotency_key or ""))
-            if known is not None and known[2] >= keys_since_ms:
-                raise KeysTakenError
+        self._free(keys, keys_since_ms)
         moved = {stream: db.by_id[stream] for stream in counts if stream in db.by_id}
         for row in rows:
             if row.event.id in db.notes:
@@ -424,7 +433,7 @@ class ModelShardStore(ModelAmendments):
                 e.priority = row.priority
             if row.archived:
                 shown.archived_ms = e.created_ms
-            note = db.notes[e.id] = Note(found, e, shown, decision=row.decision)
+            note = db.notes[e.id] = Note(found, e, shown, decision=row.decision, kept=row.kept)
             if row.begun is not None and row.begun.text is not None:
                 note.opening, note.slots = unpack(row.begun.text), (row.begun.slot, row.begun.second)
             found.notes.append(note)
@@ -713,6 +722,8 @@ class ModelShardStore(ModelAmendments):
                 if note.row.delivered_ms is None and t.signal in ACKNOWLEDGED:
                     note.row.delivered_ms = now_ms
                     new += 1
+                    if t.signal == SILENT and (note.kept or "").startswith("["):
+                        note.kept = f"-{note.kept}"
                 if t.rev is not None and note.row.updated_ms is not None and note.row.rev > t.rev:
                     continue
                 for delivery in self._db.of_note.get(t.notification, ()):
@@ -749,7 +760,8 @@ class ModelShardStore(ModelAmendments):
                 for n in self._db.by_id[stream].notes:
                     rev = 0 if n.row.updated_ms is None else n.row.rev
                     pending = any(d.state in PENDING for d in self._db.of_note.get(n.row.id, ()))
-                    open_ = pending or (n.row.delivered_ms is None and not by_rev)
+                    waits = (n.kept or "").startswith("[")
+                    open_ = pending or ((n.row.delivered_ms is None or waits) and not by_rev)
                     if open_ and after < (rev if by_rev else n.row.seq) <= upto:
                         found.append((n.row.id, stream, n.row.seq, rev))
             return found
@@ -1207,6 +1219,11 @@ class ModelClusterStore:
                 terms[name] = row.term + 1
                 db.shards[name] = ShardRow(name, row.term + 1, row.node, row.incarnation)
             for slot, new in moves.items():
+                marks = [db.kept_from.get(slot)]
+                if db.owners[slot] != new:
+                    marks.append(db.kept_marks.get(db.owners[slot] or ""))
+                if known := [mark for mark in marks if mark is not None]:
+                    db.kept_from[slot] = min(known)
                 db.owners[slot] = new
             db.moves += 1
             if db.on_commit is not None:

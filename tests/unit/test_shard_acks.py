@@ -10,6 +10,7 @@ import pytest
 
 from actors import shard_acks
 from actors.shard_acks import Acknowledgements
+from actors.shard_kept import KeptPushes
 from carillon.attention import ACTIVE, AWAY, SILENT
 from carillon.clock import ManualClock
 from carillon.effects import Acknowledged, AcknowledgedRange, PushSignal
@@ -49,8 +50,10 @@ class Store:
 
 def made() -> tuple[Acknowledgements, Store]:
     store = Store()
+    kept = KeptPushes(store, ManualClock(), Stats(), ShardSettings(), term=lambda: 1, owns=lambda _: True)  # type: ignore[arg-type]
     acks = Acknowledgements(
         store,
+        kept,
         ManualClock(),
         Stats(),
         ShardSettings(),

@@ -57,9 +57,16 @@ where shard = any($1::text[])
 returning shard, term;
 
 -- name: set_owners
-insert into slots (slot, shard)
+-- The new owner looks for pushes that the old one kept (docs/adr/0016-kept-pushes.md), and that this one had to look for.
+insert into slots as s (slot, shard)
 select m.slot, m.shard from unnest($1::smallint[], $2::text[]) as m (slot, shard)
-on conflict (slot) do update set shard = excluded.shard;
+on conflict (slot) do update set
+    shard = excluded.shard,
+    kept_from = least(s.kept_from, (select k.from_id from kept_marks k where k.shard = s.shard and s.shard is distinct from excluded.shard));
+
+-- name: forget_old_marks
+-- Marks of shards that are forgotten: their slots have them.
+delete from kept_marks where not exists (select from shards where shards.shard = kept_marks.shard);
 
 -- name: forget_old_shards
 -- Rows of shards that own nothing and have not been heard of for a week. Not earlier: a process that was

@@ -111,7 +111,7 @@ where n.stream_id = $1 and e.event_id <> n.id and k.created_at >= to_timestamp($
 -- A page with all that hangs on it. $1 stream, $2 after seq, $3 limit.
 with page as materialized (
     select * from notifications where stream_id = $1 and seq > $2 order by seq limit $3)
-select %(row)s, n.decision, n.receipt,
+select %(row)s, n.decision, n.receipt, n.kept, (extract(epoch from n.created_at) * 1000)::bigint as created_ms,
        (select json_build_object('template', e.template_id, 'version', e.version, 'variant', e.variant)::text
         from template_exposures e where e.notification_id = n.id) as exposure,
        array(select json_build_object(

@@ -111,7 +111,8 @@ limit $4;
 -- name: notification
 -- One notification of a tenant by id: the partition is pruned by the id. $1 id, $2 tenant.
 select %(row)s, s.user_id, n.decision, n.receipt, n.priority, coalesce(n.version, 1) as version,
-       (extract(epoch from n.cancelled_at) * 1000)::bigint as cancelled_ms, n.merging, n.merge_slot, n.merge_slot_2
+       (extract(epoch from n.cancelled_at) * 1000)::bigint as cancelled_ms, n.merging, n.merge_slot, n.merge_slot_2,
+       n.kept, (extract(epoch from n.created_at) * 1000)::bigint as created_ms
 from notifications n
 join streams s on s.stream_id = n.stream_id
 where n.id = $1 and s.tenant = $2;

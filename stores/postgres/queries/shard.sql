@@ -75,13 +75,13 @@ moved as (
 stored as (
     insert into notifications
         (id, stream_id, seq, rev, position, priority, type, category, content, created_at, expires_at,
-         receipt%(ruled)s%(begun)s)
+         receipt%(ruled)s%(begun)s%(kept)s)
     select e.id, e.stream_id, m.seq - e.back, m.rev - e.back, m.rev - e.back, e.priority, e.type, e.category,
-           e.content, to_timestamp(e.created_s), to_timestamp(e.expires_s), e.receipt%(ruled_values)s%(begun_values)s
+           e.content, to_timestamp(e.created_s), to_timestamp(e.expires_s), e.receipt%(ruled_values)s%(begun_values)s%(kept_value)s
     from unnest($5::uuid[], $6::bigint[], $7::int[], $8::smallint[], $9::text[], $10::text[], $11::text[],
-                $12::float8[], $13::float8[], %(receipt)s::smallint[]%(ruled_arrays)s%(begun_arrays)s)
+                $12::float8[], $13::float8[], %(receipt)s::smallint[]%(ruled_arrays)s%(begun_arrays)s%(kept_array)s)
          as e (id, stream_id, back, priority, type, category, content, created_s, expires_s, receipt%(ruled_names)s
-               %(begun_names)s)
+               %(begun_names)s%(kept)s)
     join moved m on m.stream_id = e.stream_id
 )%(planned)s
 select stream_id, seq, rev, unread from moved
@@ -260,7 +260,9 @@ told as (
          as t (id, stream_id, signal, shown, rev)
 ),
 marked as (
-    update notifications n set delivered_at = to_timestamp($5)
+    update notifications n
+    set delivered_at = to_timestamp($5),
+        kept = case when t.signal = 'silent' and left(n.kept, 1) = '[' then '-' || n.kept else n.kept end  -- nobody's now
     from told t
     where n.id >= $8 and n.id <= $9 and n.id = t.id and n.stream_id = t.stream_id and n.delivered_at is null
       and t.signal in ('silent', 'active', 'received', 'stale')
@@ -301,7 +303,7 @@ select n.id, n.stream_id, n.seq, case when n.updated_at is null then 0 else n.re
 from unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::boolean[]) as t (stream_id, after, upto, by_rev)
 join notifications n on n.stream_id = t.stream_id and n.seq > t.after and n.seq <= t.upto
 where not t.by_rev
-  and (n.delivered_at is null
+  and (n.delivered_at is null or left(n.kept, 1) = '['
        or exists (select from deliveries d
                   where d.notification_id = n.id and d.state || '' in ('planned', 'failed', 'unknown')))
 union all
