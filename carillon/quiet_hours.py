@@ -127,7 +127,10 @@ class QuietHours:
     def _window(self, day: datetime) -> tuple[int, int]:
         start = day + timedelta(minutes=self.start)
         end = day + timedelta(minutes=self.end) + (DAY if self.end < self.start else timedelta())
-        return instants(start, self.zone)[0], instants(end, self.zone)[1]
+        first, last = instants(end, self.zone)
+        if _wall(last - 1, self.zone) >= end:
+            last = first  # the clock is put back to this very time: it has shown it, and all after it, before
+        return instants(start, self.zone)[0], last
 
 
 class Digest:

@@ -76,6 +76,7 @@ def read_off(
 
 @given(minutes, minutes, st.frozensets(st.integers(0, 6)), zones, moments)
 @example(150, 180, EVERY_DAY, "Europe/Vienna", 1_743_296_400_000)
+@example(22 * 60, 2 * 60, EVERY_DAY, "Europe/Vienna", 1_761_436_800_000)  # ends when 03:00 becomes 02:00
 @settings(max_examples=150, deadline=None)
 def test_quiet_hours_are_what_a_clock_on_the_wall_shows(
     start: int, end: int, days: frozenset[int], zone: str, now_ms: int
