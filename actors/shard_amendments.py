@@ -126,6 +126,7 @@ class Amendments:
 
     async def _edit(self, entries: list[AmendEntry]) -> None:
         now_ms = self._clock.now_ms()
+        term = self._term()  # under which these users are ours: a new map may come meanwhile
         known = await self._store.standing([e.row() for e in entries])
         rows: list[EditRow] = []
         todo: list[tuple[AmendEntry, Standing]] = []
@@ -140,7 +141,7 @@ class Amendments:
                 finish([entry], _unknown() if found is None else _answer(found))
         if not rows:
             return
-        done = await self._store.edit(self._term(), rows, now_ms, self._keep)
+        done = await self._store.edit(term, rows, now_ms, self._keep)
         over = [e.user for e, _ in todo if (d := done.get(e.user.stream_id)) and gone(d.row, now_ms)]
         await self._changes.recount(over)
         for entry, before in todo:

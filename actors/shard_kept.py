@@ -132,6 +132,7 @@ class KeptPushes:
         if not self._rows:
             return list(told), 0
         async with self._lock:
+            term = self._term()
             rest: list[SignalRow] = []
             texts: list[tuple[KeptPush, str, bool]] = []
             ended: list[KeptPush] = []
@@ -164,7 +165,7 @@ class KeptPushes:
                     due.append(push)  # it would hold the mark for too long
             await self._write(again)
             if texts:
-                await self._store.acknowledge_kept(self._term(), texts, now_ms)
+                await self._store.acknowledge_kept(term, texts, now_ms)
             for push in first:
                 push.acknowledged = True
             self._forget(ended)
