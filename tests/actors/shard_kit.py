@@ -172,6 +172,8 @@ class Kit:
         if spread:
             self.coordinator.set_owner(range(1024), name)
             await eventually(lambda: len(shard._slots) == 1024)
+            if self.settings.shard.max_kept_pushes:
+                await eventually(lambda: shard._kept._mark is not None, what="the mark of kept pushes")
         return shard
 
     def skip(self, seconds: float) -> None:

@@ -72,7 +72,7 @@ async def test_a_chain_ends_in_a_dead_letter(postgres_dsn: str) -> None:
 
 async def test_an_unacknowledged_in_app_notification_falls_back_to_push(postgres_dsn: str) -> None:
     """in_app alone, then push: an acknowledgement in time stops the chain, silence starts it."""
-    async with world(postgres_dsn, ack_window_s=20.0, hold_s=0.0) as w:
+    async with world(postgres_dsn, ack_window_s=20.0, hold_s=0.0, max_kept_pushes=0) as w:
         await w.devices("fcm")
         await w.gateway.attach_ready(1)
         kept = chained("push", channels=["in_app"], title="kept")
