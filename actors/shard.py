@@ -334,7 +334,6 @@ class Shard:
             self._presence.slots_lost(before & owned)
             self._sessions.forget_slots(self._users.forget_slots(before & owned))
             self._presence.slots_taken(before & owned)
-            self._kept.slots_lost(before & owned)
             self._kept.slots_came(before & owned)
         self._slots = sorted(owned)
         for slot in before - owned:
