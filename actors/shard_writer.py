@@ -11,47 +11,38 @@ import asyncio
 import contextlib
 import functools
 import logging
-import os
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
-
-from msgspec.structs import replace
 
 from actors.fair_queue import FairQueue
 from actors.shard_amendments import AMENDMENTS, Amendments
 from actors.shard_changes import ChangeEntry, Changes, finish
-from actors.shard_entries import Entry, answered, disturbs, unread_after
+from actors.shard_drafting import Drafter
+from actors.shard_entries import Entry, answered, unread_after
 from actors.shard_kept import KeptPushes
 from actors.shard_lane import Guard, Lane
 from actors.shard_merges import Merges, MergingBatch
-from actors.shard_policies import NO_RULES
-from actors.shard_users import LOAD_BATCH, User, UserCache
-from carillon.attention import DEFERRED, Attention
-from carillon.budget import Spent
-from carillon.clock import Clock, rfc3339
-from carillon.decision import Verdict, judge, pack
-from carillon.digest import OVERFLOW, digest_id, key_of
-from carillon.errors import CarillonError, FencedError, NotFoundError, UnavailableError
-from carillon.explain import circumstance, of_plan, read_receipt, told
-from carillon.external import IN_APP
-from carillon.ids import UserKey, uuid_text
+from actors.shard_planning import Planner
+from actors.shard_repeats import Repeats
+from actors.shard_suspects import Suspects
+from actors.shard_users import User, UserCache
+from carillon.attention import DEFERRED
+from carillon.clock import Clock
+from carillon.errors import CarillonError, FencedError, UnavailableError
+from carillon.ids import UserKey
 from carillon.kept_push import KeptPush
-from carillon.merging import OPENED, Decision
+from carillon.merging import Decision
 from carillon.messages import Event, Outcome
 from carillon.metrics import Stats
-from carillon.notification import target_of
-from carillon.plan import Plan, Reach, plan, wants_push
+from carillon.plan import Reach
 from carillon.policy import TenantPolicy
 from carillon.session import Effect
 from carillon.settings import MergeSettings, ShardSettings
-from stores.postgres.shard_rows import AppendRow, KeysTakenError, OutboxRow, PoisonError, StreamsErasedError
+from stores.postgres.shard_rows import KeysTakenError, OutboxRow, PoisonError, StreamsErasedError
 from stores.postgres.shard_store import ShardStore
 
 log = logging.getLogger(__name__)
-
-IDS_BLOCK = 1000
-"""Outbox ids drawn at a time."""
 
 HEAL_PAUSE_S = 0.5
 """Pause between looks at streams whose last write may or may not have been committed."""
@@ -112,11 +103,16 @@ class Writer:
         self._term = term
         self._owns = owns
         self._run_effects = run
-        self._reach = reach
-        self._policy = policy
-        self._merges = Merges(store, merging, policy, term)
         self._kept = kept
-        self._window_ms = round(settings.ack_window_s * 1000)
+        merges = Merges(store, merging, policy, term)
+        self._planner = Planner(clock, settings, merges, reach=reach, policy=policy)
+        self._drafter = Drafter(store, self._planner, merges, kept)
+        self._repeats = Repeats(
+            store, merges, self._planner, clock, settings, done=self._done, fail=self._fail
+        )
+        self._suspects = Suspects(
+            store, kept, term=term, owns=owns, run=run, expires=expires, erased=self._forget_erased
+        )
         self._planned = planned
         self._was_erased = erased
         self._fenced = fenced
@@ -125,9 +121,6 @@ class Writer:
         self._parked = 0
         self._parked_of: Counter[str] = Counter()  # by tenant
         self._changes: deque[ChangeEntry] = deque()
-        self._running_keys: dict[tuple[str, str], Entry] = {}
-        self._delivery_ids: list[int] = []
-        self._suspects: dict[UserKey, User] = {}
         self._wake = asyncio.Event()
         self.lane: Lane[Entry] = Lane(users, clock, Entry, self._wake.set)
         self._guard: Guard[Entry] | None = None
@@ -178,7 +171,7 @@ class Writer:
             done(Outcome(event.id, status="failed", code="busy", detail=full, retry_after_s=1.0))
             return
         entry = Entry(event, done)
-        if event.idempotency_key is not None and not self._claim_key(entry):
+        if event.idempotency_key is not None and not self._repeats.claim(entry):
             return
         key = UserKey(event.tenant, event.user)
         user = self._users.ready(key)
@@ -218,61 +211,13 @@ class Writer:
 
     async def preview(self, user: User, event: Event) -> dict[str, Any]:
         """What would become of an event now, and every rule behind it; nothing is done."""
-        entry = Entry(event, answered)
-        entry.user = user
-        now_ms = self._clock.now_ms()
-        found = self._plan(entry, now_ms)
-        merge: dict[str, Any] | None = None
-        if self._merges.asked([event]):
-            merge = await self._merges.preview(user, event, found.archived, now_ms)
-        reach, attention, _ = read_receipt(entry.receipt)
-        rules = of_plan(
-            found, event.channels, event.fallback, event.priority, reach, attention, user.providers
-        )
-        joined = merge is not None and merge["status"] != OPENED
-        return {
-            "userId": event.user,
-            "status": merge["status"] if merge is not None and joined else found.status,
-            "channels": list(found.channels),
-            "fallback": list(found.chain),
-            "reason": found.reason,
-            "pushDueAt": None if found.push_due_ms is None or found.push_now else rfc3339(found.push_due_ms),
-            "digest": _digest_told(user.key, event, found),
-            "silent": found.silent,
-            "archived": found.archived,
-            "rules": told(rules),
-        } | ({} if merge is None else {"merge": merge})
+        return await self._planner.preview(user, event)
 
     def submit_change(self, change: ChangeEntry) -> None:
         """Queue one state change. Ordering: changes of one user are applied in the order submitted."""
         change.user.pins += 1
         self._changes.append(change)
         self._wake.set()
-
-    def _claim_key(self, entry: Entry) -> bool:
-        """Note that the event's idempotency key is running here; False if it is answered already."""
-        event = entry.event
-        assert event.idempotency_key is not None
-        key = (event.tenant, event.idempotency_key)
-        running = self._running_keys.get(key)
-        if running is None:
-            self._running_keys[key] = entry
-            return True
-        if running.event.id == event.id:  # our own retry: it shares the outcome of the first try
-            if running.waiters is None:
-                running.waiters = []
-            running.waiters.append(entry.done)
-        else:
-            entry.done(
-                Outcome(
-                    event.id,
-                    status="failed",
-                    code="in_progress",
-                    detail="the first request with this idempotency key is still running",
-                    retry_after_s=1.0,
-                )
-            )
-        return False
 
     # -- the loop ---------------------------------------------------------------------------------------
 
@@ -282,7 +227,7 @@ class Writer:
             self._wake.clear()
             while queue or changes or lane:
                 if self._suspects:
-                    await self._heal_suspects()
+                    await self._suspects.heal()
                 if queue:
                     await self._batch(queue.take(self._settings.max_batch))
                 if changes:
@@ -297,7 +242,7 @@ class Writer:
             if not self._suspects:
                 await self._wake.wait()
                 continue
-            await self._heal_suspects()
+            await self._suspects.heal()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), HEAL_PAUSE_S if self._suspects else None)
 
@@ -311,49 +256,14 @@ class Writer:
             raise
         except Exception as exc:
             log.exception("a batch of %d events failed", len(batch))
-            self._suspect(entry.user for entry in batch)
+            self._suspects.add(entry.user for entry in batch)
             for entry in batch:
                 self._fail(entry, UnavailableError(f"append failed: {type(exc).__name__}"))
 
     def suspect(self, user: User) -> None:
         """Somebody else's write about this user may have been committed: look before going on."""
-        self._suspect((user,))
+        self._suspects.add((user,))
         self._wake.set()
-
-    def _suspect(self, users: Iterable[User | None]) -> None:
-        """A write of these users failed without a word whether it was committed: look before going on."""
-        self._suspects.update({user.key: user for user in users if user is not None})
-
-    async def _heal_suspects(self) -> None:
-        """Read where the streams of suspects stand; sessions that missed a commit replay from the store."""
-        batch = [user for user in list(self._suspects.values())[:LOAD_BATCH] if self._owns(user.slot)]
-        try:
-            records = await self._store.load_users(
-                self._term(), [(user.key, user.slot, os.urandom(6).hex()) for user in batch]
-            )
-            await self._kept.look_for_unsure({user.stream_id for user in batch})
-        except CarillonError as exc:
-            log.info("%d users wait for a look at their streams: %s", len(self._suspects), exc)
-            return
-        known = {user.key: user for user in batch}
-        for user in list(self._suspects.values())[:LOAD_BATCH]:
-            del self._suspects[user.key]
-        if not self._suspects:
-            self._kept.sure()
-        for record in records:
-            user = known[record.key]
-            if record.stream_id != user.stream_id:
-                self._forget_erased(user)
-                continue
-            if (record.seq, record.rev) == (user.seq, user.rev):
-                continue
-            user.seq, user.rev = record.seq, record.rev
-            user.unread, user.expired = record.unread, record.expired
-            user.next_expiry_ms = record.next_expiry_ms
-            if record.next_expiry_ms is not None:
-                self._expires(user, record.next_expiry_ms)
-            if user.session is not None:
-                self._run_effects(user, user.session.heal(user.head()))
 
     # -- events -----------------------------------------------------------------------------------------
 
@@ -367,13 +277,13 @@ class Writer:
         try:
             batch = self._owned(batch)
             if any(entry.event.retry for entry in batch):
-                batch = await self._without_known(batch)
+                batch = await self._repeats.without_known(batch)
             while batch:
                 keyed = [entry.event for entry in batch if entry.event.idempotency_key is not None]
                 try:
                     await self._append_planned(term, batch, keyed)
                 except KeysTakenError:
-                    batch = await self._without_taken(batch)
+                    batch = await self._repeats.without_taken(batch)
                     continue
                 except StreamsErasedError as exc:
                     batch = self._without_erased(batch, exc.streams)
@@ -386,7 +296,7 @@ class Writer:
             for entry in batch:
                 self._done(entry, Outcome(entry.event.id, status="moved"))
         except CarillonError as exc:
-            self._suspect(entry.user for entry in batch)
+            self._suspects.add(entry.user for entry in batch)
             for entry in batch:
                 self._fail(entry, exc)
         self._stats.observe_ms("append_ms", (self._clock.monotonic() - started) * 1000)
@@ -399,68 +309,6 @@ class Writer:
             else:
                 self._done(entry, Outcome(entry.event.id, status="moved"))
         return kept
-
-    async def _without_known(self, batch: list[Entry]) -> list[Entry]:
-        """Answer retries whose first try was stored after all; join those whose first try is in the batch."""
-        first: dict[bytes, Entry] = {}
-        kept: list[Entry] = []
-        for entry in batch:
-            twin = first.get(entry.event.id)
-            if twin is not None:
-                if twin.waiters is None:
-                    twin.waiters = []
-                twin.waiters.append(entry.done)
-                assert entry.user is not None
-                entry.user.pins -= 1
-                continue
-            first[entry.event.id] = entry
-            kept.append(entry)
-        known = await self._store.find_ids([entry.event.id for entry in kept if entry.event.retry])
-        merged = await self._merges.known(
-            [e.event.id for e in kept if e.event.retry and e.event.id not in known]
-        )
-        rest = []
-        for entry in kept:
-            assert entry.user is not None
-            found = known.get(entry.event.id) if entry.event.retry else None
-            into = merged.get(entry.event.id)
-            if into is not None:
-                self._done(entry, into.outcome())
-            elif found is None:
-                rest.append(entry)
-            elif found[1] != entry.user.stream_id:
-                self._fail(entry, NotFoundError("this id belongs to another user"))
-            else:
-                self._done(entry, self._stored_outcome(entry, entry.event.id, found[0]))
-        return rest
-
-    async def _without_taken(self, batch: list[Entry]) -> list[Entry]:
-        """Answer events whose idempotency key stands for something; the others go on."""
-        since_ms = self._keys_since_ms()
-        known = await self._store.find_keys(
-            [(e.event.tenant, e.event.idempotency_key) for e in batch if e.event.idempotency_key is not None],
-            since_ms,
-        )
-        rest = []
-        for entry in batch:
-            event = entry.event
-            stored = known.get((event.tenant, event.idempotency_key or ""))
-            if stored is None or event.idempotency_key is None:
-                rest.append(entry)
-            elif stored.body_hash != event.body_hash:
-                detail = "this idempotency key was used with another body"
-                self._done(
-                    entry, Outcome(event.id, status="failed", code="idempotency_conflict", detail=detail)
-                )
-            else:
-                if stored.merged is None:
-                    outcome = self._stored_outcome(entry, stored.notification, stored.seq or 0)
-                else:
-                    outcome = stored.merged.outcome()
-                # Our own retry of the request that made it is no replay to the caller.
-                outcome.replayed = stored.notification != event.id
-                self._done(entry, outcome)
-        return rest
 
     def _without_erased(self, batch: list[Entry], streams: Container[int]) -> list[Entry]:
         rest: list[Entry] = []
@@ -484,58 +332,6 @@ class Writer:
             self._users.forget(user.key)
         self._was_erased(user)
 
-    def _stored_outcome(self, entry: Entry, notification: bytes, seq: int) -> Outcome:
-        assert entry.user is not None
-        present = self._plan(entry, self._clock.now_ms())
-        return Outcome(notification, seq, present.status, list(present.channels))
-
-    def _keys_since_ms(self) -> int:
-        return self._clock.now_ms() - round(self._settings.idempotency_ttl_s * 1000)
-
-    def _plan(self, entry: Entry, now_ms: int, *, spend: bool = False) -> Plan:
-        """Decide for one event; with `spend` what it takes of the user's limits is noted."""
-        user = entry.user
-        assert user is not None
-        event = entry.event
-        reach, grace_end_ms = self._reach(user)
-        attention = Attention.UNKNOWN
-        if reach is Reach.LIVE and wants_push(event, user.providers):
-            attention = self._attention(user, event, now_ms)
-        entry.receipt = circumstance(user.receipt, reach, attention)
-        policy = self._policy(event.tenant)
-        verdict: Verdict | None = None
-        if user.preferences is not None or policy.rules is not None:
-            mine = user.local if user.preferences is None else user.preferences
-            verdict = judge(event, mine, policy.rules or NO_RULES, now_ms, user.spent)
-        found = plan(
-            event,
-            reach,
-            providers=user.providers,
-            now_ms=now_ms,
-            ack_window_ms=self._window_ms,
-            grace_end_ms=grace_end_ms,
-            lease_ms=round(self._settings.delivery_lease_s * 1000),
-            attention=attention,
-            policy=policy.of(event.type),
-            verdict=verdict,
-        )
-        if spend and verdict is not None and verdict.spends and disturbs(found, reach):
-            if user.spent is None:
-                user.spent = Spent()
-            for name, limit in verdict.spends:
-                user.spent.spend(name, limit, now_ms)
-        if spend and found.digest == OVERFLOW and user.spent is not None:
-            user.spent.digest_ms = found.push_due_ms or 0
-        return found
-
-    def _attention(self, user: User, event: Event, now_ms: int) -> Attention:
-        session = user.session
-        assert session is not None
-        viewed = session.viewed()
-        if viewed and target_of(event.content) in viewed:
-            return Attention.VIEWING
-        return session.attention(now_ms, self._window_ms)
-
     async def _append_planned(self, term: int, batch: list[Entry], keyed: Sequence[Event]) -> None:
         kept = self._kept.begin()
         try:
@@ -549,95 +345,18 @@ class Writer:
     ) -> None:
         """Append; `kept` gets what is kept of it."""
         now_ms = self._clock.now_ms()
-        counts: dict[int, int] = {}
-        rows: list[AppendRow] = []
-        own: list[Entry] = batch  # those that become notifications
-        outbox: list[OutboxRow] = []
-        pushes: list[tuple[User, Entry, OutboxRow | KeptPush]] = []
-        alike: Plan | None = None
-        kept_text = ""
-        archived = False
-        merging: MergingBatch | None = None
-        merged: list[tuple[Entry, Decision]] = []
-        if self._merges.asked([entry.event for entry in batch]):
-            await self._kept.write({e.user.stream_id for e in batch if e.user})
-            merging = await self._merges.begin([(e.user, e.event) for e in batch if e.user], now_ms)
-            own = [] if merging is not None else batch
-        for entry in batch:
-            user, event = entry.user, entry.event
-            assert user is not None
-            # Planned before, the batch met a taken idempotency key: limits are not spent twice.
-            first = entry.plan is None
-            asked = None if merging is None else merging.asked(event)
-            if merging is None or asked is None or merging.alone(user, asked):
-                decided = entry.plan = self._plan(entry, now_ms, spend=first)
-                if merging is not None:
-                    if asked is not None:
-                        merging.begin(user, event, asked, decided)
-                    own.append(entry)
-            else:
-                decided = entry.plan = self._plan(entry, now_ms)
-                decision, disturbs_now = merging.take(user, event, decided)
-                if first and disturbs_now:
-                    self._plan(entry, now_ms, spend=True)
-                if decision.status != OPENED:
-                    merged.append((entry, decision))
-                    continue
-                own.append(entry)
-            stream_id = user.stream_id
-            counts[stream_id] = counts.get(stream_id, 0) + 1
-            row_of_event = AppendRow(event, stream_id, -counts[stream_id])  # completed below
-            rows.append(row_of_event)
-            row_of_event.receipt = entry.receipt
-            if decided.rules:
-                row_of_event.decision = pack(decided.rules)
-                row_of_event.archived, row_of_event.priority = decided.archived, decided.priority
-                archived = archived or decided.archived
-            if decided.push_due_ms is not None:
-                if merging is None and decided.keepable and self._kept.may_keep(event.id, event.slot):
-                    push = KeptPush(
-                        event.id, stream_id, event.slot, decided.channels[1:], decided.push_due_ms,
-                        decided.hold_until_ms, None, decided.reason, ",".join(decided.chain), decided.step,
-                    )  # fmt: skip
-                    if decided is not alike:  # plans of a batch are mostly one and the same
-                        alike, kept_text = decided, push.text()
-                    row_of_event.kept = kept_text
-                    kept.append(push)
-                    pushes.append((user, entry, push))
-                    continue
-                for channel in decided.channels:
-                    if channel == IN_APP:
-                        continue
-                    row = OutboxRow(
-                        await self._next_delivery_id(), event.id, stream_id, event.slot,
-                        decided.push_now, decided.push_due_ms, decided.gate, decided.hold_until_ms,
-                        decided.reason, channel, ",".join(decided.chain), decided.step,
-                    )  # fmt: skip
-                    if decided.digest is not None:
-                        row.digest = _digest_of(user.key, event, decided)
-                    outbox.append(row)
-                    pushes.append((user, entry, row))
-        for row in rows:
-            row.back += counts[row.stream_id]
-        changed: dict[int, int] = {}
-        if merging is not None:
-            contents = await merging.finish(self._next_delivery_id)
-            changed = merging.writes.counts()
-            begun = merging.begun
-            for row in rows:
-                raw = row.event.id
-                row.begun = begun.get(raw)
-                if raw in contents:  # a copy: a batch that fails is decided anew
-                    row.event = replace(row.event, content=contents[raw])
+        draft = await self._drafter.draft(batch, kept, now_ms)
+        rows, merging = draft.rows, draft.merging
+        changed = {} if merging is None else merging.writes.counts()
         heads = await self._store.append(
-            term, counts, rows, outbox, now_ms, keyed, self._keys_since_ms() if keyed else 0,
+            term, draft.counts, rows, draft.outbox, now_ms, keyed, self._repeats.since_ms() if keyed else 0,
             None if self._guard is None else functools.partial(self._guard, batch),
             None if merging is None else merging.writes,
         )  # fmt: skip
         committed_ms = self._clock.now_ms()
         seqs: dict[bytes, int] = {}
-        later = unread_after(rows) if archived else None
-        for index, (entry, row) in enumerate(zip(own, rows, strict=True)):
+        later = unread_after(rows) if draft.archived else None
+        for index, (entry, row) in enumerate(zip(draft.own, rows, strict=True)):
             head = heads.get(row.stream_id)
             if head is None:
                 # The stream was erased since it was loaded; its next event makes a new one.
@@ -649,11 +368,11 @@ class Writer:
             rev = head[1] - row.back - (changed.get(row.stream_id, 0) if changed else 0)
             self._committed(entry, head[0] - row.back, rev, unread, committed_ms)
         self._kept.noted([push for push in kept if push.notification in seqs] if kept else kept)
-        for user, entry, push_row in pushes:
+        for user, entry, push in draft.pushes:
             if entry.event.id in seqs:
-                self._planned(user, entry.event, seqs[entry.event.id], push_row, 0)
+                self._planned(user, entry.event, seqs[entry.event.id], push, 0)
         if merging is not None:
-            self._merged(merging, merged, heads, seqs)
+            self._merged(merging, draft.merged, heads, seqs)
 
     def _merged(
         self,
@@ -729,24 +448,15 @@ class Writer:
         entry = batch[0]
         assert entry.user is not None
         try:
-            known = await self._store.find_ids([entry.event.id])
-            merged = await self._merges.known([entry.event.id])
+            found = await self._repeats.stored(entry)
         except CarillonError as exc:
             self._fail(entry, exc)
             return
-        if entry.event.id in known and known[entry.event.id][1] == entry.user.stream_id:
-            self._done(entry, self._stored_outcome(entry, entry.event.id, known[entry.event.id][0]))
-            return
-        if entry.event.id in merged:
-            self._done(entry, merged[entry.event.id].outcome())
+        if found is not None:
+            self._done(entry, found)
             return
         log.warning("an event was refused by PostgreSQL: %s", error)
         self._done(entry, Outcome(entry.event.id, status="failed", code="invalid", detail=str(error)))
-
-    async def _next_delivery_id(self) -> int:
-        if not self._delivery_ids:
-            self._delivery_ids = (await self._store.draw_delivery_ids(IDS_BLOCK))[::-1]
-        return self._delivery_ids.pop()
 
     def _fail(self, entry: Entry, error: CarillonError) -> None:
         retry_s = error.retry_after_s if isinstance(error, UnavailableError) else 0.0
@@ -761,11 +471,8 @@ class Writer:
         )
 
     def _done(self, entry: Entry, outcome: Outcome) -> None:
-        event = entry.event
-        if event.idempotency_key is not None:
-            key = (event.tenant, event.idempotency_key)
-            if self._running_keys.get(key) is entry:
-                del self._running_keys[key]
+        if entry.event.idempotency_key is not None:
+            self._repeats.release(entry)
         if entry.user is not None:
             entry.user.pins -= 1
             entry.user = None
@@ -800,7 +507,7 @@ class Writer:
                 if isinstance(exc, FencedError):
                     self._fenced()
                 else:
-                    self._suspect(change.user for change in changes)
+                    self._suspects.add(change.user for change in changes)
                 finish(changes, exc)
             except asyncio.CancelledError:
                 finish(changes, UnavailableError("the shard stops"))
@@ -814,21 +521,3 @@ class Writer:
             return True
         finish([change], FencedError("the slot has moved"))
         return False
-
-
-def _digest_of(user: UserKey, event: Event, decided: Plan) -> bytes:
-    assert decided.digest is not None
-    assert decided.push_due_ms is not None
-    return digest_id(key_of(user, event.category, decided.digest, decided.push_due_ms))
-
-
-def _digest_told(user: UserKey, event: Event, found: Plan) -> dict[str, Any] | None:
-    """The digest that a plan collects in, for an answer."""
-    if found.digest is None or found.push_due_ms is None:
-        return None
-    return {
-        "digestId": uuid_text(_digest_of(user, event, found)),
-        "category": key_of(user, event.category, found.digest, 0).category,
-        "frequency": found.digest,
-        "dueAt": rfc3339(found.push_due_ms),
-    }

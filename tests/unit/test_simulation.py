@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from actors import attached, gateway_owners, router, shard_acks, shard_sessions, shard_writer
+from actors import (
+    attached,
+    gateway_owners,
+    router,
+    shard_acks,
+    shard_planning,
+    shard_sessions,
+    shard_suspects,
+    shard_writer,
+)
 from carillon import session
 from carillon.effects import AcknowledgedRange
 from carillon.errors import StoreUnavailableError
@@ -98,13 +107,13 @@ def test_finds_a_lost_change(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_finds_a_forgotten_outbox_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """An event of a live user without an outbox row is never pushed."""
-    decide = shard_writer.plan
+    decide = shard_planning.plan
 
     def forgetful(*args: Any, **more: Any) -> Plan:
         decided = decide(*args, **more)
         return Plan(decided.status, decided.channels) if decided.status == "delivered" else decided
 
-    monkeypatch.setattr(shard_writer, "plan", forgetful)
+    monkeypatch.setattr(shard_planning, "plan", forgetful)
     _found("G6")
 
 
@@ -154,9 +163,9 @@ def test_finds_a_gap_that_is_not_healed(monkeypatch: pytest.MonkeyPatch) -> None
     """After a commit whose answer was lost the devices must read on from the store."""
 
     async def careless(self: Any) -> None:
-        self._suspects.clear()
+        self._users.clear()
 
-    monkeypatch.setattr(shard_writer.Writer, "_heal_suspects", careless)
+    monkeypatch.setattr(shard_suspects.Suspects, "heal", careless)
     monkeypatch.setattr(session.Session, "heal", lambda self, head: [])
     _found("")
 

@@ -1,0 +1,139 @@
+"""What a shard decides of an event: the core's pure functions, given what the shard knows of the user."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from actors.shard_entries import Entry, answered, disturbs
+from actors.shard_merges import Merges
+from actors.shard_policies import NO_RULES
+from actors.shard_users import User
+from carillon.attention import Attention
+from carillon.budget import Spent
+from carillon.clock import Clock, rfc3339
+from carillon.decision import Verdict, judge
+from carillon.digest import OVERFLOW, digest_id, key_of
+from carillon.explain import circumstance, of_plan, read_receipt, told
+from carillon.ids import UserKey, uuid_text
+from carillon.merging import OPENED
+from carillon.messages import Event
+from carillon.notification import target_of
+from carillon.plan import Plan, Reach, plan, wants_push
+from carillon.policy import TenantPolicy
+from carillon.settings import ShardSettings
+
+
+class Planner:
+    """Plans events of users of one shard.
+
+    Args:
+        reach: tells how a user is found now, and the wall time at which grace ends.
+        policy: gives a tenant's policy.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        settings: ShardSettings,
+        merges: Merges,
+        *,
+        reach: Callable[[User], tuple[Reach, int]],
+        policy: Callable[[str], TenantPolicy],
+    ) -> None:
+        self._clock = clock
+        self._merges = merges
+        self._reach = reach
+        self._policy = policy
+        self._window_ms = round(settings.ack_window_s * 1000)
+        self._lease_ms = round(settings.delivery_lease_s * 1000)
+
+    def plan(self, entry: Entry, now_ms: int, *, spend: bool = False) -> Plan:
+        """Decide for one event; with `spend` what it takes of the user's limits is noted."""
+        user = entry.user
+        assert user is not None
+        event = entry.event
+        reach, grace_end_ms = self._reach(user)
+        attention = Attention.UNKNOWN
+        if reach is Reach.LIVE and wants_push(event, user.providers):
+            attention = self._attention(user, event, now_ms)
+        entry.receipt = circumstance(user.receipt, reach, attention)
+        policy = self._policy(event.tenant)
+        verdict: Verdict | None = None
+        if user.preferences is not None or policy.rules is not None:
+            mine = user.local if user.preferences is None else user.preferences
+            verdict = judge(event, mine, policy.rules or NO_RULES, now_ms, user.spent)
+        found = plan(
+            event,
+            reach,
+            providers=user.providers,
+            now_ms=now_ms,
+            ack_window_ms=self._window_ms,
+            grace_end_ms=grace_end_ms,
+            lease_ms=self._lease_ms,
+            attention=attention,
+            policy=policy.of(event.type),
+            verdict=verdict,
+        )
+        if spend and verdict is not None and verdict.spends and disturbs(found, reach):
+            if user.spent is None:
+                user.spent = Spent()
+            for name, limit in verdict.spends:
+                user.spent.spend(name, limit, now_ms)
+        if spend and found.digest == OVERFLOW and user.spent is not None:
+            user.spent.digest_ms = found.push_due_ms or 0
+        return found
+
+    def _attention(self, user: User, event: Event, now_ms: int) -> Attention:
+        session = user.session
+        assert session is not None
+        viewed = session.viewed()
+        if viewed and target_of(event.content) in viewed:
+            return Attention.VIEWING
+        return session.attention(now_ms, self._window_ms)
+
+    async def preview(self, user: User, event: Event) -> dict[str, Any]:
+        """What would become of an event now, and every rule behind it; nothing is done."""
+        entry = Entry(event, answered)
+        entry.user = user
+        now_ms = self._clock.now_ms()
+        found = self.plan(entry, now_ms)
+        merge: dict[str, Any] | None = None
+        if self._merges.asked([event]):
+            merge = await self._merges.preview(user, event, found.archived, now_ms)
+        reach, attention, _ = read_receipt(entry.receipt)
+        rules = of_plan(
+            found, event.channels, event.fallback, event.priority, reach, attention, user.providers
+        )
+        joined = merge is not None and merge["status"] != OPENED
+        return {
+            "userId": event.user,
+            "status": merge["status"] if merge is not None and joined else found.status,
+            "channels": list(found.channels),
+            "fallback": list(found.chain),
+            "reason": found.reason,
+            "pushDueAt": None if found.push_due_ms is None or found.push_now else rfc3339(found.push_due_ms),
+            "digest": _digest_told(user.key, event, found),
+            "silent": found.silent,
+            "archived": found.archived,
+            "rules": told(rules),
+        } | ({} if merge is None else {"merge": merge})
+
+
+def digest_of(user: UserKey, event: Event, decided: Plan) -> bytes:
+    """The id of the digest that a plan collects in; only for a plan with one."""
+    assert decided.digest is not None
+    assert decided.push_due_ms is not None
+    return digest_id(key_of(user, event.category, decided.digest, decided.push_due_ms))
+
+
+def _digest_told(user: UserKey, event: Event, found: Plan) -> dict[str, Any] | None:
+    """The digest that a plan collects in, for an answer."""
+    if found.digest is None or found.push_due_ms is None:
+        return None
+    return {
+        "digestId": uuid_text(digest_of(user, event, found)),
+        "category": key_of(user, event.category, found.digest, 0).category,
+        "frequency": found.digest,
+        "dueAt": rfc3339(found.push_due_ms),
+    }
