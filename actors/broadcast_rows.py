@@ -1,19 +1,19 @@
 """The notifications of a broadcast for users who are not in memory: decided and made many at a time.
 
 Users with the same push providers and the same preferences get the same plan, so that it is made once for
-all of them in a chunk.
+all of them in a chunk, and what is stored of it is said once.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from actors.shard_policies import NO_RULES
 from actors.shard_users import read_preferences
 from carillon.attention import Attention
-from carillon.broadcasts import NotificationIds, SlotUser
+from carillon.broadcasts import Counts, NotificationIds, SlotUser, counted
 from carillon.decision import judge, pack
 from carillon.digest import digest_id, key_of
 from carillon.explain import circumstance, providers_receipt
@@ -24,21 +24,44 @@ from carillon.plan import Plan, Reach, plan
 from carillon.policy import TenantPolicy
 from carillon.settings import ShardSettings
 from carillon.switches import Preferences
-from stores.postgres.broadcasts import Context
-from stores.postgres.shard_rows import AppendRow, OutboxRow
+from stores.postgres.broadcast_append import PushRow, PushShape, Rows, Shape
+from stores.postgres.broadcasts import PLAIN, Context, Contexts
 
 KEPT: int = 1000
 """Preferences documents that are kept read."""
 
 
 class Made(NamedTuple):
-    """What one user gets."""
+    """What users get."""
 
-    user: SlotUser
-    row: AppendRow
-    status: str
-    outbox: Sequence[OutboxRow]
-    """Without ids: they are drawn when it is known how many are needed."""
+    users: Sequence[SlotUser]
+    rows: Rows
+    statuses: list[str]
+    """What became of those of each of the rows' shapes."""
+
+    def counts(self, streams: set[int] | None = None) -> dict[int, Counts]:
+        """What became of users, by slot.
+
+        Args:
+            streams: count these users only; None: all.
+        """
+        tally = Counter(
+            (one.slot, of)
+            for one, of, stream in zip(self.users, self.rows.of, self.rows.streams, strict=True)
+            if streams is None or stream in streams
+        )
+        by_slot: dict[int, list[str]] = {}
+        for (slot, of), count in tally.items():
+            by_slot.setdefault(slot, []).extend([self.statuses[of]] * count)
+        return {slot: counted(statuses) for slot, statuses in by_slot.items()}
+
+
+class _Decided(NamedTuple):
+    """The plan of users, as they share it."""
+
+    plan: Plan
+    receipt: int
+    decision: str | None
 
 
 class Words(NamedTuple):
@@ -78,56 +101,62 @@ class Decider:
     def make(
         self,
         users: Sequence[SlotUser],
-        contexts: Mapping[str, Context],
+        contexts: Contexts,
         words: Words,
         ids: NotificationIds,
         policy: TenantPolicy,
         now_ms: int,
-    ) -> list[Made]:
+    ) -> Made:
         """The rows of users, in their order.
 
         Args:
             contexts: of all users, with their streams.
         """
-        proto = words.event
-        plans: dict[tuple[Any, ...], tuple[Plan, int, str | None]] = {}
-        made: list[Made] = []
-        for one in users:
-            context = contexts[one.user]
-            assert context.stream_id is not None
-            key = context.providers, context.preferences, context.zone
-            decided = plans.get(key)
-            if decided is None:
-                decided = plans[key] = self._decide(proto, context, policy, now_ms)
-            found, receipt, decision = decided
-            event = Event(
-                ids.of(one.user), proto.tenant, one.user, one.slot, proto.type, proto.category,
-                proto.priority, words.content(one.user), proto.created_ms, proto.expires_ms,
-            )  # fmt: skip
-            row = AppendRow(event, context.stream_id, 0, decision, found.archived, found.priority, receipt)
-            outbox: Sequence[OutboxRow] = ()
-            if found.push_due_ms is not None:
-                # Never born claimed: the sweep takes what is due, as fast as the pools do.
-                due_ms = now_ms if found.push_now else found.push_due_ms
-                digest = None
-                if found.digest is not None:
-                    user = UserKey(proto.tenant, one.user)
-                    digest = digest_id(key_of(user, proto.category, found.digest, found.push_due_ms))
-                outbox = [
-                    OutboxRow(
-                        0, event.id, context.stream_id, one.slot, False, due_ms, found.gate,
-                        found.hold_until_ms, found.reason, channel, ",".join(found.chain), found.step,
-                        digest,
-                    )
-                    for channel in found.channels
-                    if channel != IN_APP
-                ]  # fmt: skip
-            made.append(Made(one, row, found.status, outbox))
+        rows = Rows(words.event)
+        made = Made(users, rows, [])
+        plans: dict[Context, _Decided] = {}
+        shapes: dict[tuple[Context, str], int] = {}
+        streams, others = contexts
+        content_of, id_of = words.content, ids.of
+        for nth, one in enumerate(users):
+            user = one.user
+            context = others.get(user, PLAIN)
+            content = content_of(user)
+            shape = shapes.get((context, content))
+            if shape is None:
+                decided = plans.get(context)
+                if decided is None:
+                    decided = plans[context] = self._decide(words.event, context, policy, now_ms)
+                shape = shapes[context, content] = len(rows.shapes)
+                rows.shapes.append(_shape(words.event, content, decided))
+                made.statuses.append(decided.plan.status)
+            rows.ids.append(id_of(user))
+            rows.streams.append(streams[user])
+            rows.of.append(shape)
+            if plans[context].plan.push_due_ms is not None:
+                self._push(rows, nth, one, plans[context].plan, now_ms)
         return made
 
-    def _decide(
-        self, event: Event, context: Context, policy: TenantPolicy, now_ms: int
-    ) -> tuple[Plan, int, str | None]:
+    def _push(self, rows: Rows, nth: int, one: SlotUser, found: Plan, now_ms: int) -> None:
+        """The outbox rows of a user."""
+        assert found.push_due_ms is not None
+        digest = None
+        if found.digest is not None:
+            user = UserKey(rows.event.tenant, one.user)
+            digest = digest_id(key_of(user, rows.event.category, found.digest, found.push_due_ms))
+        # Never born claimed: the sweep takes what is due, as fast as the pools do.
+        due_ms = now_ms if found.push_now else found.push_due_ms
+        for channel in found.channels:
+            if channel == IN_APP:
+                continue
+            shape = PushShape(
+                due_ms, found.gate, found.hold_until_ms, found.reason, channel, ",".join(found.chain),
+                found.step,
+            )  # fmt: skip
+            place = rows.push_shapes.setdefault(shape, len(rows.push_shapes))
+            rows.pushes.append(PushRow(nth, place, digest))
+
+    def _decide(self, event: Event, context: Context, policy: TenantPolicy, now_ms: int) -> _Decided:
         providers = frozenset(context.providers)
         verdict = None
         preferences = self.preferences(context.preferences, context.zone)
@@ -148,4 +177,10 @@ class Decider:
             verdict=verdict,
         )
         receipt = circumstance(providers_receipt(providers), Reach.OFFLINE, Attention.UNKNOWN)
-        return found, receipt, pack(found.rules) if found.rules else None
+        return _Decided(found, receipt, pack(found.rules) if found.rules else None)
+
+
+def _shape(event: Event, content: str, decided: _Decided) -> Shape:
+    found, receipt, decision = decided
+    priority = event.priority if found.priority is None else found.priority
+    return Shape(content, priority, decision, found.archived, receipt)

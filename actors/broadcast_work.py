@@ -25,7 +25,7 @@ from actors.templates import Templates
 from carillon.audience import SEGMENT
 from carillon.broadcasts import Counts, Mark, NotificationIds, SlotUser, counted, next_size, walked
 from carillon.clock import Clock
-from carillon.errors import FencedError, StoreUnavailableError, UnavailableError
+from carillon.errors import FencedError, UnavailableError
 from carillon.events import EventParser, NotPlainError, ProblemError
 from carillon.ids import SLOTS, UserKey, Uuid7Source
 from carillon.messages import Event
@@ -33,15 +33,16 @@ from carillon.metrics import Stats
 from carillon.problems import Problem
 from carillon.settings import Settings
 from carillon.templates import Rendered, parse_reference
+from stores.postgres.broadcast_append import Progress, Rows
 from stores.postgres.broadcasts import (
     ActiveBroadcast,
     BroadcastStore,
-    Context,
+    Contexts,
     Failure,
     NotRunningError,
 )
 from stores.postgres.pool import acquired
-from stores.postgres.shard_rows import Around, OutboxRow, PoisonError
+from stores.postgres.shard_rows import PoisonError
 from stores.postgres.shard_store import ShardStore
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class Shared(NamedTuple):
 class _Chunk(NamedTuple):
     """What one transaction writes."""
 
-    made: list[Made]
+    made: Made
     marks: Sequence[Mark]
     failures: Sequence[Failure]
     now_ms: int
@@ -102,7 +103,7 @@ class Work:
         self.gone: set[str] = set()  # users that were erased since it was read whom it is for
         self._shared = shared
         self._ahead: list[SlotUser] = []
-        self._contexts: dict[str, Context] = {}
+        self._contexts = Contexts({}, {})
         self._asked = 0  # of how many pending slots `_ahead` was read
         self._last_page = False
         self._touched: set[int] = set()  # slots in which something may be stored already
@@ -177,8 +178,9 @@ class Work:
         asked = pending[: self._slots_of_page]
         page = await shared.store.users(tenant, self.one.recipients, asked, limit)
         self._widen((shared.clock.monotonic() - started) * 1000)
-        self._contexts = await shared.store.contexts(tenant, page) if page else {}
-        without = [one for one in self._left(page) if self._contexts[one.user].stream_id is None]
+        self._contexts = await shared.store.contexts(tenant, page) if page else Contexts({}, {})
+        streams = self._contexts.streams
+        without = [one for one in self._left(page) if one.user not in streams]
         if without:
             made = await shared.store.make_streams(
                 shared.shard_store.shard, self.term, tenant, without,
@@ -186,8 +188,7 @@ class Work:
             )  # fmt: skip
             if not made:
                 raise FencedError("streams could not be made")
-            for user, stream_id in made.items():
-                self._contexts[user].stream_id = stream_id
+            streams.update(made)
             if len(made) < len(without):
                 raise UnavailableError("streams were made by somebody else meanwhile", 0.1)
         self._ahead = page
@@ -283,27 +284,28 @@ class Work:
         everybody = (policy.rules is not None and policy.rules.limits is not None) or (
             policy.merge is not None and self.one.event.get("type") in policy.merge
         )
-        rest: Sequence[SlotUser] = page
+        keys = {UserKey(tenant, one.user): one for one in page}
         words: Words | None = None
         while True:
-            known = [u for u in rest if everybody or shared.users.known(UserKey(tenant, u.user))]
+            known = {key: one for key, one in keys.items() if everybody or shared.users.known(key)}
             if not known and words is not None:
                 break
             if not known:
                 # Rendered before anybody is held: that may take seconds.
-                words, refused = await self._words(rest)
+                words, refused = await self._words(list(keys.values()))
                 failures += refused
-                failed = {one.user for one in refused}
-                rest = [one for one in rest if one.user not in failed]
+                for one in refused:
+                    del keys[UserKey(tenant, one.user)]
                 continue
             most = shared.settings.broadcast.live_batch
-            for at in range(0, len(known), most):
-                failures += await self._over_lane(known[at : at + most])
-            mine = set(known)
-            rest = [one for one in rest if one not in mine]
-        rest = self._left(rest)
+            mine = list(known.values())
+            for at in range(0, len(mine), most):
+                failures += await self._over_lane(mine[at : at + most])
+            for key in known:
+                del keys[key]
+        rest = self._left(list(keys.values()))
         # From here to `hold` nothing waits: nobody of `rest` comes into memory between.
-        held = {UserKey(tenant, one.user): one.slot for one in rest}
+        held = {key: one.slot for key, one in keys.items() if not self.gone or one.user not in self.gone}
         shared.users.hold(held)
         try:
             await self._write(rest, words, marks, failures)
@@ -351,55 +353,60 @@ class Work:
         """One transaction: one statement if nothing of it can be stored already."""
         shared = self._shared
         now_ms = shared.clock.now_ms()
-        policy = shared.policies.of(self.one.tenant)
-        made = shared.decider.make(users, self._contexts, words, self._ids, policy, now_ms)
-        careful = self._careful or bool(failures) or not made
+        made = self._made(users, words, now_ms)
+        careful = self._careful or bool(failures) or not users
         careful = careful or not self._touched.isdisjoint(one.slot for one in users)
         try:
             async with acquired(
                 shared.shard_store.pool, shared.settings.postgres.connect_timeout_s
             ) as connection:
-                write = self._carefully if careful else self._at_once
-                outbox = await write(connection, _Chunk(made, marks, failures, now_ms))
+                chunk = _Chunk(made, marks, failures, now_ms)
+                if careful:
+                    pushes = await self._carefully(connection, chunk, words)
+                else:
+                    pushes = await self._at_once(connection, chunk)
         except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError) as exc:
             raise PoisonError(f"PostgreSQL refuses the data: {exc}") from exc
         shared.stats.count("broadcast_users", len(users))
         if failures:
             shared.stats.count("broadcast_failures", len(failures))
-        if outbox:
+        if pushes:
             shared.due_now()
+
+    def _made(self, users: Sequence[SlotUser], words: Words, now_ms: int) -> Made:
+        shared = self._shared
+        policy = shared.policies.of(self.one.tenant)
+        return shared.decider.make(users, self._contexts, words, self._ids, policy, now_ms)
 
     async def _at_once(self, connection: asyncpg.Connection, chunk: _Chunk) -> bool:
         made, marks, failures, now_ms = chunk
         assert not failures
         shared = self._shared
-        outbox = await self._outbox(connection, made)
-        around = shared.store.around(self.one.id, marks, _counts(made), self._turn)
+        progress = Progress(self.one.id, marks, made.counts(), self._turn)
         try:
-            heads = await self._append(connection, made, outbox, now_ms, around)
+            gone = await self._append(connection, made.rows, now_ms, progress)
         except FencedError:
             # Fenced, or it does not run: one statement cannot tell which.
             async with connection.transaction():
                 await self._enter(connection, [])
             raise UnavailableError("the broadcast was paused a moment ago", 0.1) from None
-        gone = [one for one in made if one.row.stream_id not in heads]
         if gone:  # erased since they were read, and counted all the same
-            less = {slot: Counts(*(-n for n in counts)) for slot, counts in _counts(gone).items()}
+            less = {slot: Counts(*(-n for n in counts)) for slot, counts in made.counts(gone).items()}
             await shared.store.mark(connection, self.one.id, [], less)
-        return bool(outbox)
+        return bool(made.rows.pushes)
 
-    async def _carefully(self, connection: asyncpg.Connection, chunk: _Chunk) -> bool:
+    async def _carefully(self, connection: asyncpg.Connection, chunk: _Chunk, words: Words) -> bool:
         made, marks, failures, now_ms = chunk
         shared = self._shared
         async with connection.transaction():
-            stored = await self._enter(connection, [one.row.event.id for one in made])
+            stored = await self._enter(connection, made.rows.ids)
             if stored:
-                made = [one for one in made if one.row.event.id not in stored]
-            outbox = await self._outbox(connection, made)
+                left = [one for one in made.users if self._ids.of(one.user) not in stored]
+                made = self._made(left, words, now_ms)
             counts: dict[int, Counts] = {}
-            if made:
-                heads = await self._append(connection, made, outbox, now_ms, None)
-                counts = _counts([one for one in made if one.row.stream_id in heads])
+            if made.users:
+                gone = await self._append(connection, made.rows, now_ms, None)
+                counts = made.counts(set(made.rows.streams) - gone if gone else None)
             if failures:
                 last = marks[-1].slot if marks else next(iter(counts), 0)
                 counts[last] = counts.get(last, Counts()).plus(Counts(failed=len(failures)))
@@ -407,7 +414,7 @@ class Work:
                 connection, self.one.id, marks, counts, failures, now_ms,
                 shared.settings.broadcast.failures_kept,
             )  # fmt: skip
-        return bool(outbox)
+        return bool(made.rows.pushes)
 
     async def _enter(self, connection: asyncpg.Connection, ids: Sequence[bytes]) -> set[bytes]:
         shared = self._shared
@@ -416,31 +423,19 @@ class Work:
         )
 
     async def _append(
-        self,
-        connection: asyncpg.Connection,
-        made: list[Made],
-        outbox: Sequence[OutboxRow],
-        now_ms: int,
-        around: Around | None,
-    ) -> dict[int, tuple[int, int, int]]:
-        rows = [one.row for one in made]
-        per_stream = {row.stream_id: 1 for row in rows}
-        if len(per_stream) < len(rows):
-            raise StoreUnavailableError("two users of a page have one stream")
-        return await self._shared.shard_store.inside.append(
-            connection, self.term, per_stream, rows, outbox, now_ms, around
-        )
-
-    async def _outbox(self, connection: asyncpg.Connection, made: list[Made]) -> list[OutboxRow]:
-        """The outbox rows, with ids."""
-        outbox = [row for one in made for row in one.outbox]
-        lacking = len(outbox) - len(self._numbers)
+        self, connection: asyncpg.Connection, rows: Rows, now_ms: int, progress: Progress | None
+    ) -> set[int]:
+        """Write rows; the streams that are gone."""
+        shared = self._shared
+        lacking = len(rows.pushes) - len(self._numbers)
         if lacking > 0:
-            draw = self._shared.shard_store.inside.draw_delivery_ids
-            self._numbers += await draw(connection, max(lacking, 1000))
-        for row in outbox:
-            row.id = self._numbers.pop()
-        return outbox
+            self._numbers += await shared.store.chunks.draw(connection, max(lacking, 1000))
+        kept = len(self._numbers) - len(rows.pushes)
+        numbers = self._numbers[kept:]
+        del self._numbers[kept:]
+        return await shared.store.chunks.append(
+            connection, shared.shard_store.shard, self.term, rows, numbers, now_ms, progress
+        )
 
     # -- what it says -----------------------------------------------------------------------------------
 
@@ -512,13 +507,6 @@ class Work:
         if shown:
             await templates.store.expose(one.tenant, shown)
         return parsed.events[0] if parsed.events else None
-
-
-def _counts(made: Sequence[Made]) -> dict[int, Counts]:
-    by_slot: dict[int, list[str]] = {}
-    for one in made:
-        by_slot.setdefault(one.user.slot, []).append(one.status)
-    return {slot: counted(statuses) for slot, statuses in by_slot.items()}
 
 
 _FINAL = frozenset(("invalid", "not_found", "poison", "too_large"))

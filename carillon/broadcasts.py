@@ -180,14 +180,13 @@ def walked(
     Raises:
         ValueError: the page is not in order. To go on would leave users out.
     """
-    place = {slot: index for index, (slot, _) in enumerate(pending)}
     last: dict[int, str] = {}
     at = 0
     for slot, user in page:
-        index = place[slot]
-        if index < at:
-            raise ValueError(f"a page of a broadcast is not in order: slot {slot} came late")
-        at = index
+        while pending[at][0] != slot:
+            at += 1
+            if at == len(pending):
+                raise ValueError(f"a page of a broadcast is not in order: slot {slot} came late")
         last[slot] = user
     if len(page) < limit:
         return [Mark(slot, last.get(slot, before), True) for slot, before in pending], []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import asyncpg
@@ -28,15 +28,14 @@ from carillon.broadcasts import (
 from carillon.errors import FencedError, IdempotencyConflictError, StoreUnavailableError, UnavailableError
 from carillon.ids import SLOTS
 from stores.postgres.audience import AudienceReader, audience_queries
+from stores.postgres.broadcast_append import COUNTS, BroadcastAppend, mark_parameters, numbered
 from stores.postgres.named import load_queries
 from stores.postgres.pool import Store, acquired
-from stores.postgres.shard_rows import Around
 
-_COUNTS: Final = ("stored", "delivered", "queued", "deferred", "suppressed", "failed")
 _ROW: Final = ", ".join(
     [
         "b.broadcast_id, b.audience, b.event, b.state, b.reason, b.total, b.ran_ms",
-        *(f"b.{name} + coalesce(s.{name}, 0) as {name}" for name in _COUNTS),
+        *(f"b.{name} + coalesce(s.{name}, 0) as {name}" for name in COUNTS),
         *(
             f"(extract(epoch from b.{name}) * 1000)::bigint as {name.removesuffix('_at')}_ms"
             for name in ("start_at", "started_at", "resumed_at", "ended_at", "created_at")
@@ -118,16 +117,25 @@ class Failure:
     failed_ms: int = 0
 
 
-@dataclass(slots=True)
-class Context:
-    """What decides about one user who is not in memory."""
+class Context(NamedTuple):
+    """What decides about one user who is not in memory; about users who have the same it is decided once."""
 
-    stream_id: int | None
-    """None: the user has no stream yet."""
-    providers: tuple[str, ...]
-    preferences: str | None
+    providers: tuple[str, ...] = ()
+    preferences: str | None = None
     zone: str | None = None
     """Time zone of the user's profile."""
+
+
+PLAIN: Final = Context()
+
+
+class Contexts(NamedTuple):
+    """What decides about the users of a page."""
+
+    streams: dict[str, int]
+    """User -> stream; a user who is missing has none yet."""
+    others: dict[str, Context]
+    """Of users who have anything that decides; all others are `PLAIN`."""
 
 
 def paging_queries() -> dict[str, str]:
@@ -164,8 +172,8 @@ class BroadcastStore(Store):
             name: text.replace("%(row)s", _ROW).replace("%(sums)s", queries["sums"])
             for name, text in queries.items()
         }
-        self._mark = _filled(self.sql["mark"], 1, "")
-        self._pages: dict[str, str] = {}
+        self._mark = numbered(self.sql["mark"], "p", 1).replace("%(from)s", "")
+        self.chunks = BroadcastAppend(self.sql)
         self._paging = paging_queries()
         self._membership = membership_queries()
         self._audiences = AudienceReader(pool, acquire_timeout_s)
@@ -359,24 +367,27 @@ class BroadcastStore(Store):
             )
         return [SlotUser(row[0], row[1]) for row in rows]
 
-    async def contexts(self, tenant: str, users: Sequence[SlotUser]) -> dict[str, Context]:
+    async def contexts(self, tenant: str, users: Sequence[SlotUser]) -> Contexts:
         """What decides about users."""
         slots = {one.slot for one in users}
         async with acquired(self._pool, self._timeout_s) as connection:
             rows = await connection.fetch(
                 self.sql["contexts"], tenant, sorted(slots), [one.user for one in users]
             )
-        found = {one.user: Context(None, (), None) for one in users}
+        found = Contexts({}, {})
+        streams, others = found
         for user, stream_id, provider, preferences, zone in rows:
-            context = found[user]
             if stream_id is not None:
-                context.stream_id = stream_id
-            elif provider is not None:
-                context.providers = (*context.providers, provider)
+                streams[user] = stream_id
+                continue
+            context = others.get(user, PLAIN)
+            if provider is not None:
+                context = context._replace(providers=(*context.providers, provider))
             elif preferences is not None:
-                context.preferences = preferences
+                context = context._replace(preferences=preferences)
             else:
-                context.zone = zone
+                context = context._replace(zone=zone)
+            others[user] = context
         return found
 
     async def make_streams(
@@ -439,36 +450,7 @@ class BroadcastStore(Store):
                 [f.code for f in failures], [f.detail[:500] for f in failures], failures_kept, now_ms / 1000,
             )  # fmt: skip
         if marks or counts:
-            await connection.execute(self._mark, *_mark_parameters(broadcast, marks, counts))
-
-    def around(
-        self, broadcast: bytes, marks: Sequence[Mark], counts: Mapping[int, Counts], turn: int | None
-    ) -> Around:
-        """Makes of the group commit one that asks whether the broadcast runs and writes how far it is.
-
-        Args:
-            turn: chunks of the same number are written one after the other, by whomever; None: no waiting.
-
-        Nothing is written, and nothing answered, if it does not run or the term is over.
-        """
-
-        def made(text: str, count: int) -> tuple[str, Sequence[Any]]:
-            whole = self._pages.get(text)
-            if whole is None:
-                whole = self._pages[text] = self._page(text, count + 1)
-            lock = None if turn is None else _TURNS + turn
-            return whole, (*_mark_parameters(broadcast, marks, counts), lock)
-
-        return made
-
-    def _page(self, text: str, first: int) -> str:
-        head, found, rest = text.partition(_FENCE)
-        body, again, tail = rest.rpartition(_ANSWER)
-        assert found
-        assert again
-        fence = _filled(self.sql["fence"], first, "")
-        mark = _filled(self.sql["mark"], first, "fence,")
-        return f"{head}{fence}{body},\nmarked as (\n{mark}\n)\n{again}{tail}"
+            await connection.execute(self._mark, *mark_parameters(broadcast, marks, counts))
 
     async def finish(self, broadcast: bytes, now_ms: int) -> bool:
         """End a broadcast whose slots are all done; False if some are not."""
@@ -487,35 +469,6 @@ class BroadcastStore(Store):
             await connection.execute(self.sql[name], *args)
 
 
-_FENCE: Final = (
-    "with fence as materialized (select term from shards where shard = $1 and term = $2 for share)"
-)
-_TURNS: Final = 0x4341_5249_0000
-"""Advisory locks from here on ("CARI" in front) are turns of chunks."""
-_ANSWER: Final = "select stream_id, seq, rev, unread from moved"
-"""What the group commit begins and ends with (shard.sql)."""
-
-
-def _filled(text: str, first: int, before: str) -> str:
-    """A text with its parameters numbered from `first`."""
-    for number in range(11, 0, -1):
-        text = text.replace(f"%(p{number})s", f"${first + number - 1}")
-    return text.replace("%(from)s", before)
-
-
-def _mark_parameters(broadcast: bytes, marks: Sequence[Mark], counts: Mapping[int, Counts]) -> Sequence[Any]:
-    by_slot = {mark.slot: mark for mark in marks}
-    slots = [*by_slot, *(slot for slot in counts if slot not in by_slot)]
-    nothing = Counts()
-    rows = [counts.get(slot, nothing) for slot in slots]
-    return (
-        UUID(bytes=broadcast), slots,
-        [by_slot[slot].last if slot in by_slot else None for slot in slots],
-        [slot in by_slot and by_slot[slot].done for slot in slots],
-        *([row[index] for row in rows] for index in range(len(_COUNTS))),
-    )  # fmt: skip
-
-
 def _rest(audience: Audience) -> tuple[Any, ...]:
     platforms = list(audience.platforms) or None
     return (platforms,) if audience.kind == ALL else (platforms, audience.name)
@@ -524,6 +477,6 @@ def _rest(audience: Audience) -> tuple[Any, ...]:
 def _record(row: asyncpg.Record) -> BroadcastRecord:
     return BroadcastRecord(
         row["broadcast_id"].bytes, row["audience"], row["event"], row["state"], row["reason"], row["total"],
-        row["ran_ms"], Counts(*(row[name] for name in _COUNTS)), row["start_ms"], row["started_ms"],
+        row["ran_ms"], Counts(*(row[name] for name in COUNTS)), row["start_ms"], row["started_ms"],
         row["resumed_ms"], row["ended_ms"], row["created_ms"],
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -12,10 +12,6 @@ from carillon.merge_begun import Begun
 from carillon.messages import Event, Outcome, PushTarget
 from carillon.notification import NotificationRow
 from stores.postgres.named import load_queries
-
-Around = Callable[[str, int], tuple[str, Sequence[Any]]]
-"""Given the text of the group commit and how many parameters it has: one that does more, and its further
-parameters."""
 
 
 def _ms(column: str) -> str:

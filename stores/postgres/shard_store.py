@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import asyncpg
 import msgspec
@@ -27,7 +27,6 @@ from stores.postgres.shard_kept import KeptStore
 from stores.postgres.shard_outbox import Outbox
 from stores.postgres.shard_rows import (
     AppendRow,
-    Around,
     ChangeDone,
     KeysTakenError,
     OutboxRow,
@@ -196,11 +195,6 @@ class ShardStore(Amendments, KeptStore, MergeStore, Outbox, UserDocuments):
             parts |= {"kept": ", kept", "kept_value": ", e.kept", "kept_array": f", ${number}::text[]"}
         return self._sql["append"] % parts
 
-    @property
-    def inside(self) -> Inside:
-        """What may run in a transaction of the caller's, who translates its errors."""
-        return Inside(self._append, self._delivery_ids)
-
     # -- users ------------------------------------------------------------------------------------------
 
     async def load_users(self, term: int, users: Sequence[tuple[UserKey, int, str]]) -> list[UserRecord]:
@@ -317,7 +311,6 @@ class ShardStore(Amendments, KeptStore, MergeStore, Outbox, UserDocuments):
         rows: Sequence[AppendRow],
         outbox: Sequence[OutboxRow],
         now_ms: int,
-        around: Around | None = None,
         *,
         merging: bool = False,
     ) -> dict[int, tuple[int, int, int]]:
@@ -350,13 +343,8 @@ class ShardStore(Amendments, KeptStore, MergeStore, Outbox, UserDocuments):
                 begun.append(seconds)
         kept: list[Any] = [[row.kept for row in rows]] if any(row.kept is not None for row in rows) else []
         kind = bool(outbox), bool(ruled), bool(digests), max(0, len(begun) - 1), bool(kept)
-        text = self._append_sql[kind]
-        more: Sequence[Any] = ()
-        if around is not None:
-            before = len(planned) + len(ruled) + len(digests) + len(begun) + len(kept)
-            text, more = around(text, 13 + 1 + before)
         answer = await connection.fetch(
-            text,
+            self._append_sql[kind],
             self._shard,
             term,
             list(counts),
@@ -376,7 +364,6 @@ class ShardStore(Amendments, KeptStore, MergeStore, Outbox, UserDocuments):
             *digests,
             *begun,
             *kept,
-            *more,
         )
         self._check(answer, term)
         return {r[0]: (r[1], r[2], r[3]) for r in answer if r[0]}
@@ -422,10 +409,7 @@ class ShardStore(Amendments, KeptStore, MergeStore, Outbox, UserDocuments):
     async def draw_delivery_ids(self, count: int) -> list[int]:
         """Ids for outbox rows, ascending, never given out again."""
         async with self._writing() as connection:
-            return await self._delivery_ids(connection, count)
-
-    async def _delivery_ids(self, connection: asyncpg.Connection, count: int) -> list[int]:
-        return [r[0] for r in await connection.fetch(self._sql["draw_delivery_ids"], count)]
+            return [r[0] for r in await connection.fetch(self._sql["draw_delivery_ids"], count)]
 
     # -- changes ----------------------------------------------------------------------------------------
 
@@ -550,21 +534,3 @@ def _outbox_arrays(events: Sequence[Event], outbox: Sequence[OutboxRow], now_ms:
         chains,
         steps,
     ]
-
-
-class Inside(NamedTuple):
-    """Parts of a transaction, as `ShardStore.append` and `draw_delivery_ids` do them."""
-
-    append: Callable[
-        [
-            asyncpg.Connection,
-            int,
-            dict[int, int],
-            Sequence[AppendRow],
-            Sequence[OutboxRow],
-            int,
-            Around | None,
-        ],
-        Awaitable[dict[int, tuple[int, int, int]]],
-    ]
-    draw_delivery_ids: Callable[[asyncpg.Connection, int], Awaitable[list[int]]]

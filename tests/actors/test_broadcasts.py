@@ -335,7 +335,7 @@ async def test_one_refused_user_does_not_stop_the_others(world: World) -> None:
 
 PLACES = [
     (place, moment)
-    for place in ("slots", "users", "contexts", "make_streams", "enter", "mark", "append", "finish")
+    for place in ("slots", "users", "contexts", "make_streams", "enter", "mark", "append", "lane", "finish")
     for moment in ("before", "after")
 ]
 """Statements of a broadcast; `after`: it has run, and nobody was told. `enter` and `mark` are within the
@@ -358,7 +358,9 @@ class Failpoint:
     def arm(self, shard: Any) -> None:
         store = shard._broadcasts._store
         name = self.place
-        if name == "append":  # of a page, which is all that is written for it, or of the lane
+        if name == "append":  # of a page, which is all that is written for it
+            store = store.chunks
+        if name == "lane":
             store, name = shard._store, "_append"
         real = getattr(store, name)
 

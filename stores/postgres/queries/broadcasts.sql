@@ -123,10 +123,54 @@ going as materialized (select state from broadcasts where broadcast_id = $3 for 
 select (select term from fence) as term, (select state from going) as state,
        array(select n.id from notifications n where n.id >= $5 and n.id <= $6 and n.id = any ($4::uuid[])) as stored;
 
+-- name: append
+-- A chunk: the positions, notifications and outbox rows of users who are not in memory, each of whom has one. What is
+-- the same for all stands alone; what some of them share has a place there, counted from 1.
+-- $3 streams, $4 ids, $5 the places, $6 type, $7 category, $8 created, $9 expires, $16 how many they are; by place: $10 what
+-- they count as unread, $11 to $15 what is stored. Answers the streams if some are gone.
+with %(fence)s,
+moved as (
+    update streams s set seq = s.seq + 1, rev = s.rev + 1, unread = s.unread + ($10::int[])[u.shape]
+    from fence, unnest($3::bigint[], $4::uuid[], $5::int[]) as u (stream_id, id, shape)
+    where s.stream_id = u.stream_id
+    returning s.stream_id, s.slot, s.seq, s.rev, u.id, u.shape
+),
+stored as (
+    insert into notifications
+        (id, stream_id, seq, rev, position, priority, type, category, content, created_at, expires_at, decision,
+         archived_at, receipt)
+    select m.id, m.stream_id, m.seq, m.rev, m.rev, h.priority, $6::text, $7::text, h.content, to_timestamp($8::float8),
+           to_timestamp($9::float8), h.decision, to_timestamp(h.archived_s), h.receipt
+    from moved m
+    join unnest($11::text[], $12::smallint[], $13::text[], $14::float8[], $15::smallint[]) with ordinality
+         as h (content, priority, decision, archived_s, receipt, shape) on h.shape = m.shape
+)%(planned)s%(marked)s
+select case when (select count(*) from moved) < $16::bigint then array(select stream_id from moved) end, term from fence;
+
+-- name: planned
+-- The part of `append` that writes outbox rows: each is of one of the users (%(o2)s) and has one of few shapes (%(o3)s).
+-- %(o1)s ids, %(o4)s the digests they wait in, %(o5)s now.
+planned as (
+    insert into deliveries
+        (id, notification_id, stream_id, slot, channel, state, due_at, attempts, created_at, updated_at, gate,
+         hold_until, reason, chain, step, digest)
+    select d.id, m.id, m.stream_id, m.slot, h.channel, 'planned', to_timestamp(h.due_s), 0, to_timestamp(%(o5)s),
+           to_timestamp(%(o5)s), h.gate, to_timestamp(h.hold_s), h.reason, h.chain, h.step, d.digest
+    from unnest(%(o1)s::bigint[], %(o2)s::int[], %(o3)s::int[], %(o4)s::uuid[]) as d (id, nth, shape, digest)
+    join unnest(%(o6)s::float8[], %(o7)s::text[], %(o8)s::float8[], %(o9)s::text[], %(o10)s::text[], %(o11)s::text[],
+                %(o12)s::smallint[]) with ordinality
+         as h (due_s, gate, hold_s, reason, channel, chain, step, shape) on h.shape = d.shape
+    join moved m on m.stream_id = ($3::bigint[])[d.nth]
+)
+
+-- name: fence_alone
+-- What `append` begins with in a transaction that has entered.
+fence as materialized (select term from shards where shard = $1 and term = $2 for share)
+
 -- name: fence
--- The fence of `append` for a chunk that is one statement: first its turn among the chunks of all shards, then that the
+-- What it begins with as a transaction of its own: first its turn among the chunks of all shards, then that the
 -- broadcast runs, and stays so until it is committed. $11 whose turn: null for no waiting.
-with turn as materialized (select pg_advisory_xact_lock(%(p11)s::bigint)),
+turn as materialized (select pg_advisory_xact_lock(%(p11)s::bigint)),
 fence as materialized (
     select s.term from (select count(*) from turn) t, shards s, broadcasts b
     where s.shard = $1 and s.term = $2 and b.broadcast_id = %(p1)s and b.state = 'running' for share of s, b
@@ -134,7 +178,7 @@ fence as materialized (
 
 -- name: mark
 -- How far slots are, and what is counted. $1 broadcast, $2 slots, $3 last users (null: unchanged), $4 done, $5 to $10
--- counts. In a page that is one statement the parameters have other numbers and %(from)s names the fence.
+-- counts. In a chunk that is one statement the parameters have other numbers and %(from)s names the fence.
 insert into broadcast_slots as s
     (broadcast_id, slot, last_user, done, stored, delivered, queued, deferred, suppressed, failed)
 select %(p1)s::uuid, t.slot, coalesce(t.last_user, ''), t.done, t.stored, t.delivered, t.queued, t.deferred,
