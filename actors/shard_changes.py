@@ -16,6 +16,9 @@ from stores.postgres.shard_store import ShardStore
 
 log = logging.getLogger(__name__)
 
+AGAIN_MS = 1000
+"""Pause before a count that failed is tried again."""
+
 
 class ChangeEntry:
     """One state change on its way.
@@ -145,7 +148,9 @@ class Changes:
             try:
                 await self._count(users, self._clock.now_ms())
             except CarillonError as exc:
-                log.info("%d users show an old count of unread: %s", len(users), exc)
+                log.info("%d users show an old count of unread for a moment: %s", len(users), exc)
+                for user in users:
+                    self._expires(user, self._clock.now_ms() + AGAIN_MS)
         return before
 
     async def _count(self, users: list[User], now_ms: int) -> None:

@@ -11,13 +11,11 @@ import heapq
 import itertools
 from collections.abc import Callable
 
-from actors.shard_changes import ChangeEntry
+from actors.shard_changes import AGAIN_MS, ChangeEntry
 from actors.shard_users import User
 from carillon.clock import Clock
 from carillon.errors import CarillonError
 
-AGAIN_MS = 1000
-"""Pause before a count that failed is tried again."""
 MOST_S = 3600.0
 """Longest wait of the timer: the wall clock may be set meanwhile."""
 

@@ -78,12 +78,15 @@ class Suspects:
             if record.stream_id != user.stream_id:
                 self._erased(user)
                 continue
-            if (record.seq, record.rev) == (user.seq, user.rev):
-                continue
+            moved = (record.seq, record.rev) != (user.seq, user.rev)
             user.seq, user.rev = record.seq, record.rev
+            # Also where the position is known: an event may have told that, but not how many have expired.
             user.unread, user.expired = record.unread, record.expired
             user.next_expiry_ms = record.next_expiry_ms
             if record.next_expiry_ms is not None:
                 self._expires(user, record.next_expiry_ms)
             if user.session is not None:
-                self._run_effects(user, user.session.heal(user.head()))
+                session = user.session
+                self._run_effects(
+                    user, session.heal(user.head()) if moved else session.counted(user.shown_unread())
+                )

@@ -143,7 +143,7 @@ class ShardStore(Amendments, KeptStore, MergeStore, Outbox, UserDocuments):
         # What a service retracts is taken off phones that show it for others, too.
         ended = "select w.id from withdrawn w where w.carrier = w.id and w.state <> 'sending'"
         if parts is not RETRACT:
-            ended += " and w.state <> 'sent'"
+            ended += " and w.gate is distinct from 'withdrawn'"  # those that it ends itself
         taken_over = self._taken_over(ended, "$5", _NOT_WITH_THEM)
         parts = {**parts, "streams": streams, "taken_over": taken_over}
         return self._sql[name] % {**parts, "take_back": before + self._sql["take_back"] % parts}

@@ -569,7 +569,8 @@ async def test_open_digests_follow_the_tenants_defaults(postgres_dsn: str) -> No
         await policy(kit, defaults={"digest": {"frequency": "weekly", "at": "08:00"}})
         for user in ("ann", "bob", "own"):
             await phone(kit, user)
-        await prefer(kit, "own", digest="daily")
+        other = f"{(clock.hour_ms // HOUR_MS + 12) % 24:02}:00"  # not the hour that comes
+        await prefer(kit, "own", digest={"frequency": "daily", "at": other})
         await kit.publish(
             *(
                 make_event(user, category="news", title=f"{user} {n}")

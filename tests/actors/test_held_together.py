@@ -159,6 +159,24 @@ async def test_the_next_speaks_when_the_one_that_spoke_ends_untold(postgres_dsn:
         assert found[2][1] == "cancelled"
 
 
+async def test_what_expired_while_another_spoke_for_it_says_so(postgres_dsn: str) -> None:
+    """The push for three failed, one expires, the one that spoke is cancelled: told is what is left."""
+    async with Kit(postgres_dsn, push={"backoff_s": 600.0}) as kit:
+        events = await held(kit, 3)
+        await answer(kit, kit.router.jobs[0], "failed")
+        late = "update notifications set expires_at = now() where id = $1"
+        await kit.db.execute(late, uuid.UUID(bytes=events[0].id))
+        await act(kit, "cancel", events[2])
+        job = await pushed(kit, 2)
+        assert (job.notification, job.title, job.count) == (events[1].id, "number 1", 1)
+        await answer(kit, job, "sent")
+        assert await settled(kit) == [
+            (1, "cancelled", "expired"),
+            (2, "sent", None),
+            (3, "cancelled", "cancelled"),
+        ]
+
+
 async def test_the_next_speaks_when_the_one_that_spoke_ends_on_its_way(postgres_dsn: str) -> None:
     """Cancelled while the provider has it, and it did not take it: the others are told."""
     async with Kit(postgres_dsn) as kit:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
+from typing import Any
 
 import pytest
 
@@ -443,6 +444,63 @@ async def test_expired_rows_that_are_read_are_left_out_of_unread_once(postgres_d
         router = await kit.dial("shard-a", "router-1")
         await router.link.request(Publish([make_event()]))
         assert (await gateway.attach_ready(2))["unreadCount"] == 1
+
+
+async def shown_unread(kit: Kit) -> int:
+    """What the shard holds for unread, as a change that changes nothing is answered."""
+    return (await kit.router.link.request(Change("t", "u", slot_of("t", "u"), "archive", [bytes(16)]))).unread
+
+
+async def test_a_count_that_failed_is_made_up_for(postgres_dsn: str) -> None:
+    """Everything is read while Postgres does not count what had expired: that is counted a moment later."""
+    async with Kit(postgres_dsn) as kit:
+        await kit.publish(make_event(expires_ms=clock.now_ms() - 1000), make_event())
+        await kit.gateway.attach_ready(1)
+        count, refused = kit.shard._store.expired, asyncio.Event()
+
+        async def first_fails(*args: Any) -> Any:
+            if not refused.is_set():
+                refused.set()
+                raise StoreUnavailableError("PostgreSQL does not answer")
+            return await count(*args)
+
+        kit.shard._store.expired = first_fails
+        kit.gateway.link.send_nowait(ClientChange(1, "read_all", ref="r"))
+        await refused.wait()
+        await kit.publish(make_event(), make_event())
+        await eventually(lambda: _counts(kit, 2), what="the right count")
+
+
+async def test_what_expired_is_counted_anew_after_a_lost_answer(postgres_dsn: str) -> None:
+    """A read-all was committed unheard, an event came before the shard could look: it counts as unread."""
+    async with Kit(postgres_dsn) as kit:
+        await kit.publish(make_event(expires_ms=clock.now_ms() - 1000), make_event())
+        await kit.gateway.attach_ready(1)
+        store = kit.shard._store
+        read_all, load, away = store.read_all, store.load_users, asyncio.Event()
+
+        async def unheard(*args: Any) -> Any:
+            await read_all(*args)
+            away.set()
+            raise StoreUnavailableError("PostgreSQL does not answer")
+
+        async def load_users(*args: Any) -> Any:
+            if away.is_set():
+                raise StoreUnavailableError("PostgreSQL does not answer")
+            return await load(*args)
+
+        store.read_all, store.load_users = unheard, load_users
+        kit.gateway.link.send_nowait(ClientChange(1, "read_all", ref="r"))
+        await away.wait()
+        (outcome,) = await kit.publish(make_event())
+        assert outcome.seq == 3
+        away.clear()
+        await eventually(lambda: _counts(kit, 1), what="the right count")
+        await eventually(lambda: kit.gateway.seqs(1) == [3], what="the event")
+
+
+async def _counts(kit: Kit, unread: int) -> bool:
+    return await shown_unread(kit) == unread
 
 
 async def test_presence_follows_attachments_visibility_and_grace(postgres_dsn: str) -> None:

@@ -288,6 +288,36 @@ async def test_a_retraction_takes_back_what_phones_show(postgres_dsn: str) -> No
         ]  # fmt: skip
 
 
+@pytest.mark.parametrize("ended", ["dead", "cancelled"])
+async def test_a_retraction_takes_back_what_one_of_two_devices_shows(postgres_dsn: str, ended: str) -> None:
+    """The other did not get it, and the push was given up, or stopped: the one that has it is told, once."""
+    async with Kit(postgres_dsn, push={"backoff_s": 60.0, "max_attempts": 2}) as kit:
+        await kit.router.link.request(device("phone"))
+        await kit.router.link.request(device("tablet"))
+        event = make_event()
+        await kit.publish(event)
+        (job,) = await jobs(kit, 1)
+        got = {"phone": "sent", "tablet": "failed"}
+        results = [PushResult(t.device, got[t.device], error="UNAVAILABLE") for t in job.targets]
+        fields = job.tenant, job.user, job.slot, job.notification, job.provider, results
+        await kit.router.link.request(PushOutcome(job.delivery, job.attempt, *fields))
+        if ended == "cancelled":
+            await amend(kit, "cancel", event.id)
+        else:
+            kit.skip(61)
+            again = (await jobs(kit, 2))[1]
+            assert [target.device for target in again.targets] == ["tablet"]
+            await tell(kit, again, "failed")
+        tries = len(kit.router.jobs)
+        assert [row[:2] for row in await states(kit)] == [("push", ended)]
+        await amend(kit, "retract", event.id)
+        withdrawal = (await jobs(kit, tries + 1))[tries]
+        assert (withdrawal.withdraw, withdrawal.notification) == (True, event.id)
+        assert [target.device for target in withdrawal.targets] == ["phone"]
+        await tell(kit, withdrawal)
+        assert [row[:2] for row in await states(kit)] == [("push", ended), ("withdraw", "sent")]
+
+
 @pytest.mark.parametrize("op", ["retract", "cancel"])
 async def test_what_waits_is_stopped(postgres_dsn: str, op: str) -> None:
     """A push that waits for an acknowledgement, one that failed and one on its way: none is sent (again)."""

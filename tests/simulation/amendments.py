@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from carillon.attention import ALWAYS, DEFERRED, WITHDRAWN
+from carillon.digest import EXPIRED
 from stores.postgres.amendments import Amended, EditDone, EditRow, Standing
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class ModelAmendments:
     def _take_back(self, note: Note, now_ms: int) -> int:
         shown = False
         ended: list[Delivery] = []
+        back = any(d.channel == "withdraw" for d in self._db.of_note.get(note.row.id, ()))
         for d in self._db.of_note.get(note.row.id, ()):
             if d.channel == "withdraw":
                 continue
@@ -65,6 +67,9 @@ class ModelAmendments:
                 shown = shown or d.state == "sent"
                 if d.state == "sent":
                     ended.append(d)
+            elif d.attempts and d.gate != WITHDRAWN and not back and self._db.reached(d):  # it has ended
+                d.gate, shown = WITHDRAWN, True
+                ended.append(d)
         if shown:
             self._add(note, "withdraw", now_ms).shown_on = [None]  # type: ignore[list-item]
         return int(shown) + self._take_over(ended, now_ms)
@@ -77,12 +82,13 @@ class ModelAmendments:
         count = 0
         for d in self._db.deliveries.values() if carriers else ():
             note = d.note
-            expired = note.row.expires_ms is not None and note.row.expires_ms <= now_ms
-            done = expired or note.cancelled_ms is not None or over(note)
+            done = note.cancelled_ms is not None or over(note)
             if d.carrier in carriers and d.carrier != d.id and d.state == "cancelled" and not done:
                 d.state, d.gate, d.due_ms, d.hold_until_ms = "planned", DEFERRED, now_ms, now_ms
                 d.reason = "takes over" if d.digest is None else "digest"
                 d.carrier, d.merged, count = None, 1, count + 1
+                if note.row.expires_ms is not None and note.row.expires_ms <= now_ms:
+                    d.state, d.reason = "cancelled", EXPIRED
                 if all(key[0] != d.id for key in self._db.attempts):
                     d.attempts = 0
         return count

@@ -70,6 +70,8 @@ class SimLoop(asyncio.BaseEventLoop):
                 if not handle._cancelled:
                     ready.append(handle)
         for _ in range(len(ready)):
+            if not ready:
+                break  # a node was frozen in this turn, and took its part along
             handle = ready.popleft()
             if not handle._cancelled:
                 handle._run()

@@ -212,15 +212,20 @@ select 0, term, 0, 0, 0 from fence;
 -- %(streams)s is the parameter beside the devices of $6.
 withdrawn as (
     update deliveries d
-    set state = case when d.state in ('sending', 'sent') then d.state else 'cancelled' end,
-        reason = case when d.state in ('sending', 'sent') then d.reason else %(reason)s end,
-        gate = case when d.state in ('sending', 'sent') then 'withdrawn' else d.gate end,
+    set state = case when d.state in ('planned', 'failed', 'unknown') then 'cancelled' else d.state end,
+        reason = case when d.state in ('planned', 'failed', 'unknown') then %(reason)s else d.reason end,
+        gate = case when d.state in ('planned', 'failed', 'unknown') then d.gate else 'withdrawn' end,
         updated_at = to_timestamp($5)
     from target t
     where d.notification_id = t.id and d.channel <> 'withdraw'
       and (d.state || '' in ('planned', 'failed', 'unknown')
-           or ($7 and %(retire)s and d.state || '' in ('sending', 'sent') and d.gate is distinct from 'withdrawn'))
-    returning d.id, d.notification_id, d.stream_id, d.slot, d.state, d.attempts, d.carrier
+           or ($7 and %(retire)s and d.state || '' in ('sending', 'sent') and d.gate is distinct from 'withdrawn')
+           -- It ended without success, and some device has it all the same.
+           or ($7 and %(retire)s and d.state || '' in ('cancelled', 'dead') and d.attempts > 0
+               and d.gate is distinct from 'withdrawn'
+               and exists (select from delivery_attempts a where a.delivery_id = d.id and a.outcome in ('sent', 'unknown'))
+               and not exists (select from deliveries b where b.notification_id = d.notification_id and b.channel = 'withdraw')))
+    returning d.id, d.notification_id, d.stream_id, d.slot, d.state, d.gate, d.attempts, d.carrier
 ),
 %(taken_over)s,
 -- What phones show already is taken back: not from the device that made the change.
@@ -232,7 +237,7 @@ retired as (
     from withdrawn w
     join (select distinct on (stream_id) b.stream_id, b.device
           from unnest(%(streams)s::bigint[], $6::text[]) as b (stream_id, device)) b using (stream_id)
-    where $7 and %(retire)s and (w.state = 'sent' or (w.state = 'cancelled' and w.attempts > 0))
+    where $7 and %(retire)s and (w.state = 'sent' or (w.state in ('cancelled', 'dead') and w.attempts > 0))
     returning stream_id
 )
 
@@ -502,21 +507,23 @@ union all
 select 0, 0 from fence;
 
 -- name: taken_over
--- Part of statements that end carriers: what these spoke for is decided again, now, unless the user is through with it
--- or it has expired. The statement says which carriers ended, which of their others end with them, and the time.
+-- Part of statements that end carriers: what these spoke for is decided again, now, unless the user is through with it.
+-- What has expired ends as that: nobody told it. The statement says which carriers ended, which of their others end
+-- with them, and the time.
 taken_over as (
     update deliveries f
-    set state = 'planned', gate = 'deferred', due_at = to_timestamp(%(now)s), hold_until = to_timestamp(%(now)s),
+    set state = case when n.expires_at <= to_timestamp(%(now)s) then 'cancelled' else 'planned' end,
+        gate = 'deferred', due_at = to_timestamp(%(now)s), hold_until = to_timestamp(%(now)s),
         carrier = null, merged = null, updated_at = to_timestamp(%(now)s),
-        reason = case when f.digest is null then 'takes over' else 'digest' end,
+        reason = case when n.expires_at <= to_timestamp(%(now)s) then 'expired'
+                 when f.digest is null then 'takes over' else 'digest' end,
         attempts = case when exists (select from delivery_attempts a where a.delivery_id = f.id) then f.attempts
                    else 0 end
     from (%(ended)s) e, notifications n
     where f.carrier = e.id and f.id <> e.id and f.state || '' = 'cancelled'
       and n.id = f.notification_id and n.seen_at is null and n.read_at is null and n.dismissed_at is null
       and n.retracted_at is null and n.cancelled_at is null
-      and (n.archived_at is null or n.archived_at = n.created_at)
-      and (n.expires_at is null or n.expires_at > to_timestamp(%(now)s))%(but)s
+      and (n.archived_at is null or n.archived_at = n.created_at)%(but)s
     returning f.stream_id
 )
 
