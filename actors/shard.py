@@ -371,7 +371,8 @@ class Shard:
                 event.id, seq, row.gate, row.due_ms, row.hold_until_ms,
                 self._clock.monotonic(), self._clock.now_ms(), rev,
             )  # fmt: skip
-            self._sessions.run(user, effects)
+            if effects:
+                self._sessions.run(user, effects)
 
     def _count_anew(self, change: ChangeEntry) -> None:
         self._writer.submit_change(change)

@@ -114,8 +114,9 @@ class Drafter:
 
     async def _write_rows(self, found: Draft) -> None:
         counts, rows, merges = found.counts, found.rows, found.merging is not None
-        alike: Plan | None = None
-        kept_text = ""
+        alike: Plan | None = None  # plans of a batch are mostly one and the same
+        ruled: Plan | None = None
+        kept_text = decision = ""
         for entry in found.own:
             user, event, decided = entry.user, entry.event, entry.plan
             assert user is not None
@@ -126,7 +127,9 @@ class Drafter:
             rows.append(row)
             row.receipt = entry.receipt
             if decided.rules:
-                row.decision = pack(decided.rules)
+                if decided is not ruled:
+                    ruled, decision = decided, pack(decided.rules)
+                row.decision = decision
                 row.archived, row.priority = decided.archived, decided.priority
                 found.archived = found.archived or decided.archived
             if decided.push_due_ms is None:
@@ -136,9 +139,9 @@ class Drafter:
                     event.id, stream_id, event.slot, decided.channels[1:], decided.push_due_ms,
                     decided.hold_until_ms, None, decided.reason, ",".join(decided.chain), decided.step,
                 )  # fmt: skip
-                if decided is not alike:  # plans of a batch are mostly one and the same
+                if decided is not alike:
                     alike, kept_text = decided, push.text()
-                row.kept = kept_text
+                row.kept = push.written = kept_text
                 found.kept.append(push)
                 found.pushes.append((user, entry, push))
                 continue

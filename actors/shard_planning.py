@@ -12,7 +12,7 @@ from actors.shard_users import User
 from carillon.attention import Attention
 from carillon.budget import Spent
 from carillon.clock import Clock, rfc3339
-from carillon.decision import Verdict, judge
+from carillon.decision import TenantRules, Verdict, judge, within
 from carillon.digest import OVERFLOW, digest_id, key_of
 from carillon.explain import circumstance, of_plan, read_receipt, told
 from carillon.ids import UserKey, uuid_text
@@ -20,8 +20,9 @@ from carillon.merging import OPENED
 from carillon.messages import Event
 from carillon.notification import target_of
 from carillon.plan import Plan, Reach, plan, wants_push
-from carillon.policy import TenantPolicy
+from carillon.policy import Policy, TenantPolicy
 from carillon.settings import ShardSettings
+from carillon.switches import Preferences
 
 
 class Planner:
@@ -47,9 +48,18 @@ class Planner:
         self._policy = policy
         self._window_ms = round(settings.ack_window_s * 1000)
         self._lease_ms = round(settings.delivery_lease_s * 1000)
+        self._now_ms = 0
+        # What was decided in this millisecond. Objects that keys name by their identity are kept beside.
+        self._verdicts: dict[tuple[Any, ...], tuple[Verdict, Preferences | None, TenantRules]] = {}
+        self._plans: dict[tuple[Any, ...], tuple[Plan, Policy]] = {}
 
     def plan(self, entry: Entry, now_ms: int, *, spend: bool = False) -> Plan:
-        """Decide for one event; with `spend` what it takes of the user's limits is noted."""
+        """Decide for one event; with `spend` what it takes of the user's limits is noted.
+
+        Events of one millisecond that differ in nothing that counts are decided once. Of one that names no
+        channels, for a user who is there, type, category and priority count, what holds for the user, and
+        where it looks.
+        """
         user = entry.user
         assert user is not None
         event = entry.event
@@ -59,22 +69,38 @@ class Planner:
             attention = self._attention(user, event, now_ms)
         entry.receipt = circumstance(user.receipt, reach, attention)
         policy = self._policy(event.tenant)
+        if now_ms != self._now_ms:
+            self._now_ms = now_ms
+            self._verdicts.clear()
+            self._plans.clear()
         verdict: Verdict | None = None
+        shared = reach is Reach.LIVE and event.channels is None and not event.fallback
         if user.preferences is not None or policy.rules is not None:
             mine = user.local if user.preferences is None else user.preferences
-            verdict = judge(event, mine, policy.rules or NO_RULES, now_ms, user.spent)
-        found = plan(
-            event,
-            reach,
-            providers=user.providers,
-            now_ms=now_ms,
-            ack_window_ms=self._window_ms,
-            grace_end_ms=grace_end_ms,
-            lease_ms=self._lease_ms,
-            attention=attention,
-            policy=policy.of(event.type),
-            verdict=verdict,
-        )
+            verdict = self._judge(event, mine, policy.rules or NO_RULES)
+            if not within(verdict, user.spent, now_ms):
+                shared = False
+                verdict = judge(event, mine, policy.rules or NO_RULES, now_ms, user.spent)
+        rule = policy.of(event.type)
+        alike = attention, user.providers, event.priority, id(rule), id(verdict)
+        known = self._plans.get(alike) if shared else None
+        if known is not None:
+            found = known[0]
+        else:
+            found = plan(
+                event,
+                reach,
+                providers=user.providers,
+                now_ms=now_ms,
+                ack_window_ms=self._window_ms,
+                grace_end_ms=grace_end_ms,
+                lease_ms=self._lease_ms,
+                attention=attention,
+                policy=rule,
+                verdict=verdict,
+            )
+            if shared:
+                self._plans[alike] = found, rule
         if spend and verdict is not None and verdict.spends and disturbs(found, reach):
             if user.spent is None:
                 user.spent = Spent()
@@ -83,6 +109,15 @@ class Planner:
         if spend and found.digest == OVERFLOW and user.spent is not None:
             user.spent.digest_ms = found.push_due_ms or 0
         return found
+
+    def _judge(self, event: Event, mine: Preferences | None, rules: TenantRules) -> Verdict:
+        """`judge` of a user who spent nothing: the same for all events of this moment that are alike."""
+        alike = id(mine), id(rules), event.type, event.category, event.priority
+        known = self._verdicts.get(alike)
+        if known is None:
+            found = judge(event, mine, rules, self._now_ms)
+            known = self._verdicts[alike] = found, mine, rules
+        return known[0]
 
     def _attention(self, user: User, event: Event, now_ms: int) -> Attention:
         session = user.session

@@ -7,6 +7,7 @@ true one until the slot is given away (then every user of the slot is forgotten)
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 from collections import OrderedDict
@@ -28,6 +29,9 @@ from stores.postgres.shard_store import ShardStore
 log = logging.getLogger(__name__)
 
 LOAD_BATCH = 500
+
+SHARED_DOCUMENTS = 4096
+"""Preferences documents of which equal ones are one object; of older ones there may be several."""
 
 
 class User:
@@ -74,8 +78,9 @@ class User:
     def take_preferences(self, text: str | None) -> None:
         """Note the user's document, None if there is none."""
         self.document = text
-        self.preferences = None if text is None else read_preferences(text, self.zone)
-        self.local = None if self.zone is None else read_preferences("{}", self.zone)
+        tenant, zone = self.key.tenant, self.zone
+        self.preferences = None if text is None else _shared_preferences(tenant, text, zone)
+        self.local = None if zone is None else _shared_preferences(tenant, "{}", zone)
 
     def take_zone(self, zone: str | None) -> None:
         """Note the time zone of the user's profile."""
@@ -113,6 +118,12 @@ def read_preferences(text: str, zone: str | None = None) -> Preferences | None:
     except (LookupError, ValueError, TypeError, AttributeError):
         log.exception("a preferences document cannot be read: it is left out of account")
         return None
+
+
+@functools.lru_cache(maxsize=SHARED_DOCUMENTS)
+def _shared_preferences(tenant: str, text: str, zone: str | None) -> Preferences | None:
+    """Users of a tenant with the same document have one object, and one memory of the tenant's rules."""
+    return read_preferences(text, zone)
 
 
 Loaded = Callable[[User | None, CarillonError | None], None]

@@ -112,6 +112,11 @@ def judge(
     return weigh(event.type, event.category, event.priority, user, tenant, now_ms, spent, again=again)
 
 
+def within(verdict: Verdict, spent: Spent | None, now_ms: int) -> bool:
+    """Whether a verdict that was found for nothing spent holds for who spent this: no limit is used up."""
+    return spent is None or not verdict.spends or _over(verdict.spends, spent, now_ms) is None
+
+
 def weigh(
     kind: str,
     category: str | None,

@@ -37,6 +37,7 @@ class KeptPush:
         due_ms, hold_until_ms, gate, reason, chain, step: as in a row of the outbox.
         shown_on: devices that have shown it; they get no push of it.
         acknowledged: deliveredAt is set.
+        written: its text as it was planned; None: not known.
     """
 
     notification: bytes
@@ -51,10 +52,13 @@ class KeptPush:
     step: int = 0
     shown_on: Sequence[str] = ()
     acknowledged: bool = False
+    written: str | None = None
     claimed: ClassVar[bool] = False
 
     def text(self) -> str:
         """As its notification keeps it while it waits."""
+        if self.written is not None:
+            return self.written
         fields = (
             self.channels, self.due_ms, self.hold_until_ms, self.gate, self.reason, self.chain, self.step,
             self.shown_on,
@@ -76,6 +80,7 @@ class KeptPush:
             return "keep", self.text()
         if done == "cancel":
             return "end", (ACTIVE_MARK if signal == DONE else ACKNOWLEDGED_MARK) + self.text()
+        self.written = None
         if shown_on:
             self.shown_on = list(dict.fromkeys([*self.shown_on, *shown_on.split("\n")]))
         if done == "due":

@@ -35,6 +35,7 @@ from carillon.attention import (
     AWAY,
     DONE,
     KEEP,
+    SEEN,
     Attention,
     combined,
     device_attention,
@@ -425,15 +426,23 @@ class Session(Acknowledging):
 
     def attention(self, now_ms: int, window_ms: int) -> Attention:
         """How closely the user looks, VIEWING apart (see `viewed`)."""
-        found = [
-            device_attention(a.attention, a.reported, a.owes_since_ms, now_ms, window_ms)
-            for a in self.attachments
-        ]
-        return found[0] if len(found) == 1 else combined(found)
+        attachments = self.attachments
+        if len(attachments) == 1:
+            a = attachments[0]
+            return device_attention(a.attention, a.reported, a.owes_since_ms, now_ms, window_ms)
+        return combined(
+            [
+                device_attention(a.attention, a.reported, a.owes_since_ms, now_ms, window_ms)
+                for a in attachments
+            ]
+        )
 
     def viewed(self) -> list[str]:
         """The items ("targetType:targetId") that focused devices show now."""
-        return [a.viewing for a in self.attachments if a.viewing is not None and a.attention == "focused"]
+        attachments = self.attachments
+        if len(attachments) == 1 and attachments[0].viewing is None:
+            return []
+        return [a.viewing for a in attachments if a.viewing is not None and a.attention == "focused"]
 
     def push_planned(
         self,
@@ -454,13 +463,14 @@ class Session(Acknowledging):
         for attachment in self.attachments:
             if not attachment.owes_since_ms and attachment.phase is Phase.LIVE:
                 attachment.owes_since_ms = now_ms
-        if self._pushes is None:
-            self._pushes = PushWatch()
-        due = self._pushes.next_due
+        pushes = self._pushes
+        if pushes is None:
+            pushes = self._pushes = PushWatch()
+        due = pushes.next_due if gate == SEEN else 0.0  # of the others the outbox knows when
         hold_until = 0.0 if hold_until_ms is None else now + (hold_until_ms - now_ms) / 1000
         waiting = Waiting(seq, gate, now + (due_ms - now_ms) / 1000, hold_until, rev)
-        self._pushes.add(notification_id, waiting)
-        return [Wake()] if self._pushes.next_due < due else []
+        pushes.add(notification_id, waiting)
+        return [Wake()] if gate == SEEN and pushes.next_due < due else []
 
     def dealt_with(self, ids: Iterable[bytes], upto_seq: int = 0) -> None:
         """Read, dismissed, ... was committed: the pushes of these wait no more."""
