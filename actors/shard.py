@@ -483,7 +483,8 @@ class Shard:
 
         def done(answer: tuple[int, int, int] | CarillonError) -> None:
             if isinstance(answer, FencedError):
-                return  # the user is another shard's now: the gateway tells that one again
+                self._sessions.give_back(link, message.conn)  # the gateway tells the owner again: perhaps us
+                return
             if message.ref is None:
                 if isinstance(answer, CarillonError):
                     frame = server_frames.error(answer.code, str(answer), answer.temporary)

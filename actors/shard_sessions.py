@@ -338,6 +338,15 @@ class Sessions:
                 self._refuse(peer, [attachment.conn])
             session.attachments.clear()
 
+    def give_back(self, link: Link, conn: int) -> None:
+        """Let a connection be attached again, and ask again: what it asked for could not be written under our
+        term, and its gateway may know the next one already, and would tell nobody."""
+        peer = self._peers.get(link)
+        found = None if peer is None else peer.attached.pop(conn, None)
+        if peer is not None and found is not None:
+            self._refuse(peer, [conn])
+            self._detach(*found, False)
+
     def close_user(
         self,
         user: User,

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Collection
 from typing import NamedTuple
 
+from carillon import server_frames
+
 
 class LogEntry(NamedTuple):
     """One durable change in the recent window."""
@@ -82,10 +84,18 @@ class Recent:
         )
 
     def expire(self, now_ms: int) -> None:
-        """What has expired is not shown any more."""
+        """What has expired is not shown any more; who may have an earlier version is told that it is gone."""
         if self.next_expiry_ms is None or self.next_expiry_ms > now_ms:
             return
-        self.withdraw({e.id for e in self._entries if e.expires_ms is not None and e.expires_ms <= now_ms})
+        over = {e.id for e in self._entries if e.expires_ms is not None and e.expires_ms <= now_ms}
+        updated = {e.id: e.rev for e in self._entries if e.id in over and not e.seq}  # the last of each
+        self.withdraw(over)
+        gone = {rev: server_frames.notification_state("RETRACTED", raw, rev) for raw, rev in updated.items()}
+        if gone:
+            self._entries = deque(
+                e._replace(frame=gone[e.rev], update=False) if e.rev in gone and not e.frame else e
+                for e in self._entries
+            )
         self.next_expiry_ms = min(
             (e.expires_ms for e in self._entries if e.expires_ms is not None), default=None
         )

@@ -417,6 +417,25 @@ async def test_a_fenced_shard_answers_moved_and_writes_nothing(postgres_dsn: str
         assert (outcome.status, outcome.seq) == ("stored", 2)
 
 
+async def test_a_change_that_is_fenced_is_made_under_the_next_term(postgres_dsn: str) -> None:
+    """The slot stays, its term ends: gateways may know before the shard, which gives the connection back."""
+    async with Kit(postgres_dsn) as kit:
+        welcome = await kit.gateway.attach_ready(1)
+        event = make_event()
+        await kit.publish(event)
+        await kit.gateway.seen(1, 2)
+        await kit.new_term("shard-a")
+        kit.gateway.link.send_nowait(ClientChange(1, "read", [event.id], ref="r"))
+        await eventually(lambda: kit.gateway.refused == [1], what="the connection given back")
+        assert await kit.db.fetchval("select read_at is null from notifications")
+        kit.coordinator.bump_term("shard-a")
+        await eventually(lambda: kit.shard._term_now == 2)
+        kit.gateway.attach(2, epoch=welcome["epoch"], last_seq=1, last_rev=1, reattach=True, ready=True)
+        kit.gateway.link.send_nowait(ClientChange(2, "read", [event.id], ref="r"))
+        frames = await kit.gateway.seen(2, 2)
+        assert [frame["type"] for frame in frames[:2]] == ["NOTIFICATIONS_READ", "OK"]
+
+
 async def test_slots_given_away_are_refused(postgres_dsn: str) -> None:
     """Events answer moved, sockets are refused, so that both go to the new owner."""
     async with Kit(postgres_dsn) as kit:

@@ -176,6 +176,7 @@ class Database:
         self.members: list[Member] = []
         self.draining: frozenset[str] = frozenset()
         self.owners: list[str | None] = [None] * SLOTS
+        self.moved_at: dict[int, float] = {}  # when slots got their owner
         self.kept_marks: dict[str, bytes] = {}
         self.kept_from: dict[int, bytes] = {}  # by slot
         self.shards: dict[str, ShardRow] = {}
@@ -1225,6 +1226,7 @@ class ModelClusterStore:
                 if known := [mark for mark in marks if mark is not None]:
                     db.kept_from[slot] = min(known)
                 db.owners[slot] = new
+                db.moved_at[slot] = db.loop.now
             db.moves += 1
             if db.on_commit is not None:
                 db.on_commit("coordinator moves", f"{len(moves)} slots, new terms {terms}")

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from carillon import server_frames
 from carillon.attention import AWAY
 from carillon.change_frames import change_frames
 from carillon.effects import Acknowledged
 from carillon.ids import uuid_text
 from carillon.notification import NotificationRow
+from carillon.recent import LogEntry, Recent
 from carillon.session import (
     Attachment,
     Close,
@@ -335,6 +337,23 @@ def test_retracted_and_expired_are_not_shown() -> None:
     sent = kit.finish(effects)
     assert kinds(sent) == ["WELCOME", "NOTIFICATION_RETRACTED", "NEW_NOTIFICATION"]
     assert seqs(sent) == [3]
+
+
+def test_the_window_tells_what_expired_after_an_update_as_gone() -> None:
+    """Whoever has an earlier version has to let it go; who has the last knows its time; nobody sees it."""
+    recent, raw = Recent(5, 0), bytes(16)
+    recent.add(LogEntry(1, 1, b"new", False, raw))
+    recent.add(LogEntry(2, 0, b"expires", True, raw, NOW_MS))
+    recent.add(LogEntry(3, 0, b"edited again", True, raw, NOW_MS))
+    recent.add(LogEntry(4, 2, b"other", False, id_of(2)))
+    recent.expire(NOW_MS - 1)
+    assert [entry.frame for entry in recent.missed(1, 1)] == [b"other", b"expires", b"edited again"]
+    recent.expire(NOW_MS)
+    gone = server_frames.notification_state("RETRACTED", raw, 3)
+    missed = recent.missed(1, 1)
+    assert [(entry.frame, entry.update) for entry in missed] == [(b"other", False), (gone, False)]
+    assert [entry.frame for entry in recent.missed(2, 3)] == []
+    assert recent.next_expiry_ms is None
 
 
 def test_answers_that_are_stale_change_nothing() -> None:
