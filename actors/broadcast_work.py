@@ -99,6 +99,7 @@ class Work:
         audience = one.recipients.audience
         # All users of a slot are looked at, of whom perhaps few fit.
         self._filtered = audience is not None and (audience.kind == SEGMENT or bool(audience.platforms))
+        self._dense = audience is not None and not self._filtered
         self._slots_of_page = 8 if self._filtered else SLOTS
         self.gone: set[str] = set()  # users that were erased since it was read whom it is for
         self._shared = shared
@@ -178,7 +179,7 @@ class Work:
         asked = pending[: self._slots_of_page]
         page = await shared.store.users(tenant, self.one.recipients, asked, limit)
         self._widen((shared.clock.monotonic() - started) * 1000)
-        self._contexts = await shared.store.contexts(tenant, page) if page else Contexts({}, {})
+        self._contexts = await self._read_contexts(page)
         streams = self._contexts.streams
         without = [one for one in self._left(page) if one.user not in streams]
         if without:
@@ -194,6 +195,19 @@ class Work:
         self._ahead = page
         self._asked = len(asked)
         self._last_page = len(page) < limit
+
+    async def _read_contexts(self, page: Sequence[SlotUser]) -> Contexts:
+        if not page:
+            return Contexts({}, {})
+        store, tenant = self._shared.store, self.one.tenant
+        if self._dense:
+            found = await store.contexts(tenant, page, True)
+            if found is not None:
+                return found
+            self._dense = False  # most users of a slot are not meant: these alone are looked up from now on
+        found = await store.contexts(tenant, page)
+        assert found is not None
+        return found
 
     async def _connected(self) -> list[SlotUser]:
         """Users of slots that are not done who have a session here."""

@@ -172,6 +172,10 @@ class BroadcastStore(Store):
             name: text.replace("%(row)s", _ROW).replace("%(sums)s", queries["sums"])
             for name, text in queries.items()
         }
+        self._contexts = {
+            dense: queries["contexts"] % {"streams": queries[name]}
+            for dense, name in ((False, "streams_of"), (True, "streams_between"))
+        }
         self._mark = numbered(self.sql["mark"], "p", 1).replace("%(from)s", "")
         self.chunks = BroadcastAppend(self.sql)
         self._paging = paging_queries()
@@ -367,13 +371,28 @@ class BroadcastStore(Store):
             )
         return [SlotUser(row[0], row[1]) for row in rows]
 
-    async def contexts(self, tenant: str, users: Sequence[SlotUser]) -> Contexts:
-        """What decides about users."""
-        slots = {one.slot for one in users}
+    async def contexts(self, tenant: str, users: Sequence[SlotUser], dense: bool = False) -> Contexts | None:
+        """What decides about users.
+
+        Args:
+            users: a page, in the order of slots and users within each.
+            dense: hardly anybody stands between them who is not meant.
+
+        Returns:
+            Other users may be among the streams. None: with `dense`, too many were.
+        """
+        names = [one.user for one in users]
+        more: tuple[Any, ...] = ()
+        most = 2 * len(users) + 50
+        if dense:
+            last = {one.slot: one.user for one in users}
+            first = {one.slot: one.user for one in reversed(users)}
+            slots = list(last)
+            more = [first[slot] for slot in slots], list(last.values()), most
+        else:
+            slots = sorted({one.slot for one in users})
         async with acquired(self._pool, self._timeout_s) as connection:
-            rows = await connection.fetch(
-                self.sql["contexts"], tenant, sorted(slots), [one.user for one in users]
-            )
+            rows = await connection.fetch(self._contexts[dense], tenant, slots, names, *more)
         found = Contexts({}, {})
         streams, others = found
         for user, stream_id, provider, preferences, zone in rows:
@@ -388,7 +407,7 @@ class BroadcastStore(Store):
             else:
                 context = context._replace(zone=zone)
             others[user] = context
-        return found
+        return None if dense and len(streams) >= most else found
 
     async def make_streams(
         self, shard: str, term: int, tenant: str, users: Sequence[SlotUser], epochs: Sequence[str]

@@ -235,6 +235,39 @@ async def test_pages_are_in_order_and_membership_is_exact(world: World) -> None:
             assert meant == {one.user for one in page} & {"u1", "u2"}
 
 
+async def test_what_decides_is_read_alike_with_and_without_others_between(world: World) -> None:
+    """Walking from the first to the last user of a page finds what comparing each does, or says that it did
+    not: when many stand between who are not on the page."""
+    store = BroadcastStore(world.pool)
+    users = [SlotUser(slot, f"u{n:03}") for slot in (9, 5, 7) for n in range(100)]
+    await world.pool.execute(
+        "insert into streams (tenant, user_id, slot, epoch) select 'acme', s || u, s, 'e'"
+        " from unnest($1::text[], $2::smallint[]) as x (u, s)",
+        [one.user for one in users], [one.slot for one in users],
+    )  # fmt: skip
+    users = [SlotUser(one.slot, f"{one.slot}{one.user}") for one in users]
+    await world.pool.execute(
+        "insert into preferences (tenant, user_id, document) values ('acme', '5u007', '{}')"
+    )
+    await world.pool.execute(
+        "insert into profiles (tenant, user_id, slot, timezone) values ('acme', '7u001', 7, 'Europe/Berlin')"
+    )
+    nobody = [SlotUser(7, "7u0995"), SlotUser(7, "7u0996")]  # without a stream
+    for page in (users, users[30:250], [*users[200:], *nobody], users[::2]):
+        exact, walked = await store.contexts("acme", page), await store.contexts("acme", page, dense=True)
+        assert exact is not None
+        assert walked is not None
+        names = {one.user for one in page} - {one.user for one in nobody}
+        assert set(exact.streams) == names <= set(walked.streams)
+        assert exact.streams.items() <= walked.streams.items()
+        assert exact.others == walked.others
+        assert set(exact.others) == names & {"5u007", "7u001"}
+    assert await store.contexts("acme", users[:200:50], dense=True) is None
+    few = await store.contexts("acme", users[:200:50])
+    assert few is not None
+    assert set(few.streams) == {"9u000", "9u050", "5u000", "5u050"}
+
+
 async def cli(world: World, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
     given = ["broadcast", *words, "--url", world.ingress.url, "--key", world.key]
     status = await asyncio.to_thread(main, given, {})

@@ -88,11 +88,24 @@ where broadcast_id = $1 and state = 'running';
 -- How far slots are. $1 id, $2 slots.
 select slot, last_user, done from broadcast_slots where broadcast_id = $1 and slot = any ($2::smallint[]);
 
--- name: contexts
--- What decides about users, a row for each thing that there is. $1 tenant, $2 slots of the users, $3 users. By slot,
--- as the page was read: all of its streams lie side by side in that index.
-select s.user_id, s.stream_id, null as provider, null as preferences, null as zone from streams s
+-- name: streams_of
+-- A part of `contexts`: streams of users. $2 slots of the users, $3 users.
+select s.user_id, s.stream_id from streams s
 where s.tenant = $1 and s.slot = any ($2::smallint[]) and s.user_id = any ($3::text[])
+
+-- name: streams_between
+-- The same where nearly everybody between the first and the last user of a page is on it: to walk the index from one to
+-- the other costs a third of comparing each with the page. $2 slots, $4 first and $5 last user in each, $6 so many at most.
+select s.user_id, s.stream_id from unnest($2::smallint[], $4::text[], $5::text[]) as p (slot, first, last)
+cross join lateral (
+    select s.user_id, s.stream_id from streams s
+    where s.tenant = $1 and s.slot = p.slot and s.user_id >= p.first and s.user_id <= p.last
+) s limit $6
+
+-- name: contexts
+-- What decides about users, a row for each thing that there is. $1 tenant, $3 users. By slot, as the page was read: all of
+-- its streams lie side by side in that index.
+select s.user_id, s.stream_id, null as provider, null as preferences, null as zone from (%(streams)s) s
 union all
 select d.user_id, null, d.provider, null, null from devices d
 where d.tenant = $1 and d.user_id = any ($3::text[]) and d.disabled_at is null
