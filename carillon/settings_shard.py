@@ -285,7 +285,12 @@ class BroadcastSettings:
         high=60.0,
         unit="s",
     )
-    chunk_min: int = setting(50, "Fewest users that one transaction notifies.", low=1, high=1000)
+    chunk_min: int = setting(
+        150,
+        "Fewest users that one transaction notifies: each costs PostgreSQL as much as about forty users.",
+        low=1,
+        high=1000,
+    )
     chunk_max: int = setting(500, "Most users that one transaction notifies.", low=1, high=1000)
     chunk_ms: float = setting(
         6.0,
