@@ -57,14 +57,15 @@ def policy(clock_s: float) -> dict[str, Any]:
     }
 
 
-def preferences(clock_s: float) -> dict[str, Any]:
-    """A user's document with everything in it."""
+def preferences(clock_s: float, user: str) -> dict[str, Any]:
+    """A user's document with everything in it; no two are equal."""
     return {
         "channels": {"push": {"enabled": True, "sound": "chime"}, "email": False},
         "categories": {"social": {"channels": {"email": False}, "priority": "high"}, "news": False},
         "types": {
             "benchmark.event": {"channels": {"email": False}},
             **{f"other.{n}": False for n in range(20)},
+            f"of.{user}": False,
         },
         "quietHours": calm(clock_s),
         "digest": {"frequency": "daily", "at": "08:00"},
@@ -85,9 +86,11 @@ async def rules_cost(target: Target, options: Options, progress: Progress) -> Me
         progress.watch(ruled),
     ):
         benches = dict(zip(KINDS, (bare, ruled), strict=True))
-        document = preferences(time.time())
+        at_s = time.time()
         await _put(
-            ruled_target, options, [(f"/v1/users/{user}/preferences", document) for user in ruled.users]
+            ruled_target,
+            options,
+            [(f"/v1/users/{user}/preferences", preferences(at_s, user)) for user in ruled.users],
         )
         await _policy_known(ruled)
         for bench in benches.values():
