@@ -75,6 +75,7 @@ def test_state_of_ray_is_kept_in_redis() -> None:
         "CARILLON_REDIS_URL",
         "CARILLON_CLUSTER_SECRET",
         "CARILLON_CLUSTER_BIND_HOST",
+        "CARILLON_CLUSTER_SPARE_PROCESS",
         "RAY_AUTH_TOKEN",
         "RAY_REDIS_ADDRESS",
         "RAY_REDIS_PASSWORD",
