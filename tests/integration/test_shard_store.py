@@ -431,6 +431,20 @@ async def test_channels_of_one_step_fall_back_once_when_the_last_of_them_failed(
         assert await kit.store.record_outcomes(kit.term, [], sent, [], [], NOW) == 0
 
 
+@pytest.mark.parametrize("newest_first", [True, False])
+async def test_the_chain_of_what_was_planned_last_goes_on(postgres_dsn: str, newest_first: bool) -> None:
+    """Of a fallback of the first event and the push of what was merged since, ending together, the push."""
+    async with Kit(postgres_dsn) as kit:
+        numbers = await chained(kit, kit.event(), "apns", "fcm", chain="sms")
+        older, newer = numbers if newest_first else numbers[::-1]
+        change = "update deliveries set created_at = to_timestamp($2), step = $3, chain = $4 where id = $1"
+        await kit.db.execute(change, older, NOW / 1000 - 60, 1, "sms")
+        await kit.db.execute(change, newer, NOW / 1000 - 30, 0, "email,sms")
+        rows = [SettleRow(number, 1, "dead", NOW, "x") for number in numbers]
+        assert await kit.store.record_outcomes(kit.term, [], rows, [], [], NOW) == 1
+        assert (await rows_of(kit))[2:] == [("email", "planned", None, "sms", 1)]
+
+
 @pytest.mark.parametrize("op", ["acknowledge", "dismiss", "archive"])
 async def test_nothing_follows_for_what_the_user_has_or_put_away(postgres_dsn: str, op: str) -> None:
     """The row was on its way when a device dealt with the notification: its failure starts nothing."""

@@ -224,7 +224,13 @@ def _wrong_end(world: World, delivery: Delivery, taken: bool, acked: bool) -> st
         )
         return "" if allowed else f"G7: given up after {delivery.attempts} tries"
     if "falls back to" in reason:
-        follows = any(other.step > delivery.step for other in world.db.of_note[note.row.id])
+        rows = world.db.of_note[note.row.id]
+        # With one that was planned later, of what was merged since, that one's chain is gone on with.
+        fell = [o for o in rows if "falls back to" in (o.reason or "")]
+        last = max(fell, key=lambda o: (o.created_ms, o.step, o.id))
+        follows = any(o.step > delivery.step for o in rows) or (
+            last.created_ms > delivery.created_ms and any(o.step > last.step and o.id > last.id for o in rows)
+        )
         return "" if follows else "G7: nothing follows"
     if reason == "superseded":  # by the push of what was merged into it, which is judged itself
         later = world.db.of_note[note.row.id]

@@ -1008,7 +1008,7 @@ class ModelShardStore(ModelAmendments, ModelKept):
 
     def _fall_back(self, failed: list[Delivery], now_ms: int) -> int:
         ready: dict[bytes, Delivery] = {}
-        for d in failed:
+        for d in sorted(failed, key=lambda one: (one.created_ms, one.step, one.id), reverse=True):
             row = d.note.row
             wanted = (row.delivered_ms or -1) < d.created_ms or d.gate in (SEEN, ALWAYS)
             seen = row.seen_ms is not None and row.seen_ms >= d.created_ms

@@ -600,7 +600,8 @@ select 0, false, true from taken_over;
 
 -- name: fall_back
 -- The next channel of the chain, due now, once per notification: if no other channel of the same step may
--- still succeed and none follows already, and unless a device has it by now or nobody wants it any more.
+-- still succeed and none follows already, and unless a device has it by now or nobody wants it any more. Of several
+-- that end together the one that was planned last says what is next: it tells what was merged since.
 -- $1 rows that ended without success, $2 now.
 with ready as materialized (
     select distinct on (d.notification_id)
@@ -620,6 +621,7 @@ with ready as materialized (
                       where o.notification_id = d.notification_id
                         and (o.state in ('planned', 'sending', 'failed', 'unknown')
                              or (o.created_at >= d.created_at and (o.step > d.step or o.state = 'sent'))))
+    order by d.notification_id, d.created_at desc, d.step desc, d.id desc
 ),
 told as (
     update deliveries d set reason = concat_ws('; ', d.reason, 'falls back to ' || r.next)
