@@ -65,13 +65,20 @@ comes first."""
 class _Flight:
     """A claimed row whose jobs are at the pools."""
 
-    __slots__ = ("attempt", "base", "expires_ms", "left", "open", "results", "until_ms")
+    __slots__ = ("attempt", "base", "expires_ms", "left", "open", "results", "sent_before", "until_ms")
 
     def __init__(
-        self, attempt: int, expires_ms: int | None, providers: set[str], until_ms: int, base: int = 0
+        self,
+        attempt: int,
+        expires_ms: int | None,
+        providers: set[str],
+        until_ms: int,
+        base: int = 0,
+        sent_before: bool = False,
     ) -> None:
         self.attempt = attempt
         self.base = base  # tries before a replay
+        self.sent_before = sent_before  # by an earlier try, to some target
         self.expires_ms = expires_ms
         self.open = providers
         self.results: list[PushResult] = []
@@ -411,7 +418,8 @@ class Outbox:
                 # Claimed again and again without a verdict (the provider is away, pools are full): while it
                 # may come back rows wait without using up tries, but not for ever.
                 reason = f"no outcome within {self._settings.push.give_up_after_s:.0f} s"
-                settled.append(SettleRow(row.delivery, row.attempt, "dead", now_ms, reason))
+                state = "sent" if row.sent_to else "dead"  # the others' tries tell what became of them
+                settled.append(SettleRow(row.delivery, row.attempt, state, now_ms, reason))
                 continue
             by_provider: dict[str, list[PushTarget]] = {}
             for target in left:
@@ -422,6 +430,7 @@ class Outbox:
                 set(by_provider),
                 lease_end_ms,
                 row.base_attempt,
+                bool(row.sent_to),
             )
             members = decode_content(row.content)
             user = self._users.peek(row.key)
@@ -510,7 +519,7 @@ class Outbox:
         unknown = [
             m.delivery
             for m in messages
-            if m.delivery not in self._flights and any(r.outcome in RETRYABLE for r in m.results)
+            if m.delivery not in self._flights and any(r.outcome != "sent" for r in m.results)
         ]
         before = await self._store.tries_before(unknown) if unknown else {}
         for message in messages:
@@ -531,8 +540,8 @@ class Outbox:
             flight = self._flights.get(message.delivery)
             if flight is None or flight.attempt != message.attempt:
                 # Sent by an earlier process of this shard: what the message says is all there is.
-                base, expires_ms = before.get(message.delivery, (0, None))
-                flight = _Flight(message.attempt, expires_ms, {message.provider}, now_ms, base)
+                base, expires_ms, sent = before.get(message.delivery, (0, None, False))
+                flight = _Flight(message.attempt, expires_ms, {message.provider}, now_ms, base, sent)
             flight.open.discard(message.provider)
             flight.results += tried
             if held_back:
@@ -554,6 +563,7 @@ class Outbox:
                 expires_ms=flight.expires_ms,
                 jitter=random.random,
                 left=flight.left,
+                sent_before=flight.sent_before,
             )
             settled.append(
                 SettleRow(

@@ -86,10 +86,12 @@ def settle(
     expires_ms: int | None,
     jitter: Callable[[], float],
     left: tuple[int, str] | None = None,
+    sent_before: bool = False,
 ) -> Settled:
     """The row's state after all targets of a try have answered.
 
     Args:
+        sent_before: an earlier try reached a target.
         left: (due time, reason) if some targets were not tried, as no pool took their job: they are what
             keeps the row alive, whatever the number of tries.
 
@@ -97,7 +99,7 @@ def settle(
     such a target the row is sent if any target was, else dead with the provider's reason.
     """
     again = [r for r in results if r.outcome in RETRYABLE]
-    sent = any(r.outcome == "sent" for r in results)
+    sent = sent_before or any(r.outcome == "sent" for r in results)
     if left is not None or (again and attempt < max_attempts):
         due_ms = 0 if left is None else left[0]
         if again:

@@ -89,10 +89,10 @@ class Outbox(ShardConnections):
         self._check(row["fenced"], term)
         return row["released"]
 
-    async def tries_before(self, deliveries: Sequence[int]) -> dict[int, tuple[int, int | None]]:
-        """Delivery -> (tries that no longer count, expiry in ms), of rows that exist."""
+    async def tries_before(self, deliveries: Sequence[int]) -> dict[int, tuple[int, int | None, bool]]:
+        """Of rows that exist: (tries that no longer count, expiry in ms, whether any reached a target)."""
         rows = await self._pool_rows("tries_before", deliveries)
-        return {r[0]: (r[1], r[2]) for r in rows}
+        return {r[0]: (r[1], r[2], r[3]) for r in rows}
 
     async def replay(self, term: int, rows: Sequence[ReplayRow], now_ms: int) -> dict[int, bool]:
         """Put dead letters back into the outbox.

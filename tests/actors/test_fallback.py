@@ -55,6 +55,16 @@ async def test_a_provider_that_gives_up_falls_back(postgres_dsn: str) -> None:
         assert [p.target for p in w.apns.pushes] == [APNS_TOKEN]
 
 
+async def test_who_was_reached_by_an_earlier_try_needs_no_other_channel(postgres_dsn: str) -> None:
+    """One of two phones took it at the first try, the other's provider is away at all: nothing follows."""
+    async with world(postgres_dsn) as w:
+        await w.devices("fcm", "apns")
+        script(w.fcm, FCM_TOKEN, error="UNAVAILABLE")
+        await w.publish(chained("fcm", channels=["in_app", "push"]))
+        assert await w.settled(1) == [("push", "sent", None)]
+        assert [p.target for p in w.apns.pushes] == [APNS_TOKEN]
+
+
 async def test_a_chain_ends_in_a_dead_letter(postgres_dsn: str) -> None:
     """Every channel failed or reaches nobody: the last row is dead and says why."""
     async with world(postgres_dsn) as w:

@@ -908,10 +908,11 @@ class ModelShardStore(ModelAmendments, ModelKept):
 
         return await self._db.run(statement)
 
-    async def tries_before(self, deliveries: Sequence[int]) -> dict[int, tuple[int, int | None]]:
-        def statement() -> dict[int, tuple[int, int | None]]:
+    async def tries_before(self, deliveries: Sequence[int]) -> dict[int, tuple[int, int | None, bool]]:
+        def statement() -> dict[int, tuple[int, int | None, bool]]:
             found = [self._db.deliveries[d] for d in deliveries if d in self._db.deliveries]
-            return {d.id: (d.base_attempt, d.note.row.expires_ms) for d in found}
+            sent = {id_ for (id_, _, _), a in self._db.attempts.items() if a.outcome == "sent"}
+            return {d.id: (d.base_attempt, d.note.row.expires_ms, d.id in sent) for d in found}
 
         return await self._db.run(statement)
 

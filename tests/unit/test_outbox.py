@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,10 +22,13 @@ results = st.lists(
 )
 
 
-def decide(*outcomes: PushResult, attempt: int = 1, expires_ms: int | None = None) -> Settled:
+def decide(
+    *outcomes: PushResult, attempt: int = 1, expires_ms: int | None = None, sent_before: bool = False
+) -> Settled:
     return settle(
-        outcomes, attempt, max_attempts=3, base_s=1.0, now_ms=NOW, expires_ms=expires_ms, jitter=lambda: 0.5
-    )
+        outcomes, attempt, max_attempts=3, base_s=1.0, now_ms=NOW, expires_ms=expires_ms,
+        jitter=lambda: 0.5, sent_before=sent_before,
+    )  # fmt: skip
 
 
 def result(outcome: str, retry_after_s: float = 0.0, error: str = "") -> PushResult:
@@ -66,6 +70,14 @@ def test_tries_are_bounded() -> None:
         "dead", NOW, "gave up after 3 tries: 503"
     )
     assert decide(result("sent"), result("failed"), attempt=3).state == "sent"
+
+
+@pytest.mark.parametrize("outcome", ["failed", "unknown", "dead", "invalid_target"])
+def test_what_an_earlier_try_reached_counts(outcome: str) -> None:
+    """Sent to one, then refused or given up at the other: sent, so that no other channel follows."""
+    assert decide(result(outcome), attempt=3, sent_before=True) == Settled("sent", NOW, None)
+    assert decide(result("failed"), expires_ms=NOW + 1, sent_before=True) == Settled("sent", NOW, None)
+    assert decide(result("failed"), sent_before=True).state == "failed", "there are tries left"
 
 
 def test_nothing_is_tried_after_it_expired() -> None:

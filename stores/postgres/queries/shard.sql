@@ -417,8 +417,10 @@ back as (
 select (select count(*) from back) as released, (select count(*) from fence) as fenced;
 
 -- name: tries_before
--- Of rows whose outcome comes for a process before this one: tries that no longer count, expiry. $1 ids.
-select d.id, d.base_attempt, (extract(epoch from n.expires_at) * 1000)::bigint as expires_ms
+-- Of rows whose outcome comes for a process before this one: tries that no longer count, expiry, and whether a try
+-- reached a target. $1 ids.
+select d.id, d.base_attempt, (extract(epoch from n.expires_at) * 1000)::bigint as expires_ms,
+       exists (select from delivery_attempts a where a.delivery_id = d.id and a.outcome = 'sent') as sent
 from deliveries d join notifications n on n.id = d.notification_id
 where d.id = any ($1::bigint[]);
 
