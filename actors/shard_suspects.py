@@ -68,7 +68,7 @@ class Suspects:
             )
             await self._kept.look_for_unsure({user.stream_id for user in known.values()})
         except CarillonError as exc:
-            self._users.update(taken)
+            self._users = taken | self._users  # who came meanwhile may stand for a user who was loaded anew
             log.info("%d users wait for a look at their streams: %s", len(self._users), exc)
             return
         if not self._users:

@@ -7,11 +7,11 @@ true one until the slot is given away (then every user of the slot is forgotten)
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import os
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -29,9 +29,6 @@ from stores.postgres.shard_store import ShardStore
 log = logging.getLogger(__name__)
 
 LOAD_BATCH = 500
-
-SHARED_DOCUMENTS = 4096
-"""Preferences documents of which equal ones are one object; of older ones there may be several."""
 
 
 class User:
@@ -120,10 +117,21 @@ def read_preferences(text: str, zone: str | None = None) -> Preferences | None:
         return None
 
 
-@functools.lru_cache(maxsize=SHARED_DOCUMENTS)
+_shared: WeakValueDictionary[tuple[str, str, str | None], Preferences] = WeakValueDictionary()
+
+
 def _shared_preferences(tenant: str, text: str, zone: str | None) -> Preferences | None:
-    """Users of a tenant with the same document have one object, and one memory of the tenant's rules."""
-    return read_preferences(text, zone)
+    """`read_preferences`: users of a tenant with equal documents have one object while they are here.
+
+    What it remembers of the tenant's rules is worked out once for all of them.
+    """
+    key = (tenant, text, zone)
+    known = _shared.get(key)
+    if known is None:
+        known = read_preferences(text, zone)
+        if known is not None:
+            _shared[key] = known
+    return known
 
 
 Loaded = Callable[[User | None, CarillonError | None], None]

@@ -87,7 +87,10 @@ class Recent:
         """What has expired is not shown any more; who may have an earlier version is told that it is gone."""
         if self.next_expiry_ms is None or self.next_expiry_ms > now_ms:
             return
-        over = {e.id for e in self._entries if e.expires_ms is not None and e.expires_ms <= now_ms}
+        until = {
+            e.id: e.expires_ms for e in self._entries if e.id
+        }  # as the last one says: it may be extended
+        over = {raw for raw, ends_ms in until.items() if ends_ms is not None and ends_ms <= now_ms}
         updated = {e.id: e.rev for e in self._entries if e.id in over and not e.seq}  # the last of each
         self.withdraw(over)
         gone = {rev: server_frames.notification_state("RETRACTED", raw, rev) for raw, rev in updated.items()}
@@ -97,5 +100,6 @@ class Recent:
                 for e in self._entries
             )
         self.next_expiry_ms = min(
-            (e.expires_ms for e in self._entries if e.expires_ms is not None), default=None
+            (ends_ms for raw, ends_ms in until.items() if ends_ms is not None and raw not in over),
+            default=None,
         )

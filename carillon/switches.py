@@ -68,9 +68,26 @@ class Preferences:
     """
 
     __slots__ = (
-        "badge", "categories", "channels", "digest", "digest_set", "dnd_until_ms", "emergency_only",
-        "everything", "floating", "here", "memo", "memo_of", "quiet", "quiet_set", "sound", "sounds", "types",
-        "zone", "zoned",
+        "__weakref__",
+        "badge",
+        "categories",
+        "channels",
+        "digest",
+        "digest_set",
+        "dnd_until_ms",
+        "emergency_only",
+        "everything",
+        "floating",
+        "here",
+        "memo",
+        "memo_of",
+        "quiet",
+        "quiet_set",
+        "sound",
+        "sounds",
+        "types",
+        "zone",
+        "zoned",
     )  # fmt: skip
 
     def __init__(self, document: Mapping[str, Any], zone: str | None = None) -> None:

@@ -18,6 +18,7 @@ from carillon.messages import (
     Event,
     PreferencesPut,
     PushJob,
+    PushLeft,
     PushOutcome,
     PushResult,
 )
@@ -187,6 +188,23 @@ async def test_the_next_speaks_when_the_one_that_spoke_ends_on_its_way(postgres_
         assert (job.notification, job.title) == (events[1].id, "2 new notifications")
         await answer(kit, job, "sent")
         assert [state for _, state, _ in await settled(kit)] == ["cancelled", "sent", "cancelled"]
+
+
+async def test_the_next_speaks_when_the_one_that_spoke_comes_back_and_is_put_away(postgres_dsn: str) -> None:
+    """Read while it was on its way, taken by nobody, dismissed before its next try: the next one speaks."""
+    async with Kit(postgres_dsn, push={"backoff_s": 600.0}) as kit:
+        events = await held(kit, 3)
+        job = kit.router.jobs[0]
+        await act(kit, "read", events[2])
+        kit.router.link.send_nowait(PushLeft(job.provider, "away", [job.delivery], [job.attempt]))
+        back = "select count(*) = 1 from deliveries where state = 'planned' and gate = 'withdrawn'"
+        await eventually(lambda: kit.db.fetchval(back), what="the push that came back")
+        await act(kit, "dismiss", events[2])
+        ended = "select array_agg(carrier = id) from deliveries where reason = 'dismissed'"
+        assert await kit.db.fetchval(ended) == [True]
+        silent = """select count(*) from deliveries d join deliveries c on c.id = d.carrier
+                    where c.reason = 'dismissed' and d.id <> c.id"""
+        assert await kit.db.fetchval(silent) == 0, "nobody waits for the one that was put away"
 
 
 async def test_what_is_retracted_does_not_take_the_others_off_the_phone(postgres_dsn: str) -> None:

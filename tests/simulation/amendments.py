@@ -60,6 +60,8 @@ class ModelAmendments:
                 continue
             if d.state in PENDING:
                 d.state, d.reason = "cancelled", "retracted"
+                if d.gate == WITHDRAWN:
+                    d.gate = None
                 shown = shown or d.attempts > 0
                 ended.append(d)
             elif d.state in ("sending", "sent") and d.gate != WITHDRAWN:

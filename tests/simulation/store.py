@@ -628,6 +628,8 @@ class ModelShardStore(ModelAmendments, ModelKept):
         ]
         for delivery in ended:
             delivery.state, delivery.reason = "cancelled", reason
+            if delivery.gate == WITHDRAWN:
+                delivery.gate = None
         return self._take_over(ended, now_ms)
 
     async def change(

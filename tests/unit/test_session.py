@@ -339,6 +339,21 @@ def test_retracted_and_expired_are_not_shown() -> None:
     assert seqs(sent) == [3]
 
 
+@pytest.mark.parametrize("later_ms", [NOW_MS + 5, None])
+def test_the_window_shows_what_expires_later_than_it_said_first(later_ms: int | None) -> None:
+    """An update put the end off, or took it away: at the first end nothing is gone, nor looked at again."""
+    recent, raw = Recent(5, 0), bytes(16)
+    recent.add(LogEntry(1, 1, b"new", False, raw, NOW_MS))
+    recent.add(LogEntry(2, 0, b"later", True, raw, later_ms))
+    recent.expire(NOW_MS)
+    assert [entry.frame for entry in recent.missed(0, 0)] == [b"new", b"later"]
+    assert recent.next_expiry_ms == later_ms
+    if later_ms is not None:
+        recent.expire(later_ms)
+        assert b"RETRACTED" in recent.missed(1, 1)[0].frame
+        assert recent.next_expiry_ms is None
+
+
 def test_the_window_tells_what_expired_after_an_update_as_gone() -> None:
     """Whoever has an earlier version has to let it go; who has the last knows its time; nobody sees it."""
     recent, raw = Recent(5, 0), bytes(16)

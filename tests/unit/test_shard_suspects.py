@@ -69,6 +69,22 @@ def test_looks_at_who_becomes_a_suspect_while_it_looks_at_others() -> None:
     assert [(user.seq, user.rev) for user in users] == [(3, 4), (3, 4)]
 
 
+def test_a_user_that_was_loaded_anew_meanwhile_stays_the_suspect() -> None:
+    """The look failed: the one that is doubted now is looked at next, not the one that is forgotten."""
+    ann = _record("ann", 1)
+    streams = Streams([ann])
+    suspects = _suspects(streams)
+    former, present = User(ann, 0), User(ann, 0)
+    suspects.add([former])
+    streams.meanwhile = lambda: suspects.add([present])
+    streams.down = True
+    asyncio.run(suspects.heal())
+    streams.meanwhile, streams.down = lambda: None, False
+    streams.records = {ann.key: replace(ann, seq=3, rev=4)}
+    asyncio.run(suspects.heal())
+    assert (present.seq, present.rev) == (3, 4)
+
+
 def test_who_could_not_be_read_stays() -> None:
     """Without an answer of the store nobody is above suspicion."""
     ann = _record("ann", 1)

@@ -214,8 +214,9 @@ withdrawn as (
     update deliveries d
     set state = case when d.state in ('planned', 'failed', 'unknown') then 'cancelled' else d.state end,
         reason = case when d.state in ('planned', 'failed', 'unknown') then %(reason)s else d.reason end,
-        gate = case when d.state in ('planned', 'failed', 'unknown') then d.gate else 'withdrawn' end,
-        updated_at = to_timestamp($5)
+        -- One that was withdrawn on its way and came back ends here, as any other that waits.
+        gate = case when d.state in ('planned', 'failed', 'unknown') then nullif(d.gate, 'withdrawn') else 'withdrawn' end,
+        updated_at = case when d.state in ('cancelled', 'dead') then d.updated_at else to_timestamp($5) end
     from target t
     where d.notification_id = t.id and d.channel <> 'withdraw'
       and (d.state || '' in ('planned', 'failed', 'unknown')
