@@ -6,7 +6,7 @@ all of them in a chunk, and what is stored of it is said once.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -45,14 +45,10 @@ class Made(NamedTuple):
         Args:
             streams: count these users only; None: all.
         """
-        tally = Counter(
-            (one.slot, of)
-            for one, of, stream in zip(self.users, self.rows.of, self.rows.streams, strict=True)
-            if streams is None or stream in streams
-        )
         by_slot: dict[int, list[str]] = {}
-        for (slot, of), count in tally.items():
-            by_slot.setdefault(slot, []).extend([self.statuses[of]] * count)
+        for one, of, stream in zip(self.users, self.rows.of, self.rows.streams, strict=True):
+            if streams is None or stream in streams:
+                by_slot.setdefault(one.slot, []).append(self.statuses[of])
         return {slot: counted(statuses) for slot, statuses in by_slot.items()}
 
 

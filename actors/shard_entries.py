@@ -25,6 +25,12 @@ class Entry:
         self.receipt = 0
         self.waiters: list[Callable[[Outcome], None]] | None = None
 
+    def share(self, other: Entry) -> None:
+        """Let another try of the same event have the outcome of this one."""
+        if self.waiters is None:
+            self.waiters = []
+        self.waiters.append(other.done)
+
 
 def unread_after(rows: Sequence[AppendRow]) -> list[int]:
     """Of each row how many of its stream that follow in the batch count as unread."""

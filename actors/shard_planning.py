@@ -77,10 +77,11 @@ class Planner:
         shared = reach is Reach.LIVE and event.channels is None and not event.fallback
         if user.preferences is not None or policy.rules is not None:
             mine = user.local if user.preferences is None else user.preferences
-            verdict = self._judge(event, mine, policy.rules or NO_RULES)
+            rules = policy.rules or NO_RULES
+            verdict = self._judge(event, mine, rules)
             if not within(verdict, user.spent, now_ms):
                 shared = False
-                verdict = judge(event, mine, policy.rules or NO_RULES, now_ms, user.spent)
+                verdict = judge(event, mine, rules, now_ms, user.spent)
         rule = policy.of(event.type)
         alike = attention, user.providers, event.priority, id(rule), id(verdict)
         known = self._plans.get(alike) if shared else None

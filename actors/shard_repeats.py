@@ -55,9 +55,7 @@ class Repeats:
             self._running[key] = entry
             return True
         if running.event.id == event.id:  # our own retry: it shares the outcome of the first try
-            if running.waiters is None:
-                running.waiters = []
-            running.waiters.append(entry.done)
+            running.share(entry)
         else:
             detail = "the first request with this idempotency key is still running"
             entry.done(
@@ -66,12 +64,12 @@ class Repeats:
         return False
 
     def release(self, entry: Entry) -> None:
-        """The entry has ended: its key, if it has one, runs here no more."""
+        """An entry with a key has ended: if the key was claimed for it, it runs here no more."""
         event = entry.event
-        if event.idempotency_key is not None:
-            key = (event.tenant, event.idempotency_key)
-            if self._running.get(key) is entry:
-                del self._running[key]
+        assert event.idempotency_key is not None
+        key = (event.tenant, event.idempotency_key)
+        if self._running.get(key) is entry:
+            del self._running[key]
 
     def since_ms(self) -> int:
         """Keys that were used before this wall time stand for nothing any more."""
@@ -84,9 +82,7 @@ class Repeats:
         for entry in batch:
             twin = first.get(entry.event.id)
             if twin is not None:
-                if twin.waiters is None:
-                    twin.waiters = []
-                twin.waiters.append(entry.done)
+                twin.share(entry)
                 assert entry.user is not None
                 entry.user.pins -= 1
                 continue

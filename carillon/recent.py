@@ -87,9 +87,7 @@ class Recent:
         """What has expired is not shown any more; who may have an earlier version is told that it is gone."""
         if self.next_expiry_ms is None or self.next_expiry_ms > now_ms:
             return
-        until = {
-            e.id: e.expires_ms for e in self._entries if e.id
-        }  # as the last one says: it may be extended
+        until = {e.id: e.expires_ms for e in self._entries if e.id}  # the last word: an update may put it off
         over = {raw for raw, ends_ms in until.items() if ends_ms is not None and ends_ms <= now_ms}
         updated = {e.id: e.rev for e in self._entries if e.id in over and not e.seq}  # the last of each
         self.withdraw(over)
