@@ -17,8 +17,9 @@ from carillon.decision import Verdict, weigh
 from carillon.digest import EXPIRED, FLUSHED, FLUSHED_BY_USER
 from carillon.external import EXTERNAL
 from carillon.metrics import Stats
+from carillon.presentation import AS_EVER, SILENT, OfPush, of_push
 from carillon.settings import ShardSettings
-from carillon.switches import Preferences, presented
+from carillon.switches import Preferences
 from stores.postgres.shard_rows import CarrierRow, Claimed, ReleaseRow, SettleRow
 from stores.postgres.shard_store import ShardStore
 
@@ -146,12 +147,14 @@ class DecidedAgain:
             return user.local
         return None if row.zone is None else read_preferences("{}", row.zone)
 
-    def presented(self, row: Claimed) -> tuple[str, bool]:
-        """The sound of a row's push ("" none), and whether it has a badge."""
+    def presented(self, row: Claimed) -> OfPush:
+        """How a row's push is to be shown."""
         mine, rules = self._preferences(row), self._policies.of(row.key.tenant).rules
         if mine is None and rules is None:
-            return "default", True
-        return presented(mine or NO_RULES.nobody, (rules or NO_RULES).defaults)
+            return AS_EVER
+        return of_push(
+            SILENT if mine is None else mine.push, SILENT if rules is None else rules.defaults.push
+        )
 
     def _present(self, row: Claimed, now_ms: int) -> bool:
         user = self._users.get(row.key)

@@ -436,13 +436,13 @@ class Outbox:
             user = self._users.peek(row.key)
             for provider, some in by_provider.items():
                 job = job_of(row, members, provider, some)
-                job.sound, badge = self._again.presented(row)
+                job.sound, badge, job.vibration = self._again.presented(row)
                 if not badge:
                     job.badge = -1
                 elif user is not None and user.expired:
                     job.badge = user.shown_unread()
                 if row.channel == REPLACE:
-                    job.sound = ""
+                    job.sound, job.vibration = "", False
                 jobs.append(job)
         if settled:
             await self._settle([], settled, [], [], now_ms)

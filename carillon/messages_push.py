@@ -55,6 +55,8 @@ class PushJob(Struct, array_like=True):
     """For how many notifications it speaks."""
     notifications: list[bytes] = []
     """Of a digest: the newest of them, newest first."""
+    vibration: bool | None = None
+    """As the user wants it; None: nobody says, it is as the app has it."""
 
 
 class Push(Struct, array_like=True, tag=40):

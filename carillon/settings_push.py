@@ -68,6 +68,11 @@ class PushSettings:
     fcm_credentials: str = setting("", "Path of the service account file (JSON).")
     fcm_ca_file: str = setting("", "CA bundle for fcm_url.")
     fcm_project: str = setting("", "Project id; empty means the service account's.")
+    fcm_android_channels: str = setting(
+        "carillon",
+        "What a user wants without sound or vibration names the Android notification channel "
+        "PREFIX_no_sound, PREFIX_no_vibration or PREFIX_no_sound_no_vibration; empty means none is named.",
+    )
     apns_url: str = setting("", "Override of APNs' host (https://host:port); empty means Apple's.")
     apns_key_file: str = setting("", "Path of the .p8 signing key.")
     apns_key_id: str = setting("", "Key id of the signing key.")

@@ -18,6 +18,7 @@ import msgspec
 from carillon.event_rules import Instant, expiry_ms
 from carillon.messages import PRIORITIES
 from carillon.preferences import CHANNELS, DAYS
+from carillon.presentation import words
 from carillon.quiet_hours import Digest, QuietHours, minutes_of
 
 FAMILIES: Final = CHANNELS
@@ -64,12 +65,11 @@ class Preferences:
         floating: they name no time zone of their own.
         zoned: it is known in which time zone the user is.
         emergency_only: channels for urgent notifications alone.
-        sounds: sound of a channel: "" none, "default", or a name; `sound` where it has no word.
+        push: how pushes are to be shown.
     """
 
     __slots__ = (
         "__weakref__",
-        "badge",
         "categories",
         "channels",
         "digest",
@@ -81,10 +81,9 @@ class Preferences:
         "here",
         "memo",
         "memo_of",
+        "push",
         "quiet",
         "quiet_set",
-        "sound",
-        "sounds",
         "types",
         "zone",
         "zoned",
@@ -97,9 +96,7 @@ class Preferences:
         self.everything: bool | None = document.get("global")
         self.channels: dict[str, bool] = {}
         self.emergency_only: set[str] = set()
-        self.sounds: dict[str, str] = {}
-        self.sound = _sound(document["sound"]) if "sound" in document else None
-        self.badge: bool | None = document.get("badge")
+        self.push = words(document, "push")
         for name, word in part(document, "channels").items():
             self._channel(name, word)
         self.categories = self._entries(part(document, "categories"))
@@ -123,10 +120,6 @@ class Preferences:
             self.channels[name] = word["enabled"]
         if word.get("emergencyOnly"):
             self.emergency_only.add(name)
-        if "sound" in word:
-            self.sounds[name] = _sound(word["sound"])
-        if name == "push" and "badge" in word:
-            self.badge = word["badge"]
 
     def _entries(self, words: dict[str, Any]) -> dict[str, Entry]:
         return {name: self._entry(word) for name, word in words.items()}
@@ -344,18 +337,6 @@ def _digest(
     return None, None
 
 
-def presented(user: Preferences, defaults: Preferences) -> tuple[str, bool]:
-    """How a push is to be shown: its sound ("" none), and whether with a badge."""
-    sound: str | None = None
-    badge: bool | None = None
-    for document in (user, defaults):
-        if sound is None:
-            sound = document.sounds.get("push", document.sound)
-        if badge is None:
-            badge = document.badge
-    return "default" if sound is None else sound, badge is not False
-
-
 def remembered(
     user: Preferences,
     defaults: Preferences,
@@ -380,10 +361,6 @@ def remembered(
 def part(document: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A member of a valid document that is an object; {} if it is left out or null."""
     return document.get(name) or {}
-
-
-def _sound(word: Any) -> str:
-    return ("default" if word else "") if isinstance(word, bool) else word
 
 
 def _zone(name: str | None) -> ZoneInfo:

@@ -138,6 +138,8 @@ def apns_payload(job: PushJob) -> bytes:
         }
         if link is not None:
             made["link"] = link
+        if job.vibration is False:
+            made["vibration"] = False  # iOS has no such member: for an app that shows it itself
         return made | of_digest(job)
 
     texts = fit(cut(job.title, 255), job.body, job.link, lambda *texts: json_size(document(*texts)))

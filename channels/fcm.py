@@ -53,12 +53,17 @@ _MAX_TTL_S: Final = 2_419_200  # 28 days, FCM's longest
 _numbers: Final = itertools.count(1)
 
 
-def fcm_message(job: PushJob, target: PushTarget, now_ms: int, ttl_s: float) -> messaging.Message:
+def fcm_message(
+    job: PushJob, target: PushTarget, now_ms: int, ttl_s: float, android_channels: str = ""
+) -> messaging.Message:
     """The message for one target: a notification to show and the data that the app reads.
 
     The collapse key of an event is FCM's `collapse_key`: it replaces what waits for an offline device. An
     event without one gets none, because FCM keeps only four different keys per device and drops the rest.
     `tag` and apns-collapse-id, which replace what is *shown*, are always set: a repeated try shows once.
+
+    Args:
+        android_channels: see `push.fcm_android_channels`; "": none is named.
     """
     if job.withdraw:
         return _withdraw_message(job, target)
@@ -71,6 +76,8 @@ def fcm_message(job: PushJob, target: PushTarget, now_ms: int, ttl_s: float) -> 
         data = {"notificationId": identifier, "seq": str(job.seq), "type": job.type}
         if link is not None:
             data["link"] = link
+        if job.vibration is False:
+            data["vibration"] = "false"  # for whoever shows it itself: a foreground app, a service worker
         for name, value in of_digest(job).items():
             data[name] = value if isinstance(value, str) else msgspec.json.encode(value).decode()
         return shown, data
@@ -97,6 +104,9 @@ def fcm_message(job: PushJob, target: PushTarget, now_ms: int, ttl_s: float) -> 
                 tag=job.collapse_key,
                 notification_count=badge,
                 sound=None if sound == "default" else sound,  # the app's notification channel has one
+                channel_id=_android_channel(job, android_channels),
+                default_vibrate_timings=job.vibration if urgent or job.vibration is False else None,
+                vibrate_timings_millis=_STILL if job.vibration is False else None,
             ),
         ),
         apns=messaging.APNSConfig(
@@ -106,6 +116,7 @@ def fcm_message(job: PushJob, target: PushTarget, now_ms: int, ttl_s: float) -> 
             },
             payload=messaging.APNSPayload(messaging.Aps(badge=badge, sound=sound)),
         ),
+        webpush=_webpush(job) if target.platform == "web" else None,
     )
     return _addressed(message, target)
 
@@ -118,6 +129,34 @@ def _addressed(message: messaging.Message, target: PushTarget) -> messaging.Mess
     else:
         message.token = target.token
     return message
+
+
+_STILL: Final = [0, 0]
+"""A pattern that does not vibrate. Android's library takes none of a single value; without any, a phone that
+is switched to vibration vibrates in the place of the sound."""
+
+
+def _android_channel(job: PushJob, prefix: str) -> str | None:
+    """The notification channel of what the user wants without a sound or vibration; None: the app's own.
+
+    From Android 8 on that decides, and nothing else in the message. A channel that the app did not create
+    counts for nothing: FCM then takes the app's own.
+    """
+    quiet = [
+        f"no_{name}"
+        for name, is_on in (("sound", job.sound), ("vibration", job.vibration))
+        if is_on in ("", False)
+    ]
+    return "_".join([prefix, *quiet]) if prefix and quiet else None
+
+
+def _webpush(job: PushJob) -> messaging.WebpushConfig | None:
+    """How a browser is to show it. What is silent must not name a vibration (Notifications API, "silent")."""
+    if not job.sound:
+        return messaging.WebpushConfig(notification=messaging.WebpushNotification(silent=True))
+    if job.vibration is False:
+        return messaging.WebpushConfig(notification=messaging.WebpushNotification(vibrate=[0]))
+    return None
 
 
 def _collapse_key(job: PushJob) -> str | None:
@@ -224,7 +263,9 @@ class FcmChannel:
                     result.outcome, result.error = "dead", "expired"
                 continue
             for target, result in zip(job.targets, row, strict=True):
-                pending.append((fcm_message(job, target, now_ms, self._settings.ttl_s), result))
+                settings = self._settings
+                message = fcm_message(job, target, now_ms, settings.ttl_s, settings.fcm_android_channels)
+                pending.append((message, result))
         await asyncio.gather(
             *(self._send_batch(pending[at : at + BATCH]) for at in range(0, len(pending), BATCH))
         )

@@ -180,13 +180,15 @@ async def test_an_override_of_priority_reaches_the_push(postgres_dsn: str) -> No
             doNotDisturbUntil="2099-01-01T00:00:00Z",
             sound="bell",
             badge=False,
+            vibration=False,
         )
         event = make_event(category="pager")
         (outcome,) = await kit.publish(event)
         assert outcome.status == "queued"
         await eventually(lambda: kit.router.jobs)
         assert kit.router.jobs[0].priority == 3
-        assert (kit.router.jobs[0].sound, kit.router.jobs[0].badge) == ("bell", -1)
+        (job,) = kit.router.jobs
+        assert (job.sound, job.badge, job.vibration) == ("bell", -1, False)
         assert (await stored(kit, event))["priority"] == 3
 
 

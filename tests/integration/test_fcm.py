@@ -62,6 +62,18 @@ async def test_an_accepted_push_is_sent() -> None:
         assert push.collapse_key == "key-7"
 
 
+async def test_what_a_user_switched_off_reaches_the_provider() -> None:
+    """No sound, no vibration: FCM is sent both, as the settings name the app's channels."""
+    async with fcm(fcm_android_channels="app") as (server, channel):
+        assert (await send_one(channel, job_of(7, sound="", vibration=False))).outcome == "sent"
+        (push,) = server.pushes
+        shown = push.payload["android"]["notification"]
+        assert shown["vibrate_timings"] == ["0s", "0s"]
+        assert shown["channel_id"] == "app_no_sound_no_vibration"
+        assert push.payload["data"]["vibration"] == "false"
+        assert "sound" not in shown
+
+
 async def test_fids_and_tokens_go_in_one_call() -> None:
     """Results come back per job and target, in order, whatever kind they are."""
     async with fcm() as (server, channel):

@@ -20,7 +20,7 @@ from carillon.external import CHANNELS, EXTERNAL
 from carillon.messages import Event
 from carillon.plan import Plan, Reach, asked_for, plan
 from carillon.policy import Policy, TenantPolicy, build, validate
-from carillon.switches import Fired, Preferences, presented
+from carillon.switches import Fired, Preferences
 
 NOON = round(datetime(2026, 6, 15, 12, tzinfo=ZoneInfo("Europe/Vienna")).timestamp()) * 1000  # a Monday
 HOUR = 3_600_000
@@ -167,16 +167,6 @@ def test_priority_override() -> None:
     low = prefs(categories={"social": {"priority": "low"}})
     assert decide(low).priority == 0
     assert decide(low, e=event(priority=3)).priority is None
-
-
-def test_a_push_is_presented_as_the_user_wants() -> None:
-    """The word on the channel over that on all, the user's over the tenant's; sound and badge are on."""
-    nothing = prefs()
-    assert presented(nothing, nothing) == ("default", True)
-    assert presented(prefs(sound=False, badge=False), nothing) == ("", False)
-    assert presented(prefs(sound="bell", channels={"push": {"sound": "gong"}}), nothing) == ("gong", True)
-    assert presented(prefs(channels={"push": {"badge": False}}), prefs(sound="bell")) == ("bell", False)
-    assert presented(prefs(sound=True, badge=True), prefs(sound="bell", badge=False)) == ("default", True)
 
 
 # -- time -----------------------------------------------------------------------------------------------

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import uuid
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from carillon.messages import PushJob
 from carillon.settings import PushSettings
 from channels.apns import apns_payload
 from channels.fcm import fcm_message
@@ -56,6 +58,68 @@ def test_sound_and_badge_are_the_users_choice() -> None:
     message = fcm_message(job_of(sound="", badge=-1), target_of("abc"), now_ms=1_000, ttl_s=3600.0)
     assert message.android.notification.sound is message.apns.payload.aps.sound is None
     assert message.android.notification.notification_count is message.apns.payload.aps.badge is None
+
+
+def fcm_json(job: PushJob, **target: str) -> dict[str, Any]:
+    """A message as FCM is sent it."""
+    message = fcm_message(job, target_of("abc", **target), 1_000, 3600.0, "carillon")
+    return json.loads(str(message))
+
+
+def test_a_push_that_is_not_to_vibrate_says_so_to_fcm() -> None:
+    """A pattern that is still, a channel of the app's that is, and a word for whoever shows it itself."""
+    still = fcm_json(job_of(vibration=False))
+    shown = still["android"]["notification"]
+    assert (shown["vibrate_timings"], shown["default_vibrate_timings"]) == (["0s", "0s"], False)
+    assert shown["channel_id"] == "carillon_no_vibration"
+    assert still["data"]["vibration"] == "false"
+    assert "webpush" not in still
+
+
+def test_a_push_that_is_to_vibrate_vibrates_as_the_phone_does() -> None:
+    """The phone's own pattern; of low priority it stays still; nothing is added if nobody said a word."""
+    shown = fcm_json(job_of(vibration=True))["android"]["notification"]
+    assert shown["default_vibrate_timings"] is True
+    assert not {"vibrate_timings", "channel_id"} & shown.keys()
+    quiet = fcm_json(job_of(vibration=True, priority=0))["android"]["notification"]
+    assert not {"vibrate_timings", "default_vibrate_timings"} & quiet.keys()
+    plain = fcm_json(job_of())["android"]["notification"]
+    assert not {"vibrate_timings", "default_vibrate_timings", "channel_id"} & plain.keys()
+
+
+@pytest.mark.parametrize(
+    ("sound", "vibration", "channel"),
+    [
+        ("", None, "carillon_no_sound"),
+        ("", True, "carillon_no_sound"),
+        ("", False, "carillon_no_sound_no_vibration"),
+        ("bell", False, "carillon_no_vibration"),
+        ("bell", True, None),
+    ],
+)
+def test_what_is_off_names_a_notification_channel_of_android(
+    sound: str, vibration: bool | None, channel: str | None
+) -> None:
+    """From Android 8 on the channel decides: what the user switched off has one of its own."""
+    job = job_of(sound=sound, vibration=vibration)
+    assert fcm_json(job)["android"]["notification"].get("channel_id") == channel
+    without = fcm_message(job, target_of("abc"), now_ms=1_000, ttl_s=3600.0)
+    assert without.android.notification.channel_id is None
+
+
+def test_a_browser_is_told_in_its_own_words() -> None:
+    """`silent` for what makes no sound (browsers refuse a pattern beside it), else a still pattern."""
+    web = {"platform": "web"}
+    assert fcm_json(job_of(vibration=False), **web)["webpush"]["notification"] == {"vibrate": [0]}
+    assert fcm_json(job_of(sound="", vibration=False), **web)["webpush"]["notification"] == {"silent": True}
+    assert "webpush" not in fcm_json(job_of(), **web)
+
+
+def test_apns_is_told_of_vibration_for_the_app_alone() -> None:
+    """`aps` has no member for it; beside it an app that shows the push itself finds the user's wish."""
+    assert json.loads(apns_payload(job_of(vibration=False)))["vibration"] is False
+    assert "vibration" not in json.loads(apns_payload(job_of(vibration=True)))
+    assert json_size(json.loads(apns_payload(job_of(vibration=False, body="x" * 5000)))) <= PAYLOAD_LIMIT
 
 
 def test_an_fcm_message_carries_notification_and_data() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from carillon.messages import PRIORITIES
 from carillon.preferences import CHANNELS
-from carillon.switches import Preferences, presented, remembered, switches
+from carillon.switches import Preferences, remembered, switches
 
 KIND, CATEGORY = "comment.reply", "social"
 Document = dict[str, Any]
@@ -29,15 +29,10 @@ NAMED = {
     "types": _objects(**{KIND: ENTRIES, "other": ENTRIES}),
     "categories": _objects(**{CATEGORY: ENTRIES, "elsewhere": ENTRIES}),
 }
-SOUNDS = st.sampled_from([True, False, "chime", "bell"])
-CHANNEL = st.booleans() | _objects(
-    enabled=st.booleans(), emergencyOnly=st.booleans(), sound=SOUNDS, badge=st.booleans()
-)
+CHANNEL = st.booleans() | _objects(enabled=st.booleans(), emergencyOnly=st.booleans())
 DOCUMENTS = _objects(
     **{"global": st.sampled_from([True, True, True, False])},
     channels=st.dictionaries(FAMILIES, CHANNEL, min_size=1, max_size=2),
-    sound=SOUNDS,
-    badge=st.booleans(),
     **NAMED,
 )
 FORCED = _objects(**NAMED)
@@ -117,18 +112,3 @@ def test_a_priority_is_overridden_by_the_most_specific_word(
     ]
     found = switches(Preferences(user), Preferences(defaults), Preferences({}), KIND, CATEGORY, urgent)
     assert found.level == (None if urgent or not words else PRIORITIES.index(words[0]))
-
-
-@given(DOCUMENTS, DOCUMENTS)
-def test_a_push_sounds_and_counts_as_the_nearest_word_says(user: Document, defaults: Document) -> None:
-    """Of push, else of everything, the user's before the tenant's; sound and badge if nobody says a word."""
-    sounds: list[Any] = []
-    badges: list[bool] = []
-    for document in (user, defaults):
-        push = document.get("channels", {}).get("push")
-        for said in (push if isinstance(push, dict) else {}, document):
-            sounds += [said["sound"]] if "sound" in said else []
-            badges += [said["badge"]] if "badge" in said else []
-    sound = sounds[0] if sounds else True
-    named = {True: "default", False: ""}.get(sound, sound)
-    assert presented(Preferences(user), Preferences(defaults)) == (named, badges[0] if badges else True)
