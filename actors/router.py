@@ -17,6 +17,7 @@ from actors.config import ActorConfig
 from actors.directory import REROUTE_CODES, ShardDirectory
 from actors.link import Link
 from actors.member import Membership
+from actors.policy_spread import spread_policy
 from actors.pool_directory import PoolDirectory
 from actors.presence_query import find_presence
 from carillon.clock import Clock, SystemClock
@@ -36,6 +37,7 @@ from carillon.messages import (
     Message,
     Outcome,
     Outcomes,
+    PolicyRead,
     PresenceQuery,
     Publish,
     Push,
@@ -212,6 +214,8 @@ class Router:
             log.warning("unexpected one-way %s from %s", kind.__name__, link.peer)
         elif kind is PresenceQuery:
             self._spawn(link, request, self._find_presence(message))
+        elif kind is PolicyRead:
+            self._spawn(link, request, self._spread_policy(message))
         elif hasattr(message, "slot"):
             self._spawn(link, request, self._pass_on(message))
         else:
@@ -545,6 +549,10 @@ class Router:
     async def _find_presence(self, query: PresenceQuery) -> Message:
         assert self._directory is not None
         return await find_presence(self._directory, query, self._deadline_s, self.config.settings.link)
+
+    async def _spread_policy(self, told: PolicyRead) -> Message:
+        assert self._directory is not None
+        return await spread_policy(self._directory, told, self.config.settings.link)
 
 
 def _hand_back(link: Link, provider: str, jobs: list[PushJob], reason: str) -> None:

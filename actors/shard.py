@@ -71,6 +71,7 @@ from carillon.messages import (
     Outcomes,
     PlanQuery,
     PlanReply,
+    PolicyRead,
     PreferencesPut,
     PresenceMode,
     PresenceQuery,
@@ -451,6 +452,8 @@ class Shard:
             self._device_said(link, message, request)
         elif kind is PlanQuery:
             self._spawn(self._answer(link, request, lambda: self._preview(message)))
+        elif kind is PolicyRead:
+            self._spawn(self._answer(link, request, lambda: self._read_policy(message)))
         elif kind is UserErase:
             self._spawn(self._answer(link, request, lambda: self._accounts.erase(message)))
         elif kind in _DOCUMENT_MESSAGES:
@@ -580,6 +583,9 @@ class Shard:
     async def _preview(self, message: PlanQuery) -> PlanReply:
         user = await self._user(message)
         return PlanReply(msgspec.json.encode(await self._writer.preview(user, message.event)).decode())
+
+    async def _read_policy(self, message: PolicyRead) -> Done:
+        return Done(int(await self._policies.read_again(message.tenant)))
 
     async def _document(self, message: Any) -> Done:
         user = await self._user(message)

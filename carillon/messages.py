@@ -29,6 +29,7 @@ from carillon.messages_members import (
     StatsQuery,
     StatsReply,
 )
+from carillon.messages_policies import PolicyHeld, PolicyRead
 from carillon.messages_push import (
     LEFT,
     Push,
@@ -95,7 +96,8 @@ __all__ = [
     "Detach", "DeviceAck", "DeviceDelete", "DevicePresence", "DevicePut", "DeviceTold",
     "DeviceVisibility", "DigestChange", "Done", "Envelope", "Event", "Failure", "Join", "Leave", "Logout",
     "Member", "MemberStats", "Message", "Outcome", "Outcomes", "Ping", "PlanQuery", "PlanReply",
-    "PreferencesPut", "PresenceMode", "PresenceQuery", "PresenceReply", "PresenceTold", "PresenceWatch",
+    "PolicyHeld", "PolicyRead", "PreferencesPut", "PresenceMode", "PresenceQuery", "PresenceReply",
+    "PresenceTold", "PresenceWatch",
     "ProfilePut", "Publish", "Push", "PushAccepted", "PushJob", "PushLeft", "PushOutcome", "PushResult",
     "PushTarget", "Renew", "Replay", "ReplayResult", "SessionsRevoke", "SocketDrained", "StatsQuery",
     "StatsReply", "Unsubscribe", "UserErase", "UserPresence", "WatchAnswer", "WatchedUser", "Write",
@@ -131,7 +133,7 @@ type_union = (
     | DeviceAck | DeviceVisibility | DeviceTold | PresenceWatch | PresenceTold | WatchAnswer
     | PresenceMode | ClientMode
     | PlanQuery | PlanReply | Unsubscribe | Amend | Amended | DigestChange
-    | ProfilePut | UserErase | ClientTopic
+    | ProfilePut | UserErase | ClientTopic | PolicyRead | PolicyHeld
 )  # fmt: skip
 Message = type_union
 

@@ -76,6 +76,13 @@ class IngressSettings:
     )
     tls_key_file: str = setting("", "PEM file of the certificate's key.")
     request_timeout_s: float = setting(10.0, "Deadline of a request, retries inside it.", low=0.1, unit="s")
+    policy_wait_s: float = setting(
+        2.0,
+        "A changed policy is answered once all shards decide by it, or after so long.",
+        low=0.0,
+        high=30.0,
+        unit="s",
+    )
     max_request_bytes: int = setting(8 * 1024 * 1024, "Longest request body (413 beyond).", low=1024)
     import_batch: int = setting(
         500, "Events of an import stored at a time; the next are read meanwhile.", low=1, high=1000

@@ -67,7 +67,7 @@ class ShardSettings:
         unit="s",
     )
     policy_refresh_s: float = setting(
-        5.0, "A tenant's changed policy holds everywhere within so long.", low=0.05, unit="s"
+        5.0, "A changed policy that a shard was not told of holds there within so long.", low=0.05, unit="s"
     )
     ack_flush_s: float = setting(
         0.1, "Acknowledgements are written in batches this far apart.", low=0.0, unit="s"

@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+from email.utils import formatdate
 from typing import Any, Final
 
 from carillon import policy, retention
 from carillon.audience import PLATFORMS
 from carillon.budget import MAX_COUNT, MAX_WINDOW_S
 from carillon.decision import DIGEST, FEED
+from carillon.errors import CarillonError
 from carillon.event_rules import MAX_WINDOW_S as MAX_MERGE_S
 from carillon.event_rules import MIN_WINDOW_S
 from carillon.events import ProblemError
 from carillon.merge_rules import HOW, MAX_BODY, MAX_LOCALES, MAX_TITLE
 from carillon.merge_rules import MAX_TYPES as MAX_MERGED
+from carillon.messages import PolicyHeld, PolicyRead
 from carillon.preferences import MAX_ENTRIES
-from carillon.problems import problem
+from carillon.problems import DocumentError, problem
 from carillon.settings import WATCH, WHEN_AWAY
 from serve.audit import audited
 from serve.http import Request, Response, json_response
+from serve.routes.amend import etag, if_match
+from serve.routes.users import IF_MATCH
 from serve.routing import SERVICE, Route
 from serve.schemas import LOCAL_TIME, obj, ref, text
 from serve.services import Services
+from stores.postgres.tenants import PolicyVersion
+
+log = logging.getLogger(__name__)
+
+_ANSWER_S: Final = 1.0
+"""For a router's answer to arrive, beyond the time that it has for asking the shards."""
 
 
 async def get_policy(services: Services, request: Request) -> Response:
     """GET /v1/policy."""
-    return _complete(services, await services.tenants.policy(request.tenant))
+    return _complete(services, *await services.tenants.stored_policy(request.tenant))
 
 
-def _complete(services: Services, document: Any) -> Response:
+def _complete(services: Services, document: Any, version: PolicyVersion, status: int = 200) -> Response:
     settings = services.settings
     watch = policy.WatchRule(settings.presence.watch)
-    return json_response(policy.complete(document, policy.cluster_default(settings.shard), watch))
+    headers = [etag(version.version)]
+    if version.since_ms is not None:
+        headers.append((b"last-modified", formatdate(version.since_ms / 1000, usegmt=True).encode()))
+    whole = policy.complete(document, policy.cluster_default(settings.shard), watch)
+    return json_response(whole, status, headers)
 
 
 async def put_policy(services: Services, request: Request) -> Response:
@@ -39,11 +56,28 @@ async def put_policy(services: Services, request: Request) -> Response:
     document = await request.json_object()
     try:
         text = policy.validate(document, services.settings.presence.callback_hosts)
-    except policy.PolicyError as exc:
+        version = if_match(request)
+    except DocumentError as exc:
         raise ProblemError(problem("invalid", str(exc), exc.errors)) from None
-    await services.tenants.put_policy(request.tenant, text)
-    await audited(services, request, "policy.put")
-    return _complete(services, document)
+    stored = await services.tenants.put_policy(request.tenant, text, version)
+    everywhere, _ = await asyncio.gather(
+        _spread(services, request), audited(services, request, "policy.put", version=stored.version)
+    )
+    return _complete(services, document, stored, 200 if everywhere else 202)
+
+
+async def _spread(services: Services, request: Request) -> bool:
+    """Tell the shards; whether all of them decide by it now. What is stored holds there soon in any case."""
+    wait_s = services.settings.ingress.policy_wait_s
+    deadline = min(request.deadline, services.clock.monotonic() + wait_s + _ANSWER_S)
+    try:
+        held = await services.backend.request(PolicyRead(request.tenant, round(wait_s * 1000)), deadline)
+    except CarillonError as exc:
+        log.warning("the shards look for the policy of %s by themselves: %s", request.tenant, exc)
+        return False
+    if type(held) is PolicyHeld and held.missing:
+        log.warning("the policy of %s is not known yet to %s", request.tenant, ", ".join(held.missing))
+    return type(held) is PolicyHeld and not held.missing
 
 
 _MEMBERS: Final = {
@@ -176,14 +210,21 @@ _ANSWER: Final = {
 ROUTES: Final = (
     Route(
         "GET", "/v1/policy", get_policy, SERVICE, "Read the tenant's policy", scope="policy:write",
-        doc="With every member, those not stored as they hold now.", answer=_POLICY,
+        doc="With every member, those not stored as they hold now. `ETag` is its version (`\"0\"`: nothing "
+        "was ever stored), `Last-Modified` since when it is the present one.", answer=_POLICY,
         answer_example=_ANSWER,
         tag="Policy",
     ),
     Route(
         "PUT", "/v1/policy", put_policy, SERVICE, "Replace the tenant's policy", scope="policy:write",
-        doc="Holds everywhere within `shard.policy_refresh_s`. Members left out are the cluster's defaults.",
-        body=_POLICY, body_required=False, body_example=_EXAMPLE, answer=_POLICY, problems=(400, 413, 422),
+        doc="Members left out are the cluster's defaults. Answered once every shard decides by it; `ETag` "
+        "and `Last-Modified` are told as by GET.",
+        headers=(IF_MATCH,), body=_POLICY, body_required=False, body_example=_EXAMPLE, answer=_POLICY,
+        other_answers={202: (
+            "Stored; a shard did not say within `ingress.policy_wait_s` that it knows, and holds it within "
+            "`shard.policy_refresh_s`", _POLICY,
+        )},
+        problems=(400, 412, 413, 422),
         tag="Policy",
     ),
 )  # fmt: skip

@@ -9,13 +9,13 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import asyncpg
 import msgspec
 
 from carillon.api_keys import check_scopes, check_tenant_name, hash_key, make_key
-from carillon.errors import InvalidInputError, NotFoundError
+from carillon.errors import InvalidInputError, NotFoundError, VersionError
 from carillon.jwks_url import check_jwks_url
 from carillon.limits import MEMBER, RateLimit, check_rate, key_limit, tenant_limit
 from carillon.token_keys import parse_jwks
@@ -109,6 +109,15 @@ class AuditRecord:
     action: str
     target: str
     detail: Mapping[str, Any]
+
+
+class PolicyVersion(NamedTuple):
+    """Which policy document of a tenant is the present one."""
+
+    version: int
+    """One more with each change; 0: nothing was ever stored."""
+    since_ms: int | None
+    """Since when, ms since the epoch."""
 
 
 class TenantStore(Store):
@@ -288,11 +297,40 @@ class TenantStore(Store):
             raise NotFoundError(f"there is no tenant {tenant!r}", "tenant")
         return {} if row["policy"] is None else msgspec.json.decode(row["policy"])
 
-    async def put_policy(self, tenant: str, text: str) -> None:
-        """Replace the policy document (text of `carillon.policy.validate`). Raises NotFoundError."""
+    async def stored_policy(self, tenant: str) -> tuple[dict[str, Any], PolicyVersion]:
+        """The policy document as stored, and its version. Raises NotFoundError: no such tenant."""
         async with acquired(self._pool, self._timeout_s) as connection:
-            if await connection.fetchval(self._sql["put_policy"], tenant, text) is None:
-                raise NotFoundError(f"there is no tenant {tenant!r}", "tenant")
+            row = await connection.fetchrow(self._sql["stored_policy"], tenant)
+        if row is None:
+            raise NotFoundError(f"there is no tenant {tenant!r}", "tenant")
+        document = {} if row["policy"] is None else msgspec.json.decode(row["policy"])
+        return document, PolicyVersion(row["version"], row["since_ms"])
+
+    async def put_policy(self, tenant: str, text: str, version: int | None = None) -> PolicyVersion:
+        """Replace the policy document.
+
+        Args:
+            text: of `carillon.policy.validate`.
+            version: only if this is the present one; None: whichever is.
+
+        Returns:
+            What is the present one now; the same as before if nothing changed.
+
+        Raises:
+            NotFoundError: no such tenant.
+            VersionError: another version is the present one; nothing was changed.
+        """
+        async with acquired(self._pool, self._timeout_s) as connection:
+            row = await connection.fetchrow(self._sql["put_policy"], tenant, text, version)
+            if row is not None:
+                return PolicyVersion(row["version"], row["since_ms"])
+            present = await connection.fetchrow(self._sql["stored_policy"], tenant)
+        if present is None:
+            raise NotFoundError(f"there is no tenant {tenant!r}", "tenant")
+        raise VersionError(
+            f"expected version {version} of the policy, got {present['version']}",
+            "If-Match", str(present["version"]), str(version),
+        )  # fmt: skip
 
     async def limits(self, tenant: str) -> dict[str, Any]:
         """The document of limits as stored, {} if there is none. Raises NotFoundError: no such tenant."""

@@ -21,6 +21,8 @@ from carillon.messages import (
     Outcomes,
     PlanQuery,
     PlanReply,
+    PolicyHeld,
+    PolicyRead,
     PresenceQuery,
     PresenceReply,
     Publish,
@@ -45,6 +47,7 @@ class FakeRouter:
         received: all other messages.
         changed: what a Change answers as `changed`.
         devices: how many devices a DeviceDelete finds.
+        missing: shards that have not heard of a changed policy.
     """
 
     def __init__(self, coordinator: FakeCoordinator, name: str = "router-local") -> None:
@@ -60,6 +63,7 @@ class FakeRouter:
         self.received: list[Any] = []
         self.changed = 1
         self.devices = 1
+        self.missing: list[str] = []
         self._seq = 0
 
     def link_opened(self, link: Link) -> None:
@@ -84,6 +88,8 @@ class FakeRouter:
         elif type(message) is PlanQuery:
             plan = {"userId": message.user, "status": "stored", "channels": ["in_app"], "rules": []}
             link.reply_nowait(request, PlanReply(json.dumps(plan)))
+        elif type(message) is PolicyRead:
+            link.reply_nowait(request, PolicyHeld(1, self.missing))
         elif kind == "Change":
             link.reply_nowait(request, ChangeResult(self.changed, 7, 0))
         else:

@@ -7,13 +7,15 @@ import json
 import socket
 import uuid
 from collections.abc import AsyncIterator
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import asyncpg
+import httpx
 import pytest
 import pytest_asyncio
 
-from carillon.errors import ClusterError
+from carillon.errors import ClusterError, InvalidInputError
 from carillon.ids import slot_of, uuid_text
 from carillon.messages import (
     Change,
@@ -22,6 +24,7 @@ from carillon.messages import (
     Failure,
     Outcome,
     Outcomes,
+    PolicyRead,
     PresenceMode,
     PresenceReply,
     Publish,
@@ -790,6 +793,42 @@ async def test_policy(own_world: World) -> None:
     assert await world.tenants.policy("other") == {}
     weak = await world.tenants.create_key("acme", "reader", ["users:write"])
     problem(await world.http.get("/v1/policy", headers=world.service(weak)), 403, "not_permitted")
+
+
+async def test_versions_of_a_policy(own_world: World) -> None:
+    """Each change is a version with a time, the same document again is none; If-Match replaces that one
+    alone; a shard that has not heard of it makes the answer a 202, and the change is stored all the same."""
+    world = own_world
+
+    async def put(document: Any, **headers: str) -> httpx.Response:
+        return await world.http.put("/v1/policy", json=document, headers=world.service() | headers)
+
+    none = await world.http.get("/v1/policy", headers=world.service())
+    assert none.headers["etag"] == '"0"'
+    assert "last-modified" not in none.headers
+    first = await put({"holdS": 1})
+    assert (first.status_code, first.headers["etag"]) == (200, '"1"')
+    assert [m.tenant for m in world.router.received if type(m) is PolicyRead] == ["acme"]
+    again = await put({"holdS": 1})
+    assert (again.status_code, again.headers["etag"]) == (200, '"1"')
+    assert again.headers["last-modified"] == first.headers["last-modified"]
+    problem(await put({"holdS": 2}, **{"If-Match": '"0"'}), 412, "version_conflict")
+    problem(await put({"holdS": 2}, **{"If-Match": "x"}), 422, "invalid")
+    raced = await asyncio.gather(*(put({"holdS": n}, **{"If-Match": '"1"'}) for n in range(2, 6)))
+    assert sorted(answer.status_code for answer in raced) == [200, 412, 412, 412]
+    world.router.missing = ["shard-a"]
+    later = await put({"holdS": 9})
+    assert (later.status_code, later.headers["etag"], later.json()["holdS"]) == (202, '"3"', 9.0)
+    world.router.missing = []
+    world.router.answer = lambda link, message, request: (
+        type(message) is PolicyRead and (link.fail_nowait(request, InvalidInputError("unheard of")) or True)
+    )
+    assert (await put({"holdS": 10})).status_code == 202  # a router of an earlier release
+    told = await world.http.get("/v1/policy", headers=world.service())
+    assert (told.headers["etag"], told.json()["holdS"]) == ('"4"', 10.0)
+    assert parsedate_to_datetime(told.headers["last-modified"]).tzinfo is not None
+    acts = [act.detail for act in await world.tenants.audit("acme", 10) if act.action == "policy.put"]
+    assert [act["version"] for act in acts] == [4, 3, 2, 1, 1]
 
 
 async def test_docs_work_offline(world: World) -> None:

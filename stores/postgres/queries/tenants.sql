@@ -82,9 +82,21 @@ where api_keys.key_id = used.key_id;
 -- The policy document, null if none is stored. $1 tenant.
 select settings -> 'policy' as policy from tenants where tenant = $1;
 
+-- name: stored_policy
+-- The same with its version (0: nothing was ever stored) and since when it is the present one, in ms. $1 tenant.
+select settings -> 'policy' as policy, policy_version as version,
+       (extract(epoch from policy_at) * 1000)::bigint as since_ms
+from tenants where tenant = $1;
+
 -- name: put_policy
--- $1 tenant, $2 the document as text.
-update tenants set settings = jsonb_set(settings, '{policy}', $2::jsonb) where tenant = $1 returning tenant;
+-- $1 tenant, $2 the document as text, $3 the version that it replaces (null: any). The same document again is no new
+-- version: a request that is repeated changes nothing.
+update tenants set
+    settings = jsonb_set(settings, '{policy}', $2::jsonb),
+    policy_version = policy_version + (settings -> 'policy' is distinct from $2::jsonb)::integer,
+    policy_at = case when settings -> 'policy' is distinct from $2::jsonb then now() else policy_at end
+where tenant = $1 and ($3::integer is null or policy_version = $3)
+returning policy_version as version, (extract(epoch from policy_at) * 1000)::bigint as since_ms;
 
 -- name: limits
 -- The document of limits (carillon/limits.py), null if none is stored. $1 tenant.
