@@ -399,9 +399,9 @@ class Outbox:
             else:
                 reaches = EXTERNAL[row.channel].providers
                 mine = [t for t in targets if t.provider in reaches]
-                wanted = self._policies.of(row.key.tenant).of(row.type).platforms
-                if wanted and mine:
-                    mine = [t for t in mine if not t.platform or t.platform in wanted]
+                policy = self._policies.of(row.key.tenant).of(row.type)
+                if policy.platforms and mine:
+                    mine = [t for t in mine if policy.gets(t.platform)]
             left = [t for t in mine if t.device not in row.sent_to and t.device not in row.shown_on]
             if not left:
                 if row.sent_to:

@@ -58,6 +58,10 @@ class Policy:
     hold_ms: int
     platforms: frozenset[str] = frozenset()
 
+    def gets(self, platform: str | None) -> bool:
+        """Whether a device of a platform gets the push; of one that is not known: yes."""
+        return not self.platforms or not platform or platform in self.platforms
+
 
 @dataclass(frozen=True, slots=True)
 class WatchRule:
@@ -86,7 +90,7 @@ class TopicRule:
 
     def allows(self, topic: str) -> bool:
         """Whether a client may subscribe to a topic."""
-        return self.subscribe == "any" or topic.startswith(self.prefixes or ("\0",))
+        return self.subscribe == "any" or topic.startswith(self.prefixes)  # of none: false
 
 
 @dataclass(frozen=True, slots=True)

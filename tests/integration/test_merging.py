@@ -232,3 +232,23 @@ async def test_what_was_edited_cancelled_or_retracted(service: Merging) -> None:
         anew = await service.like("Jim")
         assert anew["id"] != first["id"]
         first = anew
+
+
+async def test_a_thousand_likes_by_a_thousand_people(service: Merging) -> None:
+    """One notification that counts them all and names ten, and the pushes that `merge.renotify_s` allows: the
+    one of the first like, and one when the user may be disturbed again."""
+    await service.phone()
+    for begin in range(0, 1000, 200):
+        batch = [
+            service.body("ada", **POST, title=f"user {n} liked", actorId=f"user {n}", aggregate=True)
+            for n in range(begin, begin + 200)
+        ]
+        told = await service.call("POST", "/v1/events", batch, 202)
+        assert {one["status"] for one in told["results"][1:]} == {"merged"}
+    (note,) = (await service.mine("GET", "/api/notifications"))["notifications"]
+    assert (note["count"], len(note["actors"]), note["title"]) == (1000, 10, "user 999 liked")
+    assert [actor["id"] for actor in note["actors"]] == [f"user {n}" for n in range(999, 989, -1)]
+    why = await service.explain(note)
+    assert why["merged"]["windows"][0]["words"].count("it counts 1000 different actors") == 1
+    pushes = await service.world.db.fetch("select due_at from deliveries order by due_at")
+    assert 1 <= len(pushes) <= 2

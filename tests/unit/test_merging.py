@@ -68,7 +68,8 @@ class Row:
 class Store:
     """What Postgres keeps: notifications, windows, counted actors."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: MergeSettings = LIMITS) -> None:
+        self.limits = limits
         self.rows: dict[bytes, Row] = {}
         self.windows: dict[str, tuple[bytes, int, int, int, int]] = {}
         self.actors: set[tuple[bytes, str]] = set()
@@ -78,7 +79,7 @@ class Store:
         self, now_ms: int, events: list[Event], rule: MergeRule | None = None
     ) -> list[merging.Decision]:
         """Decide for a batch as the writer of a shard does, and commit."""
-        merger = Merger(now_ms, LIMITS)
+        merger = Merger(now_ms, self.limits)
         merger.know(
             [
                 Window(1, key, self.rows[raw].row, self.rows[raw].priority, ends_ms, events_, count, told_ms)
@@ -90,7 +91,7 @@ class Store:
         decisions: list[merging.Decision] = []
         for one in events:
             members = decode_content(one.content)
-            asks = asks_of(one, rule, LIMITS, said_by(one.content))
+            asks = asks_of(one, rule, self.limits, said_by(one.content))
             decision = merger.decide(1, one, asks, members, filed=False, priority=one.priority)
             decisions.append(decision)
             if decision.status == DUPLICATE:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from carillon.messages import PRIORITIES
 from carillon.preferences import CHANNELS
-from carillon.switches import Preferences, remembered, switches
+from carillon.switches import Fired, Preferences, remembered, switches
 
 KIND, CATEGORY = "comment.reply", "social"
 Document = dict[str, Any]
@@ -38,28 +38,37 @@ DOCUMENTS = _objects(
 FORCED = _objects(**NAMED)
 
 
-def _entries(document: Document) -> list[Any]:
-    """What a document says of the type, then of the category."""
-    found = [document.get("types", {}).get(KIND), document.get("categories", {}).get(CATEGORY)]
-    return [entry for entry in found if entry is not None]
+def _entries(document: Document) -> list[tuple[str, str, Any]]:
+    """What a document says of the type, then of the category: (which, its name, its words)."""
+    found = [
+        ("type", KIND, document.get("types", {}).get(KIND)),
+        ("category", CATEGORY, document.get("categories", {}).get(CATEGORY)),
+    ]
+    return [entry for entry in found if entry[2] is not None]
 
 
-def _whole(document: Document) -> bool | None:
-    """Type or category as a whole."""
-    for entry in _entries(document):
+def _whole(document: Document) -> tuple[bool, str, str | None] | None:
+    """Type or category as a whole: (on, the rule's name if it is off, what it is about)."""
+    for which, name, entry in _entries(document):
         word = entry if isinstance(entry, bool) else entry.get("enabled")
         if word is not None:
-            return word
+            return word, f"{which}_off", name
     return None
 
 
-def _single(document: Document, family: str) -> bool | None:
+def _single(document: Document, family: str) -> tuple[bool, str, str | None] | None:
     """The most specific word on one channel."""
-    for entry in _entries(document):
+    for which, name, entry in _entries(document):
         if not isinstance(entry, bool) and family in entry.get("channels", {}):
-            return entry["channels"][family]
+            return entry["channels"][family], f"{which}_channel_off", name
     word = document.get("channels", {}).get(family)
-    return word.get("enabled") if isinstance(word, dict) else word
+    word = word.get("enabled") if isinstance(word, dict) else word
+    return None if word is None else (word, "channel_off", family)
+
+
+def _global(document: Document) -> tuple[bool, str, str | None] | None:
+    word = document.get("global")
+    return None if word is None else (word, "global_off", None)
 
 
 def _emergencies(document: Document, family: str) -> bool:
@@ -67,20 +76,26 @@ def _emergencies(document: Document, family: str) -> bool:
     return isinstance(word, dict) and bool(word.get("emergencyOnly"))
 
 
-def _closed(user: Document, defaults: Document, forced: Document, family: str, urgent: bool) -> bool:
-    single = _single(forced, family)
-    word = _whole(forced) if single is None else single
+def _deciding(
+    user: Document, defaults: Document, forced: Document, family: str, urgent: bool
+) -> Fired | None:
+    """The rule that closes or forces a channel; None: it is open, and nobody said a word against it."""
+    word = _single(forced, family) or _whole(forced)
     if word is not None:
-        return not word
-    for says in (lambda d: d.get("global"), _whole, lambda d: _single(d, family)):
-        words = [says(document) for document in (user, defaults)]
-        if next((word for word in words if word is not None), True) is False:
-            return True
+        return Fired("forced_on" if word[0] else "forced_off", "tenant", word[2], (family,))
+    both = ((user, "user"), (defaults, "tenant"))
+    for says in (_global, _whole, lambda d: _single(d, family)):
+        words = [(found, whose) for document, whose in both if (found := says(document)) is not None]
+        if words and not words[0][0][0]:
+            (_, rule, about), whose = words[0]
+            return Fired(rule, whose, about, (family,))
     if urgent:
-        return False
+        return None
     if _emergencies(user, family):
-        return True
-    return _single(user, family) is None and _emergencies(defaults, family)
+        return Fired("emergency_only", "user", family, (family,))
+    if _single(user, family) is None and _emergencies(defaults, family):
+        return Fired("emergency_only", "tenant", family, (family,))
+    return None
 
 
 @settings(max_examples=1000)
@@ -89,11 +104,13 @@ def test_the_word_that_counts_decides_each_channel(
     user: Document, defaults: Document, forced: Document, urgent: bool
 ) -> None:
     """Forced rules; then `global`, type or category as a whole, single channels, each the user's before the
-    tenant's; then what is for emergencies."""
+    tenant's; then what is for emergencies. And that word, no other, is told."""
     mine, beneath, above = Preferences(user), Preferences(defaults), Preferences(forced)
     found = switches(mine, beneath, above, KIND, CATEGORY, urgent)
-    assert found.off == {f for f in CHANNELS if _closed(user, defaults, forced, f, urgent)}
-    assert found.off <= found.why.keys(), "what is closed says why"
+    rules = {f: _deciding(user, defaults, forced, f, urgent) for f in CHANNELS}
+    assert found.why == {f: rule for f, rule in rules.items() if rule is not None}
+    assert found.off == {f for f, rule in found.why.items() if rule.rule != "forced_on"}
+    assert (found.forced is not None) == any(rule.rule == "forced_on" for rule in found.why.values())
     for _ in range(2):
         assert remembered(mine, beneath, above, KIND, CATEGORY, urgent) == found
 
@@ -103,12 +120,18 @@ def test_the_word_that_counts_decides_each_channel(
 def test_a_priority_is_overridden_by_the_most_specific_word(
     user: Document, defaults: Document, urgent: bool
 ) -> None:
-    """The type's before the category's, the user's before the tenant's; an urgent one stays urgent."""
+    """The type's before the category's, the user's before the tenant's; an urgent one stays urgent. The rule
+    that did it is told."""
     words = [
-        entry["priority"]
-        for document in (user, defaults)
-        for entry in _entries(document)
+        (entry["priority"], whose)
+        for document, whose in ((user, "user"), (defaults, "tenant"))
+        for _, _, entry in _entries(document)
         if not isinstance(entry, bool) and "priority" in entry
     ]
     found = switches(Preferences(user), Preferences(defaults), Preferences({}), KIND, CATEGORY, urgent)
-    assert found.level == (None if urgent or not words else PRIORITIES.index(words[0]))
+    if urgent or not words:
+        assert (found.level, found.priority) == (None, None)
+    else:
+        level, whose = words[0]
+        assert found.level == PRIORITIES.index(level)
+        assert found.priority == Fired("priority", whose, level)

@@ -1,0 +1,193 @@
+"""Schedules as a shard carries them out: each occurrence once and in time, whatever fails on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, cast
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.shard_schedules import Schedules
+from carillon.clock import ManualClock, rfc3339
+from carillon.errors import StoreUnavailableError, UnavailableError
+from carillon.ids import uuid_text
+from carillon.messages import Outcome, Outcomes, Publish
+from carillon.metrics import Stats
+from carillon.schedules import next_ms, parse
+from carillon.settings import Settings
+from stores.postgres.schedules import ClaimedSchedule
+
+START = (
+    round(datetime(2026, 3, 28, 12, tzinfo=UTC).timestamp()) * 1000
+)  # a day before clocks change in Vienna
+MINUTE = 60_000
+ID = b"\1" * 16
+SETTINGS = Settings()
+
+
+@dataclass
+class Kept:
+    """The one schedule, as PostgreSQL keeps it: claimed under a lease, settled by who claimed it last."""
+
+    rule: str
+    next_ms: int
+    due_ms: int
+    single: bool
+    state: str = "active"
+    claim: int = 0
+    fired: int = 0
+    missed: int = 0
+    breaks: bool = False
+    """The next settling is lost, with its shard or its connection."""
+
+    async def any_due(self, slots: list[int], now_ms: int) -> bool:
+        return self.state == "active" and self.due_ms <= now_ms
+
+    async def claim_due(self, now_ms: int, lease_end_ms: int) -> list[ClaimedSchedule]:
+        if not await self.any_due([], now_ms):
+            return []
+        self.claim, self.due_ms = self.claim + 1, lease_end_ms
+        event = json.dumps({"userId": "ada", "type": "t", "title": "x"})
+        return [
+            ClaimedSchedule("t", ID, "ada", self.rule, event, self.single, self.claim, self.next_ms, "UTC")
+        ]
+
+    async def settle(self, shard: str, term: int, row: ClaimedSchedule, **told: Any) -> bool:
+        if self.breaks:
+            raise StoreUnavailableError("lost")
+        if row.claim != self.claim or self.state != "active":
+            return False
+        self.state, self.next_ms, self.due_ms = told["state"], told["next_ms"], told["due_ms"]
+        self.fired, self.missed = self.fired + told["fired"], self.missed + told["missed"]
+        return True
+
+
+class Store:
+    """What a shard asks of the store of schedules."""
+
+    def __init__(self, kept: Kept) -> None:
+        self.any_due, self.settle = kept.any_due, kept.settle
+        self._kept = kept
+
+    async def claim(
+        self, shard: str, term: int, slots: list[int], now_ms: int, limit: int, lease_end_ms: int
+    ) -> list[ClaimedSchedule]:
+        return await self._kept.claim_due(now_ms, lease_end_ms)
+
+
+@dataclass
+class Road:
+    """The way to the recipient's shard, which knows by key what it has stored.
+
+    Attributes:
+        mode: ok | lost (it arrives, its answer does not) | full (refused for now) | away (no router).
+        stored: by idempotency key when it was stored first.
+    """
+
+    clock: ManualClock
+    mode: str = "ok"
+    stored: dict[str, int] = field(default_factory=dict)
+    ids: set[bytes] = field(default_factory=set)
+
+    async def request(self, message: Publish, timeout_s: float) -> Outcomes:
+        (event,) = message.events
+        if self.mode == "full":
+            return Outcomes([Outcome(event.id, 0, "failed", [], code="overloaded", detail="full")])
+        assert event.idempotency_key is not None
+        self.stored.setdefault(event.idempotency_key, self.clock.now_ms())
+        self.ids.add(event.id)
+        if self.mode == "lost":
+            raise UnavailableError("no answer")
+        return Outcomes([Outcome(event.id, 1, "stored", ["in_app"])])
+
+
+RULES = st.one_of(
+    st.integers(0, 300).map(lambda minutes: {"at": rfc3339(START + minutes * MINUTE)}),
+    st.tuples(st.integers(0, 90), st.integers(10, 90), st.none() | st.integers(1, 6)).map(
+        lambda three: {
+            "localAt": rfc3339(START + three[0] * MINUTE)[:19],
+            "rrule": f"FREQ=MINUTELY;INTERVAL={three[1]}" + (f";COUNT={three[2]}" if three[2] else ""),
+        }
+    ),
+    st.integers(0, 59).map(lambda minute: {"cron": f"{minute} * * * *", "timezone": "Europe/Vienna"}),
+)
+LOOKS = st.lists(
+    st.tuples(
+        st.sampled_from([250, 250, 5000, 31_000]) | st.integers(1, 3 * 60 * MINUTE),
+        st.sampled_from(["ok", "ok", "ok", "lost", "full", "away"]),
+        st.sampled_from([False, False, True]),
+        st.booleans(),
+    ),
+    max_size=14,
+)
+
+
+def occurrences(rule: dict[str, Any], until_ms: int) -> list[int]:
+    """All up to a time."""
+    when, found = parse(rule), list[int]()
+    while (at_ms := next_ms(when, found[-1] if found else START - 1)) is not None and at_ms <= until_ms:
+        found.append(at_ms)
+    return found
+
+
+async def _run(rule: dict[str, Any], looks: list[tuple[int, str, bool, bool]]) -> None:
+    clock = ManualClock(START)
+    first = next_ms(parse(rule), START - 1)
+    assert first is not None
+    single = "at" in rule
+    kept = Kept(json.dumps(rule), first, first, single)
+    road = Road(clock)
+
+    def shard() -> Schedules:
+        made = Schedules(
+            cast("Any", None), clock, Stats(), SETTINGS, name="shard-a", term=lambda: 1, slots=lambda: [1],
+            router=lambda: None if road.mode == "away" else cast("Any", road), fenced=lambda: None,
+        )  # fmt: skip
+        made._store_ = cast("Any", Store(kept))
+        return made
+
+    owner = shard()
+    for pause_ms, mode, breaks, restart in [
+        *looks,
+        (31_000, "ok", False, True),
+        (31_000, "ok", False, False),
+    ]:
+        clock.advance(pause_ms / 1000)
+        if restart:
+            owner = shard()
+        road.mode, kept.breaks = mode, breaks
+        claimed = kept.due_ms > kept.next_ms  # by a claim whose end is not known, or to be tried again
+        before = dict(road.stored)
+        await owner._sweep()
+        if mode == "ok" and not breaks and not claimed:
+            assert kept.state != "active" or kept.next_ms > clock.now_ms(), "what is due is sent at once"
+            for key in road.stored.keys() - before.keys():
+                late_ms = clock.now_ms() - int(key.rsplit(":", 1)[1])
+                assert late_ms <= pause_ms, "it was due at the look before"
+    due = occurrences(rule, clock.now_ms())
+    sent = [int(key.rsplit(":", 1)[1]) for key in road.stored]
+    assert all(key.startswith(f"schedules:{uuid_text(ID)}:") for key in road.stored)
+    assert set(sent) <= set(due), "only at its times"
+    assert all(at <= when for at, when in zip(sent, road.stored.values(), strict=True)), "not before"
+    assert kept.fired == len(sent), "each is told as sent once"
+    assert kept.fired + kept.missed == len(due), "each was sent or counted as missed"
+    assert (kept.state == "active") == (next_ms(parse(rule), clock.now_ms()) is not None)
+    if single:
+        assert sent == due
+        assert road.ids <= {ID}, "the id that was told when it was scheduled"
+    if due:
+        assert sent, "of what was missed one is sent"
+
+
+@settings(max_examples=200)
+@given(RULES, LOOKS)
+def test_each_occurrence_comes_once_and_in_time(
+    rule: dict[str, Any], looks: list[tuple[int, str, bool, bool]]
+) -> None:
+    """Shards that die between sending and writing it down, answers that are lost, routers that are away or
+    full, looks that come hours late: none is sent twice, early or never; a look sends what is due."""
+    asyncio.run(_run(rule, looks))
