@@ -113,6 +113,8 @@ class Router:
         self._max_held = settings.router.max_held
         self._max_batch = settings.router.max_batch
         self._max_passing = settings.router.max_passing
+        self._release_batch = settings.router.release_batch
+        self._release_pause_s = settings.router.release_pause_s
         self._pause_min_s = max(settings.link.reconnect_min_s, 0.01)
         self._pause_max_s = max(settings.link.reconnect_max_s, self._pause_min_s)
         self.membership = Membership(config, self, stats=self.stats, clock=self._clock)
@@ -127,6 +129,9 @@ class Router:
         self._dirty: list[_Lane] = []
         self._flush_scheduled = False
         self._hold_timer: asyncio.TimerHandle | None = None
+        self._room = 0  # held events that may be released until then
+        self._room_until = float("-inf")  # monotonic
+        self._pace_timer: asyncio.TimerHandle | None = None
         self._next_ask = 0
         self._asks_open = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -158,9 +163,10 @@ class Router:
 
     async def _shut(self, *, leave: bool) -> None:
         self._stopped = True
-        if self._hold_timer is not None:
-            self._hold_timer.cancel()
-            self._hold_timer = None
+        for timer in (self._hold_timer, self._pace_timer):
+            if timer is not None:
+                timer.cancel()
+        self._hold_timer = self._pace_timer = None
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -446,6 +452,9 @@ class Router:
     def _release(self, slots: set[int] | None = None) -> None:
         """Send what is held for slots whose owner can be reached (again).
 
+        Of hundreds of events that waited for a failover, few go at once: answered together, they would be
+        a turn of tens of milliseconds in the ingress and in clients, which events of other users sit out.
+
         Args:
             slots: look at these only; None means all. During a failover answers of the living shards come
                 by the thousand, and each must not look at every slot of the dead one.
@@ -453,6 +462,8 @@ class Router:
         if self._directory is None or self._stopped:
             return
         now = self._clock.monotonic()
+        if now >= self._room_until:
+            self._room, self._room_until = self._release_batch, now + self._release_pause_s
         for slot in list(self._held) if slots is None else slots:
             waiting = self._held.get(slot)
             lane = self._by_slot[slot]
@@ -463,6 +474,12 @@ class Router:
             entries = waiting.entries
             if lane.outstanding and lane.outstanding + len(entries) > self._max_outstanding:
                 continue  # the next `_hold_tick` comes back to it
+            if self._room <= 0:
+                if self._pace_timer is None:
+                    assert self._loop is not None
+                    self._pace_timer = self._loop.call_later(self._release_pause_s, self._release_more)
+                break
+            self._room -= len(entries)
             del self._held[slot]
             self._held_count -= len(entries)
             entries.sort(key=_arrival)
@@ -475,6 +492,10 @@ class Router:
                 lane.places.append(place)
         if self._dirty and not self._flush_scheduled:
             self._schedule_flush()
+
+    def _release_more(self) -> None:
+        self._pace_timer = None
+        self._release()
 
     def _arm_hold_timer(self) -> None:
         assert self._loop is not None

@@ -15,7 +15,7 @@ import asyncpg
 
 from benchmarks.bench import Bench, Measurement, Options, Progress, opened
 from benchmarks.procs import snapshot
-from benchmarks.stats import summary_ms
+from benchmarks.stats import percentile, summary_ms
 from benchmarks.storm import one_to_each
 from benchmarks.target import Target, TargetError
 from benchmarks.wire import now
@@ -173,19 +173,25 @@ async def shard_killed(target: Target, options: Options, progress: Progress) -> 
         await killing
         await bench.settle()
         metrics |= parted(bench, target.tenant, kills)
+        pauses = ", ".join(f"{pause_s:.2f}" for pause_s in metrics.pop("pauses"))
+        disturbed, alone = (_spread(metrics.pop(name)) for name in ("ratios", "ratios_alone"))
         measurement = await bench.finish(
             f"{len(kills)} shards killed in turn at {options.rate_per_s:g} events/s",
             {**bench.rate(), **metrics},
         )
-        pauses = ", ".join(f"{pause_s:.2f}" for pause_s in metrics.pop("pauses"))
         measurement.notes.append(
             f"its users: {pauses} s without a delivery; the others: p99 "
             f"{metrics['others_before_ms']['p99']:.1f} ms in as long before the kills, "
             f"{metrics['others_during_ms']['p99']:.1f} ms in the pauses; "
             f"{metrics['others_3s_before_ms']['p99']:.1f} ms in {SETTLED_S:g} s before, "
-            f"{metrics['others_3s_ms']['p99']:.1f} ms in {SETTLED_S:g} s from the kills"
+            f"{metrics['others_3s_ms']['p99']:.1f} ms in {SETTLED_S:g} s from the kills; of one kill these "
+            f"are {disturbed} times those, and of {SETTLED_S:g} s and the next without a kill {alone} times"
         )
         return measurement
+
+
+def _spread(ratios: Sequence[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "?"
 
 
 def parted(bench: Bench, tenant: str, kills: Sequence[Kill]) -> dict[str, Any]:
@@ -194,7 +200,8 @@ def parted(bench: Bench, tenant: str, kills: Sequence[Kill]) -> dict[str, Any]:
     What is compared is equally long, or the p99 of the longer would stand on more rare moments: the time of
     the pause with as much before it, and `SETTLED_S` from the kill, whatever comes after the pause included,
     with `SETTLED_S` before it. The windows of all kills are put together. An event belongs to a window by the
-    time it was due.
+    time it was due. `ratios` compare the p99 of each kill's `SETTLED_S` with those before it, `ratios_alone`
+    those with as long before them: what p99 does from one window to the next while nothing happens.
     """
     received = [
         (slot_of(tenant, receiver.device.user), entry.intended_s, at)
@@ -205,6 +212,8 @@ def parted(bench: Bench, tenant: str, kills: Sequence[Kill]) -> dict[str, Any]:
     pauses: list[float] = []
     resumed: list[float] = []
     killed: list[float] = []
+    ratios: list[float] = []
+    ratios_alone: list[float] = []
     windows: dict[str, list[float]] = {name: [] for name in ("before", "during", "3s_before", "3s")}
     for kill in kills:
         mine = [(due, at) for slot, due, at in received if slot in kill.slots]
@@ -225,10 +234,21 @@ def parted(bench: Bench, tenant: str, kills: Sequence[Kill]) -> dict[str, Any]:
             before, after = ("3s_before", "3s") if name else ("before", "during")
             windows[before] += [at - due for due, at in others if kill.at - seconds <= due < kill.at]
             windows[after] += [at - due for due, at in others if kill.at <= due < kill.at + seconds]
+        edges = [kill.at + step * SETTLED_S for step in (-2, -1, 0, 1)]
+        p99s = [
+            percentile(sorted(at - due for due, at in others if since <= due < until), 0.99)
+            for since, until in pairwise(edges)
+        ]
+        ratios_alone.append(p99s[1] / p99s[0])
+        ratios.append(p99s[2] / p99s[1])
     return {
         "pause_s": statistics.median(pauses),
         "resumed_s": statistics.median(resumed),
         "pauses": pauses,
+        "ratios": ratios,
+        "ratios_alone": ratios_alone,
+        "others_ratio": statistics.median(ratios),
+        "others_ratio_alone": statistics.median(ratios_alone),
         "killed_ms": summary_ms(killed),
         **{f"others_{name}_ms": summary_ms(latencies) for name, latencies in windows.items()},
     }

@@ -85,6 +85,14 @@ class RouterSettings:
         20_000, "Events that wait for their slot to have an owner; more are answered busy.", low=0
     )
     max_batch: int = setting(1000, "Events of one message to a shard.", low=1, high=10_000)
+    release_batch: int = setting(
+        64,
+        "Events that waited for their slot and go on at once, when its owner is there; the others follow.",
+        low=1,
+    )
+    release_pause_s: float = setting(
+        0.005, "Pause between them (s): what is new for other users comes in between.", low=0.0, high=1.0
+    )
     max_passing: int = setting(
         10_000, "Other requests passed on at once before further ones are answered busy.", low=1
     )

@@ -37,7 +37,7 @@ def test_users_of_the_killed_shard_are_told_apart() -> None:
     events += [(MINE, t / 10, 6.2 + t / 1000) for t in range(50, 62)]
     events += [(MINE, t / 10, t / 10 + 0.001) for t in range(63, 90)]
     events += [(OTHER, t / 10, t / 10 + (0.005 if 50 <= t < 62 else 0.002)) for t in range(90)]
-    events += [(OTHER, 3.0, 3.05), (OTHER, 7.0, 7.03)]
+    events += [(OTHER, -1.0, -0.998), (OTHER, 3.0, 3.05), (OTHER, 7.0, 7.03)]
     found = parted(bench(*events), "t", [kill(4.95, MINE)])
     assert found["pause_s"] == pytest.approx(6.25 - 4.901)
     assert found["pauses"] == [found["pause_s"]]
@@ -47,6 +47,8 @@ def test_users_of_the_killed_shard_are_told_apart() -> None:
     assert found["others_before_ms"]["n"] == found["others_during_ms"]["n"] == 13
     assert found["others_3s_before_ms"]["max"] == pytest.approx(50.0)
     assert found["others_3s_ms"]["max"] == pytest.approx(30.0)
+    assert found["ratios"] == pytest.approx([0.6]), "the longest of 3 s from the kill, and of 3 s before it"
+    assert found["ratios_alone"] == pytest.approx([25.0])
 
 
 def test_several_kills_are_put_together() -> None:
