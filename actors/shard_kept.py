@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import logging
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from carillon.attention import ACKNOWLEDGED
@@ -55,7 +56,9 @@ class KeptPushes:
         self._again: set[bytes] = set()  # of which a row of the outbox may exist
         self._rows: dict[bytes, KeptPush] = {}
         self._streams: dict[int, set[bytes]] = {}
-        self._due: list[tuple[int, bytes]] = []  # heap; entries of those that moved on are skipped
+        # As they were planned, mostly by rising time: no heap of what is ended in a second, as nearly all is.
+        self._planned: deque[tuple[int, bytes]] = deque()
+        self._due: list[tuple[int, bytes]] = []  # heap, of others; in both, those that moved on are skipped
         self._mark: bytes | None = None
         self._marked_at = float("-inf")
         self._unsure: list[Sequence[KeptPush]] = []  # of batches that may or may not be committed
@@ -88,6 +91,7 @@ class KeptPushes:
     def noted(self, pushes: Iterable[KeptPush]) -> None:
         """The batch that began last is committed, with these."""
         self._unsure.pop()
+        planned = self._planned
         for push in pushes:
             raw = push.notification
             if push.slot in self.debt or not self._owns(push.slot):
@@ -98,7 +102,10 @@ class KeptPushes:
                 self._streams[push.stream_id] = {raw}
             else:
                 stream.add(raw)
-            heapq.heappush(self._due, (push.due_ms, raw))
+            if not planned or push.due_ms >= planned[-1][0]:
+                planned.append((push.due_ms, raw))
+            else:
+                heapq.heappush(self._due, (push.due_ms, raw))
 
     def undone(self) -> None:
         """Nothing of the batch that began last was written."""
@@ -172,12 +179,38 @@ class KeptPushes:
             await self._write(due)
             return rest, len(first)
 
+    def next_due_ms(self) -> int | None:
+        """When the first is due of which nothing was heard, of those planned by rising time. The others are
+        found from time to time: at what is held the session looks first."""
+        while self._planned:
+            due_ms, raw = self._planned[0]
+            if self._waits(due_ms, raw):
+                return due_ms
+            self._planned.popleft()
+        return None
+
+    def came_due(self, now_ms: int) -> bool:
+        """Whether, since the last look, any of which nothing was heard became due: `write_due` has it then,
+        however often that fails."""
+        found = False
+        while self._planned and self._planned[0][0] <= now_ms:
+            due_ms, raw = self._planned.popleft()
+            if self._waits(due_ms, raw):
+                heapq.heappush(self._due, (due_ms, raw))
+                found = True
+        return found
+
+    def _waits(self, due_ms: int, raw: bytes) -> bool:
+        push = self._rows.get(raw)
+        return push is not None and push.due_ms == due_ms
+
     async def write_due(self, now_ms: int) -> None:
         """Move to the outbox what is due. Raises as `acknowledge`."""
         await self.ready()
         self._stats.gauge("pushes_kept", len(self._rows))
         async with self._lock:
             due: dict[bytes, KeptPush] = {}
+            self.came_due(now_ms)
             while self._due and self._due[0][0] <= now_ms:
                 _, raw = heapq.heappop(self._due)
                 push = self._rows.get(raw)

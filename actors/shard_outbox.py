@@ -11,6 +11,7 @@ import contextlib
 import heapq
 import logging
 import random
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
@@ -133,6 +134,7 @@ class Outbox:
         self._fenced = fenced
         self._waiting: dict[bytes, int] = {}  # live and unacknowledged: notification -> due, ascending
         self._timers: list[int] = []  # other known due times
+        self._sweeps_ms = 0  # the next sweep that is not the periodic one
         self._moments: set[int] = set()  # those among them at which something is due that rules hold
         self._look_ms = 0.0  # when to look for more of them that another process left to us
         self._fresh: list[tuple[User, Event, int, OutboxRow]] = []
@@ -198,7 +200,13 @@ class Outbox:
 
     def planned(self, user: User, event: Event, seq: int, row: OutboxRow | KeptPush, *, live: bool) -> None:
         """A push was committed with its notification."""
-        if isinstance(row, OutboxRow) and row.claimed:
+        if type(row) is KeptPush:  # what is kept knows when it is due
+            if row.due_ms < self._sweeps_ms:
+                self._sweeps_ms = row.due_ms
+                heapq.heappush(self._timers, row.due_ms)
+                self._wake.set()
+        elif row.claimed:
+            assert isinstance(row, OutboxRow)
             self._fresh.append((user, event, seq, row))
             self._fresh_wake.set()
         elif row.gate == DEFERRED:
@@ -268,8 +276,12 @@ class Outbox:
         due = [self._timers[0]] if self._timers else []
         if self._waiting:
             due.append(next(iter(self._waiting.values())))
+        kept_ms = self._kept.next_due_ms()
+        if kept_ms is not None:
+            due.append(kept_ms)
+        self._sweeps_ms = min(due) if due else sys.maxsize
         sweep_s = self._settings.shard.sweep_s
-        return min(sweep_s, max(0.0, (min(due) - now_ms) / 1000)) if due else sweep_s
+        return min(sweep_s, max(0.0, (self._sweeps_ms - now_ms) / 1000)) if due else sweep_s
 
     async def _sweep_for_ever(self) -> None:
         last_full = float("-inf")
@@ -288,6 +300,7 @@ class Outbox:
                     break
                 del self._waiting[raw]
                 due = True
+            due = self._kept.came_due(now_ms) or due
             if not due or not self._slots():
                 continue
             last_full = self._clock.monotonic()

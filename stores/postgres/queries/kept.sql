@@ -2,8 +2,12 @@
 
 -- name: acknowledge_kept
 -- What signals make of kept pushes, and deliveredAt. $3 ids, $4 streams, $5 now, $6 texts after that, $7 and $8 the
--- least and the greatest id: partitions between them; $9 whether a device has it.
-with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
+-- least and the greatest id: partitions between them; $9 whether a device has it. Its commit waits for no disk: what a
+-- power failure takes of it costs a push that need not have come (guarantee G6).
+with fence as materialized (
+    select term from shards
+    where shard = $1 and term = $2 and set_config('synchronous_commit', 'off', true) = 'off' for share
+),
 marked as (
     update notifications n
     set delivered_at = coalesce(n.delivered_at, case when t.has then to_timestamp($5) end), kept = t.kept

@@ -258,8 +258,11 @@ join notifications n on n.id = t.id and n.stream_id = t.stream_id;
 -- What devices tell of notifications: deliveredAt for what they have, and what becomes of the pushes that wait
 -- (delivery_signal). Neither seq nor rev moves. $3 ids, $4 streams, $5 now, $6 signals, $7 the devices that have
 -- shown them, separated by line feeds, $8 and $9 the least and the greatest id: partitions between them. $10 the revs
--- they show, null: not told. The push of an update after that waits on.
-with fence as materialized (select term from shards where shard = $1 and term = $2 for share),
+-- they show, null: not told. The push of an update after that waits on. Its commit waits for no disk (kept.sql).
+with fence as materialized (
+    select term from shards
+    where shard = $1 and term = $2 and set_config('synchronous_commit', 'off', true) = 'off' for share
+),
 told as (
     select t.id, t.stream_id, t.signal, string_to_array(nullif(t.shown, ''), e'\n') as shown, t.rev
     from fence, unnest($3::uuid[], $4::bigint[], $6::text[], $7::text[], $10::bigint[])
@@ -329,8 +332,11 @@ select t.tenant, t.settings -> 'policy' as policy from tenants t where t.tenant 
 select client_secret from tenants where tenant = $1;
 
 -- name: save_last_seen
--- $3 streams, $4 seconds.
-with fence as materialized (select term from shards where shard = $1 and term = $2 for share)
+-- $3 streams, $4 seconds. Its commit waits for no disk.
+with fence as materialized (
+    select term from shards
+    where shard = $1 and term = $2 and set_config('synchronous_commit', 'off', true) = 'off' for share
+)
 update streams s set last_seen_at = to_timestamp(t.at_s)
 from fence, unnest($3::bigint[], $4::float8[]) as t (stream_id, at_s)
 where s.stream_id = t.stream_id;
