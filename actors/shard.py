@@ -25,6 +25,7 @@ from actors.shard_mirror import Mirror
 from actors.shard_outbox import Outbox
 from actors.shard_policies import Policies
 from actors.shard_presence import Presence
+from actors.shard_presentation import Presentations
 from actors.shard_replays import Replays
 from actors.shard_schedules import Schedules
 from actors.shard_sessions import Sessions
@@ -195,11 +196,13 @@ class Shard:
         )  # fmt: skip
         self._watch = WatchPermission(self._policies, presence, self._clock, self._store.client_secret)
         self._expiry = Expiry(self._clock, self._count_anew)
+        self._presentations = Presentations(self._users, self._policies)
         self._sessions = Sessions(
             self._config.name, self._store, self._users, self._clock, self._limits,
             term=self._term, map_version=lambda: self._membership.map.version, owns=self._owns,
             acks=self._acks, presence_changed=self._presence.status_changed, watch=self._watch.ask,
             expiry=self._expiry,
+            presentation=self._presentations,
             take=lambda link, message: self.receive(link, message, 0),
         )  # fmt: skip
         self._writer = Writer(
@@ -654,7 +657,7 @@ class Shard:
             version = 1
         # Whoever holds the user now: it may have been loaded anew meanwhile.
         for known in {user, self._users.get(user.key) or user}:
-            known.take_preferences(document)
+            self._presentations.take(known, document)
         await self._outbox.digests.rearrange(user)
         return Done(version)
 

@@ -35,11 +35,11 @@ class Policies:
         self._taken: dict[str, int] = {}  # by tenant the number of the read whose answer holds
         self._told: Gather[str, bool] = Gather(self._read_told)
         self._task: asyncio.Task[None] | None = None
-        self._changed: Callable[[str], None] = lambda tenant: None
+        self._changed: list[Callable[[str], None]] = []
 
     def on_change(self, changed: Callable[[str], None]) -> None:
         """Call `changed` with a tenant whose rules are others than before, or are read first."""
-        self._changed = changed
+        self._changed.append(changed)
 
     def start(self) -> None:
         """Begin refreshing."""
@@ -95,10 +95,11 @@ class Policies:
             # What did not change stays the same object: users remember what they made of it.
             if known is None or known.text != new.text:
                 self._known[tenant] = new
-                if known is not None and (known.rules is not None or new.rules is not None):
-                    self._changed(tenant)
-                elif known is None and new.rules is not None and new.rules.defaults.digests:
-                    self._changed(tenant)  # an earlier process may have died with other rules
+                ruled = known is not None and (known.rules is not None or new.rules is not None)
+                # Read first: an earlier process may have died with other rules.
+                if ruled or (known is None and new.rules is not None and new.rules.defaults.digests):
+                    for changed in self._changed:
+                        changed(tenant)
 
     async def _refresh_for_ever(self) -> None:
         while True:

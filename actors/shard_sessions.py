@@ -16,6 +16,7 @@ from typing import Any
 from actors.link import Link
 from actors.shard_acks import Acknowledgements
 from actors.shard_expiry import Expiry
+from actors.shard_presentation import Presentations
 from actors.shard_users import User, UserCache
 from carillon import server_frames
 from carillon.clock import Clock
@@ -80,6 +81,7 @@ class Sessions:
         presence_changed: told of users whose status changed.
         watch: answers WATCH_PRESENCE.
         expiry: counts anew what was unread when something has expired.
+        presentation: knows what to tell connections of how notifications are to present themselves.
         take: takes messages that came while their connection's user was still being loaded.
     """
 
@@ -98,9 +100,12 @@ class Sessions:
         presence_changed: Callable[[User], None],
         watch: Callable[[Link, ClientWatch, User], None],
         expiry: Expiry,
+        presentation: Presentations,
         take: Callable[[Link, Any], None],
     ) -> None:
         self._expiry = expiry
+        self._presentation = presentation
+        presentation.on_change(self.tell)
         self._shard = shard
         self._store = store
         self._users = users
@@ -205,6 +210,10 @@ class Sessions:
         attachment.token_id = message.token_id
         peer.attached[message.conn] = (user, attachment)
         self.run(user, effects)
+        if not message.poll:
+            frame = self._presentation.welcome(user, message.reattach)
+            if frame is not None:
+                self.answer(peer.link, message.conn, frame)
         self._schedule(user)
 
     def receive(self, link: Link, message: Any) -> None:
@@ -313,6 +322,14 @@ class Sessions:
         if peer is not None and conn in peer.attached:
             peer.writes.append(Write([conn], frame))
             self._mark(peer)
+
+    def tell(self, user: User, frame: bytes) -> None:
+        """Write a frame that changes no position to all connections of a user; a poll would answer for it."""
+        for attachment in () if user.session is None else user.session.attachments:
+            if not attachment.poll:
+                peer: Peer = attachment.peer
+                peer.writes.append(Write([attachment.conn], frame))
+                self._mark(peer)
 
     def link_closed(self, link: Link) -> None:
         """A gateway or its link is gone: detach its connections; it attaches those it still has again."""

@@ -48,6 +48,24 @@ AS_EVER: Final = OfPush()
 """A push of whose presentation nobody says anything."""
 
 
+class OfApp(NamedTuple):
+    """How a notification is to be shown in the app.
+
+    Attributes:
+        sound: as in `OfPush`.
+        duration_ms, auto_dismiss: None if nobody says: as the app has it.
+    """
+
+    sound: str = "default"
+    vibration: bool = True
+    duration_ms: int | None = None
+    auto_dismiss: bool | None = None
+
+
+AS_THE_APP: Final = OfApp()
+"""Of whom nobody says anything."""
+
+
 def words(document: Mapping[str, Any], channel: str) -> Words:
     """What a valid document says of a channel."""
     channels: Mapping[str, Any] = document.get("channels") or {}
@@ -74,6 +92,16 @@ def of_push(user: Words, defaults: Words) -> OfPush:
         _first(user.sound, defaults.sound, "default"),
         _first(user.badge, defaults.badge, True),
         user.vibration if user.vibration is not None else defaults.vibration,
+    )
+
+
+def of_app(user: Words, defaults: Words) -> OfApp:
+    """How a notification is to be shown in the app, by what both documents say of `in_app`."""
+    return OfApp(
+        _first(user.sound, defaults.sound, "default"),
+        _first(user.vibration, defaults.vibration, True),
+        user.duration_ms if user.duration_ms is not None else defaults.duration_ms,
+        user.auto_dismiss if user.auto_dismiss is not None else defaults.auto_dismiss,
     )
 
 

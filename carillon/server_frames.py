@@ -117,6 +117,25 @@ def presence(user: str, status: str, last_seen: str | None) -> bytes:
     )
 
 
+def presentation(sound: str, vibration: bool, duration_ms: int | None, auto_dismiss: bool | None) -> bytes:
+    """PRESENTATION: how the user wants notifications to be shown (carillon/presentation.py).
+
+    Args:
+        sound: "" none, "default", or the name of one.
+        duration_ms, auto_dismiss: None: as the client has it.
+    """
+    told = {"": False, "default": True}.get(sound, sound)
+    return _json(
+        {
+            "type": "PRESENTATION",
+            "sound": told,
+            "vibration": vibration,
+            "durationMs": duration_ms,
+            "autoDismiss": auto_dismiss,
+        }
+    )
+
+
 def ok(ref: str | int, refused: Iterable[str] = ()) -> bytes:
     """OK: the frame with this `id` took effect (sent after the commit).
 

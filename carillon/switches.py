@@ -65,7 +65,7 @@ class Preferences:
         floating: they name no time zone of their own.
         zoned: it is known in which time zone the user is.
         emergency_only: channels for urgent notifications alone.
-        push: how pushes are to be shown.
+        in_app, push: how notifications are to be shown in the app, and pushes.
     """
 
     __slots__ = (
@@ -79,6 +79,7 @@ class Preferences:
         "everything",
         "floating",
         "here",
+        "in_app",
         "memo",
         "memo_of",
         "push",
@@ -96,6 +97,7 @@ class Preferences:
         self.everything: bool | None = document.get("global")
         self.channels: dict[str, bool] = {}
         self.emergency_only: set[str] = set()
+        self.in_app = words(document, "in_app")
         self.push = words(document, "push")
         for name, word in part(document, "channels").items():
             self._channel(name, word)

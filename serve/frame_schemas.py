@@ -16,6 +16,7 @@ from carillon.client_frames import (
     MAX_VIEWING_CHARS,
     VISIBILITY_STATES,
 )
+from carillon.preferences import MAX_SHOWN_MS
 from carillon.presence import MODES
 from carillon.server_frames import STATE_KINDS
 from serve.schemas import INSTANT, USER_ID, UUID, WHOLE, Schema, ref, text
@@ -125,6 +126,9 @@ def _server(
 
 _IDS: Final[Schema] = {"type": "array", "items": UUID, "minItems": 1}
 _NOTIFICATION: Final = {"notification": ref("Notification")}
+_SILENT: Final[dict[str, Schema]] = {
+    "silent": {"const": True, "description": "It is shown without a sound and vibration."}
+}
 _STATE: Final[dict[str, Schema]] = {"notificationId": UUID, "rev": WHOLE}
 
 SERVER_FRAMES: Final[dict[str, Schema]] = {
@@ -143,8 +147,10 @@ SERVER_FRAMES: Final[dict[str, Schema]] = {
             "serverTime": INSTANT,
         },
     ),
-    "NEW_NOTIFICATION": _server("NEW_NOTIFICATION", "A notification, in seq order.", _NOTIFICATION),
-    "NOTIFICATION_UPDATED": _server("NOTIFICATION_UPDATED", "It was edited or merged.", _NOTIFICATION),
+    "NEW_NOTIFICATION": _server("NEW_NOTIFICATION", "A notification, in seq order.", _NOTIFICATION, _SILENT),
+    "NOTIFICATION_UPDATED": _server(
+        "NOTIFICATION_UPDATED", "It was edited or merged.", _NOTIFICATION, _SILENT
+    ),
     "NOTIFICATIONS_READ": _server(
         "NOTIFICATIONS_READ",
         "Read, on any device.",
@@ -174,6 +180,25 @@ SERVER_FRAMES: Final[dict[str, Schema]] = {
             "userId": {"type": "string"},
             "status": {"enum": ["active", "idle", "offline"]},
             "lastSeenAt": _or_null(INSTANT),
+        },
+    ),
+    "PRESENTATION": _server(
+        "PRESENTATION",
+        "How the user wants notifications to be shown: after WELCOME if somebody says anything, and when "
+        "that changes.",
+        {
+            "sound": {"type": ["boolean", "string"], "description": "A string names one of the app."},
+            "vibration": {"type": "boolean"},
+            "durationMs": {
+                "type": ["integer", "null"],
+                "minimum": 0,
+                "maximum": MAX_SHOWN_MS,
+                "description": "So long on the screen; null: as the app has it.",
+            },
+            "autoDismiss": {
+                "type": ["boolean", "null"],
+                "description": "Whether it leaves by itself; null: as the app has it.",
+            },
         },
     ),
     "PONG": _server("PONG", "Answers PING.", {}, {"id": _REF}),

@@ -49,6 +49,11 @@ async def fallback(services: Services, request: Request) -> Response:
     return await _file("fallback.js", b"text/javascript; charset=utf-8")
 
 
+async def toasts(services: Services, request: Request) -> Response:
+    """GET /demo/toasts.js: what the web client has for notifications that pop up."""
+    return await _file("toasts.js", b"text/javascript; charset=utf-8")
+
+
 async def preferences(services: Services, request: Request) -> Response:
     """GET /demo/preferences.js: the page's preferences panel."""
     return await _file("preferences.js", b"text/javascript; charset=utf-8")
@@ -156,6 +161,10 @@ ROUTES: Final = (
     ),
     Route(
         "GET", "/demo/fallback.js", fallback, OPEN, "Its transports without WebSockets",
+        answer_type="text/javascript", problems=(404,), tag=_TAG,
+    ),
+    Route(
+        "GET", "/demo/toasts.js", toasts, OPEN, "Its part for notifications that pop up",
         answer_type="text/javascript", problems=(404,), tag=_TAG,
     ),
     Route(

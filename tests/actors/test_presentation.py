@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from carillon.ids import slot_of
+from carillon.messages import Unsubscribe
 from tests.actors.push_world import world
-from tests.actors.shard_kit import make_event
+from tests.actors.shard_kit import Kit, make_event
 from tests.actors.test_preferences import prefer, rules
 from tests.support import eventually
 
@@ -29,3 +33,73 @@ async def test_pushes_are_as_still_as_their_user_wants(postgres_dsn: str) -> Non
         await prefer(kit, sound=False)
         nothing = still | {"channel_id": "carillon_no_sound_no_vibration"}
         assert await pushed(3) == (nothing, {"vibration": False})
+
+
+PLAIN: dict[str, Any] = {
+    "type": "PRESENTATION", "sound": True, "vibration": True, "durationMs": None, "autoDismiss": None,
+}  # fmt: skip
+
+
+async def test_connections_are_told_once_and_at_each_change(postgres_dsn: str) -> None:
+    """Nothing while nobody says anything; behind the WELCOME else; to all when it changes, and only then."""
+    async with Kit(postgres_dsn) as kit:
+        await kit.gateway.attach_ready(1)
+        await prefer(kit, channels={"push": {"sound": False}}, digest="daily")  # says nothing of the app
+        await prefer(kit, channels={"in_app": {"durationMs": 3000, "autoDismiss": False}}, sound="bell")
+        short = PLAIN | {"sound": "bell", "durationMs": 3000, "autoDismiss": False}
+        assert (await kit.gateway.seen(1, 2))[1] == short
+        await kit.gateway.attach_ready(2)
+        assert (await kit.gateway.seen(2, 2))[1] == short
+        await kit.publish(make_event())
+        await prefer(kit, vibration=False)
+        await kit.router.link.request(Unsubscribe("t", "u", slot_of("t", "u"), "type", "news", "push"))
+        await prefer(kit)
+        for conn in (1, 2):
+            frames = await kit.gateway.seen(conn, 5)
+            assert frames[2]["type"] == "NEW_NOTIFICATION"
+            assert frames[2].keys() == {"type", "notification"}, "a notification carries nothing of it"
+            assert frames[3:] == [PLAIN | {"vibration": False}, PLAIN]
+
+
+async def test_who_is_attached_again_hears_it_again(postgres_dsn: str) -> None:
+    """Its shard may have been lost between the commit of a change and the frame that tells it."""
+    async with Kit(postgres_dsn) as kit:
+        await prefer(kit, sound=False)
+        welcome = await kit.gateway.attach_ready(1)
+        position = {"epoch": welcome["epoch"], "last_seq": 0, "last_rev": 0}
+        await kit.gateway.seen(1, 2)
+        await prefer(kit)
+        assert (await kit.gateway.seen(1, 3))[1:] == [PLAIN | {"sound": False}, PLAIN]
+        kit.gateway.attach(1, reattach=True, ready=True, **position)
+        assert (await kit.gateway.seen(1, 4))[3] == PLAIN, "as it is now, though that is nothing special"
+
+
+async def test_a_poll_is_not_woken_by_it(postgres_dsn: str) -> None:
+    """It has nothing to answer with; the next frame it gets is a notification."""
+    async with Kit(postgres_dsn) as kit:
+        await prefer(kit, sound=False)
+        await kit.gateway.attach_ready(1, poll=True)
+        await prefer(kit, sound=True)
+        await kit.publish(make_event())
+        frames = await kit.gateway.seen(1, 2)
+        assert [frame["type"] for frame in frames] == ["WELCOME", "NEW_NOTIFICATION"]
+
+
+async def test_a_tenants_defaults_reach_who_is_connected(postgres_dsn: str) -> None:
+    """Those who said something themselves hear nothing, nor anybody while it is the same for them."""
+    async with Kit(postgres_dsn, policy_refresh_s=0.05) as kit:
+        await rules(kit, defaults={"channels": {"in_app": {"durationMs": 1000}}})
+        await prefer(kit, "own", channels={"in_app": {"durationMs": 9000}})
+        await kit.gateway.attach_ready(1)
+        await kit.gateway.attach_ready(2, user="own")
+        assert (await kit.gateway.seen(1, 2))[1]["durationMs"] == 1000
+        assert (await kit.gateway.seen(2, 2))[1]["durationMs"] == 9000
+        await rules(kit, defaults={"channels": {"in_app": {"durationMs": 2000}}})
+        assert (await kit.gateway.seen(1, 3))[2] == PLAIN | {"durationMs": 2000}
+        await rules(kit)
+        assert (await kit.gateway.seen(1, 4))[3] == PLAIN
+        await rules(kit, defaults={"channels": {"in_app": {"autoDismiss": False}}})
+        for conn, count in ((1, 5), (2, 3)):
+            frames = await kit.gateway.seen(conn, count)
+            assert [f["type"] for f in frames[1:]] == ["PRESENTATION"] * (count - 1)
+            assert frames[-1]["autoDismiss"] is False

@@ -46,6 +46,8 @@ class FakeDemo:
         self.preference_versions: dict[str, int] = defaultdict(int)
         self.preference_problem = ""
         """If set, PUT of preferences answers it."""
+        self.presentation: dict[str, dict[str, Any]] = {}
+        """PRESENTATION, by user."""
         self.files: dict[str, Path] = {}
         """Served as /demo/NAME, beside those of serve/static."""
 
@@ -121,6 +123,12 @@ class FakeDemo:
                 }
             )
         return note
+
+    async def present(self, user: str, **presentation: Any) -> None:
+        """How the user wants notifications to be shown: told to every socket, and behind each WELCOME."""
+        plain = {"sound": True, "vibration": True, "durationMs": None, "autoDismiss": None}
+        self.presentation[user] = {"type": "PRESENTATION"} | plain | presentation
+        await self._tell(user, self.presentation[user])
 
     async def _tell(self, user: str, frame: dict[str, Any]) -> None:
         for socket_ in list(self.sockets[user]):
@@ -211,6 +219,8 @@ class FakeDemo:
                 await self._replay(user, socket_, position)
         else:
             await socket_.send_text(self._welcome(user, None))
+        if user in self.presentation:
+            await socket_.send_text(json.dumps(self.presentation[user]))
         try:
             while True:
                 frame = json.loads(await socket_.receive_text())

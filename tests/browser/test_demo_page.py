@@ -305,6 +305,43 @@ async def test_preferences_changed_elsewhere_are_not_overwritten(fake: FakeDemo,
     assert fake.preferences["ana"]["channels"] == {"in_app": False, "push": False}
 
 
+async def test_what_pops_up_stays_and_leaves_as_its_user_wants(fake: FakeDemo, browser: Chromium) -> None:
+    """Without auto-dismiss until it is closed or read, else for the time that was chosen; with its noise."""
+    shown = "[...document.querySelectorAll('#toasts .title')].map(n => n.textContent).join('|')"
+    tags = "[...document.querySelectorAll('#toasts .tag')].map(n => n.textContent).join('|')"
+    await fake.present("ana", autoDismiss=False, sound="bell", vibration=False)
+    tab = await browser.open(f"{fake.url}?user=ana")
+    await tab.wait(f"{STATE} === 'open'")
+    await eventually(lambda: fake.sockets["ana"], what="the connection to be live")
+    await fake.notify("ana", "one")
+    await fake.notify("ana", "two")
+    await tab.wait(f"{shown} === 'one|two'")
+    assert await tab.run(tags) == "|".join(["♪ bell", "no vibration", "stays"] * 2)
+    await tab.click("#toasts button[aria-label='Close: one']")
+    await tab.wait(f"{shown} === 'two'")
+    await tab.click("#feed button[aria-label='Mark as read: two']")
+    await tab.wait(f"{shown} === ''")
+    # For this long it cannot leave by itself before the assertion, for no time it cannot be seen at all.
+    await fake.present("ana", durationMs=3_600_000, sound=False)
+    await fake.notify("ana", "three")
+    await tab.wait(f"{shown} === 'three'")
+    assert await tab.run(tags) == "no sound|vibrates|leaves after 3600 s"
+    await fake.present("ana", durationMs=300)
+    await tab.run(
+        "window.gone = []; new MutationObserver(all => all.forEach(m => m.removedNodes.forEach(n =>"
+        " gone.push(n.querySelector('.title').textContent)))).observe(document.getElementById('toasts'),"
+        " {childList: true}) || true"
+    )
+    await fake.notify("ana", "four")
+    await tab.wait("window.gone.join() === 'four'")
+    assert await tab.run(shown) == "three"
+    await fake.present("ana", durationMs=0)
+    await fake.notify("ana", "five")
+    await fake.present("ana", durationMs=3_600_000)
+    await fake.notify("ana", "six")
+    await tab.wait(f"{shown} === 'three|six'")
+
+
 async def test_what_would_happen_is_told_in_words(fake: FakeDemo, browser: Chromium) -> None:
     """The dry run of the form's event is shown, and nothing is sent."""
     tab = await browser.open(f"{fake.url}?user=ana")

@@ -857,7 +857,7 @@ async def test_demo_mode(postgres_dsn: str) -> None:
         assert config["wsUrl"] == "ws://127.0.0.1:1/ws"
         assert [user["userId"] for user in config["users"]] == ["ada", "grace"]
         assert (config["policy"]["whenAway"], config["policy"]["whenAwayDelayS"]) == ("push_after", 30)
-        for script in ("carillon-client.js", "fallback.js", "preferences.js"):
+        for script in ("carillon-client.js", "fallback.js", "toasts.js", "preferences.js"):
             answer = await world.http.get(f"/demo/{script}")
             assert answer.headers["content-type"] == "text/javascript; charset=utf-8"
         headers = {"Authorization": f"Bearer {config['users'][0]['token']}"}

@@ -77,7 +77,8 @@ async def test_frames_of_the_server(postgres_dsn: str, protocol: str) -> None:
                 ("ARCHIVE", {"notificationId": "01985a3e-7c1f-7a44-9c53-0f6a1c2b3d4e", "id": 2}),
             ):
                 await socket.send(encode({"id": 1, "type": kind, **members}))
-            while not {"ERROR", "PRESENCE"} <= set(got):
+            await world.call("PUT", "/api/notifications/preferences", json={"sound": "bell"})
+            while not {"ERROR", "PRESENCE", "PRESENTATION"} <= set(got):
                 await frame()
         page = (await world.call("GET", "/api/sync?since=5&rev=5")).json()
     assert set(got) == set(wanted)

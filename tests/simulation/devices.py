@@ -217,7 +217,7 @@ class Device:
                 shown = {"seq": frame["notification"]["seq"], "rev": frame["notification"]["rev"]}
             world.say(self.name, f"<- {kind} {shown}")
         try:
-            if kind not in ("OK", "PONG"):
+            if kind not in ("OK", "PONG", "PRESENTATION"):
                 self.view.handle(raw)
         except AssertionError as exc:
             world.violated(f"G3/G5: {self.name}: {exc}")

@@ -129,8 +129,8 @@ WRITERS: dict[str, st.SearchStrategy[bytes]] = {
         server_frames.welcome, texts, texts, texts, whole, whole, whole, st.integers(1, 10**6),
         st.sampled_from([None, True, False]), times,
     ),
-    "new_notification": st.builds(server_frames.new_notification, notes),
-    "notification_updated": st.builds(server_frames.notification_updated, notes),
+    "new_notification": st.builds(server_frames.new_notification, notes, st.booleans()),
+    "notification_updated": st.builds(server_frames.notification_updated, notes, st.booleans()),
     "notifications_read": st.builds(
         server_frames.notifications_read, st.lists(ids, min_size=1), times, whole
     ),
@@ -142,6 +142,10 @@ WRITERS: dict[str, st.SearchStrategy[bytes]] = {
     "unread_count": st.builds(server_frames.unread_count, whole, whole),
     "presence": st.builds(
         server_frames.presence, texts, st.sampled_from(["active", "idle", "offline"]), st.none() | times
+    ),
+    "presentation": st.builds(
+        server_frames.presentation, texts, st.booleans(), st.none() | st.integers(0, 3_600_000),
+        st.none() | st.booleans(),
     ),
     "ok": st.builds(server_frames.ok, refs, st.lists(texts)),
     "pong": st.builds(server_frames.pong, st.none() | refs),

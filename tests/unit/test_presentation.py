@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from carillon import server_frames
 from carillon.preferences import validate
-from carillon.presentation import OfPush, of_push
+from carillon.presentation import AS_THE_APP, OfApp, OfPush, of_app, of_push
 from carillon.switches import NOTHING, Preferences
 
 Document = dict[str, Any]
@@ -51,6 +53,23 @@ def test_a_push_presents_itself_as_the_nearest_word_says(user: Document, default
         nearest(user, defaults, "push", "badge", True),
         nearest(user, defaults, "push", "vibration", None),
     )
+
+
+@given(DOCUMENTS, DOCUMENTS)
+def test_the_app_is_told_the_nearest_words(user: Document, defaults: Document) -> None:
+    """Of in_app, else of everything; time on the screen is of in_app alone, and the app's if nobody says."""
+    mine, beneath = Preferences(user).in_app, Preferences(defaults).in_app
+    found = of_app(mine, beneath)
+    assert found == OfApp(
+        nearest(user, defaults, "in_app", "sound", True),
+        nearest(user, defaults, "in_app", "vibration", True),
+        nearest(user, defaults, "in_app", "durationMs", None),
+        nearest(user, defaults, "in_app", "autoDismiss", None),
+    )
+    told = json.loads(server_frames.presentation(*found))
+    assert told["sound"] == next(iter(said(user, defaults, "in_app", "sound")), True)
+    plain = {"sound": True, "vibration": True, "durationMs": None, "autoDismiss": None}
+    assert (found == AS_THE_APP) == (told == {"type": "PRESENTATION"} | plain)
 
 
 def test_a_push_of_which_nobody_says_anything_is_as_the_app_has_it() -> None:

@@ -10,8 +10,8 @@ import { Feed } from "./feed.ts";
 import type { Dump, Page } from "./feed.ts";
 import { httpClient } from "./http.ts";
 import type { Http } from "./http.ts";
-import { CarillonError } from "./protocol.ts";
-import type { Attention, ClientFrame, Notification, Op, Position, PresenceStatus, ServerFrame } from "./protocol.ts";
+import { AS_THE_APP, CarillonError } from "./protocol.ts";
+import type { Attention, ClientFrame, Notification, Op, Position, PresenceStatus, Presentation, ServerFrame } from "./protocol.ts";
 import { Tabs } from "./tabs.ts";
 import { websocket } from "./transports.ts";
 import type { Wire } from "./transports.ts";
@@ -67,6 +67,8 @@ export interface Snapshot {
   readonly connection: Connection;
   /** Of those that are watched, as far as the server tells. */
   readonly presence: Readonly<Record<string, PresenceStatus>>;
+  /** How the user wants notifications to be shown. */
+  readonly presentation: Presentation;
   /** The first page is there. */
   readonly loaded: boolean;
   /** `loadMore` would bring older ones. */
@@ -80,11 +82,25 @@ export interface Snapshot {
 export interface Events {
   /** A new notification, once; also those of while the client was away. In every tab. */
   notification: Notification;
+  /** The same, with what its user wants: what `toasts` shows. */
+  present: Presented;
   connection: Connection;
   /** What no promise tells: a token callback that failed, a frame that was refused. */
   error: CarillonError;
   /** Every frame, for debugging. "out" only in the leader. */
   frame: { direction: "in" | "out"; frame: ServerFrame | ClientFrame };
+}
+
+/** A new notification, and how it is to be shown. Sound and vibration are for one tab: in others they are false. */
+export interface Presented extends Presentation {
+  readonly notification: Notification;
+}
+
+/** One that is new in all tabs; `tab` makes the noise, if any: the one that is looked at most. */
+interface Arrival {
+  note: Notification;
+  silent: boolean;
+  tab: string;
 }
 
 interface Look {
@@ -97,7 +113,7 @@ interface Look {
 
 type Message =
   | { t: "hello" }
-  | { t: "state"; leader: string; dump: Dump; connection: Connection; presence: Snapshot["presence"]; fresh: Notification[] }
+  | { t: "state"; leader: string; dump: Dump; connection: Connection; presence: Snapshot["presence"]; presentation: Presentation; fresh: Arrival[] }
   | { t: "page"; page: Page; cursor: string }
   | { t: "op"; op: Op }
   | { t: "done"; id: string; error: [code: string, message: string, temporary: boolean] | null }
@@ -140,7 +156,8 @@ export class CarillonClient {
   #leader = ""; // id of the tab that leads, as far as this one knows
   #connection: Connection = { state: "idle" };
   #presence: Snapshot["presence"] = {};
-  #fresh: Notification[] = []; // what the other tabs are to be told of
+  #presentation: Presentation = AS_THE_APP;
+  #fresh: Arrival[] = []; // what the other tabs are to be told of
   #others = false; // there are some, or were
   #look: Omit<Look, "at"> = { state: null, watch: [] };
   #looks = new Map<string, Look>();
@@ -250,6 +267,7 @@ export class CarillonClient {
       ...this.#feed.view(),
       connection: this.#connection,
       presence: this.#presence,
+      presentation: this.#presentation,
       loaded: cursor !== undefined,
       hasMore: !!cursor,
       pending: [...pending.values()].filter((op) => !op.done).length,
@@ -401,7 +419,7 @@ export class CarillonClient {
         case "applied": {
           const { frame, fresh } = effect;
           if (frame.type === "PRESENCE") this.#presence = { ...this.#presence, [frame.userId]: frame.status };
-          if (fresh) this.#arrived(fresh);
+          if (fresh) this.#arrived({ note: fresh, silent: "silent" in frame, tab: this.#mostLooked()?.[0] ?? this.#tabs.id });
           break;
         }
         case "load": this.#ask(effect.generation, this.#page(), core.loaded); break;
@@ -418,6 +436,7 @@ export class CarillonClient {
           this.#setConnection(core.connection);
       }
     }
+    this.#presentation = core.presentation;
     this.#changed();
     if (core !== this.#core) return;
     clearTimeout(this.#timers.core);
@@ -562,19 +581,20 @@ export class CarillonClient {
         break;
       case "state": {
         if (this.#core) break;
-        const { leader, dump, connection, presence, fresh } = message;
+        const { leader, dump, connection, presence, presentation, fresh } = message;
         const unknown = this.#leader !== leader;
         this.#leader = leader;
         this.#answered();
         this.#feed.restore(dump);
         this.#presence = presence;
+        this.#presentation = presentation;
         if (unknown) {
           for (const op of this.#feed.pending.values()) if (this.#promised.has(op.id)) this.#tabs.post({ t: "op", op });
           this.#sayLook();
         }
         if (unknown || JSON.stringify(this.#connection) !== JSON.stringify(connection)) this.#setConnection(connection);
         this.#changed();
-        fresh.forEach((note) => this.#arrived(note));
+        fresh.forEach((arrival) => this.#arrived(arrival));
       }
     }
   }
@@ -596,19 +616,34 @@ export class CarillonClient {
 
   /** The connection's attention is that of the tab that is looked at most; presence is watched for all. */
   #attend(): void {
-    const looks = [...this.#looks.values()].filter((look) => look.at > this.#env.now() - 2.5 * this.#timing.look);
-    const most = ATTENTION.flatMap((state) => looks.filter((look) => look.state === state))[0];
+    const most = this.#mostLooked()?.[1];
     this.#run((core) => {
       if (most) core.attend(most.state!, most.viewing);
-      core.watch([...new Set(looks.flatMap((look) => look.watch))]);
+      core.watch([...new Set(this.#recent().flatMap(([, look]) => look.watch))]);
     });
+  }
+
+  /** Tabs that were heard of lately, and what their users look at. */
+  #recent(): [tab: string, look: Look][] {
+    return [...this.#looks].filter(([, look]) => look.at > this.#env.now() - 2.5 * this.#timing.look);
+  }
+
+  #mostLooked(): [tab: string, look: Look] | undefined {
+    const looks = this.#recent();
+    return ATTENTION.flatMap((state) => looks.filter(([, look]) => look.state === state))[0];
   }
 
   // ---------------------------------------------------------------- telling
 
-  #arrived(note: Notification): void {
-    if (this.#core) this.#fresh.push(note);
+  #arrived(arrival: Arrival): void {
+    if (this.#core) this.#fresh.push(arrival);
+    const { note, silent, tab } = arrival;
     this.#emit("notification", note);
+    const quiet = silent || tab !== this.#tabs.id;
+    const { sound, vibration } = this.#presentation;
+    this.#emit("present", {
+      notification: note, ...this.#presentation, sound: !quiet && sound, vibration: !quiet && vibration,
+    });
   }
 
   #setConnection(connection: Connection): void {
@@ -638,7 +673,7 @@ export class CarillonClient {
       if (this.#core && this.#others) {
         this.#tabs.post({
           t: "state", leader: this.#leader, dump: this.#feed.dump(), connection: this.#connection, presence: this.#presence,
-          fresh,
+          presentation: this.#presentation, fresh,
         });
       }
       for (const listener of [...this.#listeners]) listener();

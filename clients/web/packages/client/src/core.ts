@@ -6,8 +6,8 @@
  */
 
 import type { Feed, Page } from "./feed.ts";
-import { CarillonError, dutyOf } from "./protocol.ts";
-import type { Attention, ClientFrame, Notification, Op, Position, ServerFrame } from "./protocol.ts";
+import { AS_THE_APP, CarillonError, dutyOf } from "./protocol.ts";
+import type { Attention, ClientFrame, Notification, Op, Position, Presentation, ServerFrame } from "./protocol.ts";
 
 export type TransportName = "websocket" | "sse" | "poll";
 
@@ -99,7 +99,9 @@ interface Queued {
 export class Core {
   effects: Effect[] = [];
   connection: Connection = { state: "idle" };
+  presentation: Presentation = AS_THE_APP;
 
+  #welcomed = false; // by the present connection
   #level = 0; // index of the transport in use
   #fails = 0; // connections in vain on it
   #tries = 0; // pauses since the last stable connection
@@ -205,7 +207,7 @@ export class Core {
   /** A frame came. */
   frame(frame: ServerFrame): void {
     const { state, transport } = this.connection;
-    if (state !== "open" && (state !== "connecting" || frame.type !== "WELCOME")) return;
+    if (state !== "open" && (state !== "connecting" || !/^(WELCOME|PRESENTATION)$/.test(frame.type))) return;
     delete this.#due.pong;
     if (transport !== "poll") this.#at("ping", this.#beat);
     if (frame.type === "PONG") return;
@@ -215,6 +217,16 @@ export class Core {
     }
     if (frame.type === "ERROR") {
       this.#refused(frame);
+      return;
+    }
+    // What is as ever is not told: a connection begins with that.
+    if (frame.type === "WELCOME" && !this.#welcomed) {
+      this.#welcomed = true;
+      this.presentation = AS_THE_APP;
+    }
+    if (frame.type === "PRESENTATION") {
+      const { sound, vibration, durationMs, autoDismiss } = frame;
+      this.presentation = { sound, vibration, durationMs, autoDismiss };
       return;
     }
     const feed = this.#feed;
@@ -307,6 +319,7 @@ export class Core {
 
   #connect(): void {
     const transport = this.#transports[this.#level]!;
+    this.#welcomed = false;
     this.#due = {};
     this.#at("connect", this.#timing.connect);
     this.effects.push({ do: "connect", transport, position: this.#feed.position, refresh: this.#refresh });

@@ -76,10 +76,24 @@ export interface Welcome {
   deviceId?: string;
 }
 
+/** How the user wants notifications to be shown in the app: what preferences say of `in_app`. */
+export interface Presentation {
+  /** false: none; a string names one of the app. */
+  readonly sound: boolean | string;
+  readonly vibration: boolean;
+  /** So long on the screen; null: as the app has it. */
+  readonly durationMs: number | null;
+  /** Whether it leaves by itself; null: as the app has it. */
+  readonly autoDismiss: boolean | null;
+}
+
+/** Nobody says anything: the server then says nothing, either. */
+export const AS_THE_APP: Presentation = { sound: true, vibration: true, durationMs: null, autoDismiss: null };
+
 /** Frames of the server. SYNCED is never on the wire: the long-polling transport makes it of an answer. */
 export type ServerFrame =
   | Welcome
-  | { type: "NEW_NOTIFICATION" | "NOTIFICATION_UPDATED"; notification: Notification }
+  | { type: "NEW_NOTIFICATION" | "NOTIFICATION_UPDATED"; notification: Notification; silent?: true }
   | { type: "NOTIFICATIONS_READ" | "NOTIFICATIONS_SEEN"; notificationIds: string[]; rev: number; readAt?: string }
   | { type: "ALL_NOTIFICATIONS_READ"; upToSeq: number; rev: number; readAt?: string }
   | {
@@ -89,6 +103,7 @@ export type ServerFrame =
     }
   | { type: "UNREAD_COUNT"; count: number; rev: number }
   | { type: "PRESENCE"; userId: string; status: PresenceStatus; lastSeenAt: string | null }
+  | ({ type: "PRESENTATION" } & Presentation)
   | { type: "PONG"; id?: string | number }
   | { type: "OK"; id: string }
   | { type: "ERROR"; code: string; message: string; temporary: boolean; id?: string }

@@ -3,7 +3,7 @@ import { afterEach, beforeEach, test } from "node:test";
 import { BroadcastChannel } from "node:worker_threads";
 import { WebSocket } from "ws";
 import { CarillonClient, CarillonError } from "../src/index.ts";
-import type { Env, Options, Timing } from "../src/index.ts";
+import type { Env, Options, Presented, Timing } from "../src/index.ts";
 import { eventually, FakeServer } from "./fake_server.ts";
 
 let server: FakeServer;
@@ -36,6 +36,29 @@ function open(options: Partial<Options> = {}): CarillonClient {
 const state = (client: CarillonClient) => client.getSnapshot().connection.state;
 const seqs = (client: CarillonClient) => client.getSnapshot().items.map((item) => item.seq).join();
 const isOpen = (client: CarillonClient) => eventually("open and loaded", () => state(client) === "open" && client.getSnapshot().loaded);
+
+test("how notifications are to be shown: told by the server, in the snapshot, with each that arrives", async () => {
+  const plain = { sound: true, vibration: true, durationMs: null, autoDismiss: null };
+  server.presentation = { ...plain, sound: "bell", durationMs: 3_000 };
+  const client = open();
+  await isOpen(client);
+  await eventually("told", () => client.getSnapshot().presentation.durationMs === 3_000);
+  const told: Presented[] = [];
+  client.on("present", (toast) => told.push(toast));
+  const note = server.model.note();
+  await eventually("shown", () => told.length === 1);
+  assert.deepEqual(told[0], { ...plain, sound: "bell", durationMs: 3_000, notification: client.getSnapshot().items[0] });
+  assert.equal(told[0]!.notification.id, note.id);
+  // Nothing said on the next connection: as ever.
+  server.presentation = null;
+  server.cut(4202);
+  await eventually("as ever", () => client.getSnapshot().presentation.durationMs === null);
+  server.model.told({ type: "PRESENTATION", ...plain, vibration: false });
+  await eventually("changed", () => !client.getSnapshot().presentation.vibration);
+  server.model.note("quiet hours", true);
+  await eventually("silent", () => told.length === 2);
+  assert.deepEqual([told[1]!.sound, told[1]!.vibration], [false, false]);
+});
 
 for (const transport of ["websocket", "sse", "poll", "plain poll"] as const) {
   const only = (): Partial<Options> => {
@@ -404,6 +427,24 @@ test("a leader that sleeps loses its lock to the tab that gets no answer, and fo
 for (const [how, locks] of [["Web Locks", fakeLocks], ["an election", () => undefined]] as const) {
   const tab = (shared: LockManager | undefined, options: Partial<Options> = {}) =>
     open({ shareTabs: true, name: `tabs-${how}-${server.http}`, ...options, env: { BroadcastChannel: TabChannel as never, locks: shared } });
+
+  test(`tabs by ${how}: what is new is shown in all of them as its user wants, and heard in the one that is looked at`, async () => {
+    server.presentation = { sound: "bell", vibration: true, durationMs: 500, autoDismiss: false };
+    const shared = locks();
+    const tabs = [tab(shared), tab(shared), tab(shared)];
+    await Promise.all(tabs.map(isOpen));
+    await eventually("told to all", () => tabs.every((client) => client.getSnapshot().presentation.durationMs === 500));
+    const told: [number, Presented][] = [];
+    tabs.forEach((client, n) => client.on("present", (toast) => told.push([n, toast])));
+    const follower = tabs.findIndex((client) => !client.getSnapshot().leader);
+    tabs[follower]!.attention("focused");
+    await eventually("heard of", () => server.frames.some((frame) => frame.type === "VISIBILITY" && frame.state === "focused"));
+    server.model.note();
+    await eventually("in all", () => told.length === 3);
+    assert.deepEqual(told.filter(([, toast]) => toast.durationMs !== 500 || toast.autoDismiss !== false), []);
+    assert.deepEqual(told.filter(([, toast]) => toast.sound === "bell" && toast.vibration).map(([n]) => n), [follower]);
+    assert.equal(told.filter(([, toast]) => toast.sound || toast.vibration).length, 1);
+  });
 
   test(`tabs by ${how}: one socket, the same feed, changes from any of them`, async () => {
     server.model.note();

@@ -5,7 +5,7 @@ import type { IncomingMessage, Server, ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";
 import { WebSocketServer } from "ws";
 import type { WebSocket } from "ws";
-import type { ClientFrame, Op, Position, ServerFrame } from "../src/protocol.ts";
+import type { ClientFrame, Op, Position, Presentation, ServerFrame } from "../src/protocol.ts";
 import { Model } from "./model.ts";
 
 type Write = (frame: ServerFrame) => void;
@@ -20,6 +20,8 @@ export class FakeServer {
   deaf = false;
   /** Answers changes with this. */
   refusal: { code: string; temporary: boolean; status: number } | null = null;
+  /** Told behind each WELCOME. */
+  presentation: Presentation | null = null;
   frames: ClientFrame[] = [];
   requests: string[] = [];
   bodies: [path: string, body: Record<string, unknown>][] = [];
@@ -76,6 +78,7 @@ export class FakeServer {
   #attach(position: Position | null, write: Write): void {
     const known = !!position && this.model.knows(position);
     write({ ...this.model.welcome(position && known), heartbeatMs: this.heartbeatMs } as ServerFrame);
+    if (this.presentation) write({ type: "PRESENTATION", ...this.presentation });
     if (position && known) this.model.replay(position).forEach(write);
     this.#writers.add(write);
   }

@@ -31,7 +31,7 @@ export class Model {
     return this.rows.filter(visible).sort((a, b) => b.position - a.position);
   }
 
-  note(title = `n${this.seq + 1}`): Row {
+  note(title = `n${this.seq + 1}`, silent = false): Row {
     this.seq += 1;
     this.rev += 1;
     const row: Row = {
@@ -40,7 +40,7 @@ export class Model {
       category: null, actions: [], data: {}, createdAt: time(this.rev), position: this.rev, retracted: false,
     };
     this.rows.push(row);
-    this.told({ type: "NEW_NOTIFICATION", notification: shown(row) });
+    this.told({ type: "NEW_NOTIFICATION", notification: shown(row), ...(silent && { silent }) });
     return row;
   }
 
