@@ -80,12 +80,13 @@ async def mapped(services: Services, source: SourceRecord, body: Any, delivery: 
         [(path, whole_expression(text_), text_) for path, text_ in texts], params, deadline
     )
     made: dict[str, Any] = {}
-    for (path, _), answer in zip(texts, answers, strict=True):
+    # `when` is asked first: what is not wanted need not have what the texts look for.
+    for (path, _), answer in reversed(list(zip(texts, answers, strict=True))):
         if "error" in answer:
             raise ProblemError(failed(answer["error"], path))
         made[path] = answer["ok"]
-    if when and not made["when"]:
-        return None
+        if path == "when" and not answer["ok"]:
+            return None
     return inbound.filled(mapping, made)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from carillon.experiments import choose, interval
@@ -40,6 +40,19 @@ def test_shares_are_those_of_the_weights() -> None:
     for count, (_, weight) in zip(counts, variants, strict=True):
         share = weight / 10
         assert abs(count - 20_000 * share) < 5 * (20_000 * share * (1 - share)) ** 0.5
+
+
+@settings(derandomize=True, max_examples=40)
+@given(st.text(max_size=10), WEIGHTS)
+def test_shares_follow_the_weights(template: str, weights: list[int]) -> None:
+    """Whatever weights and template: each variant has its share, to within six standard deviations."""
+    variants = [(f"v{i}", weight) for i, weight in enumerate(weights)]
+    counts = [0] * len(weights)
+    for user in range(2000):
+        counts[choose(f"t\0{template}\0u{user}", variants)] += 1
+    for count, weight in zip(counts, weights, strict=True):
+        share = weight / sum(weights)
+        assert abs(count - 2000 * share) <= 6 * (2000 * share * (1 - share)) ** 0.5 + 1
 
 
 @given(st.integers(0, 5000), st.integers(0, 5000))
