@@ -254,7 +254,7 @@ def _wrong_end(world: World, delivery: Delivery, taken: bool, acked: bool) -> st
 async def _unseen(world: World) -> list[str]:
     """Users who are connected and offline."""
     present = await world.presence()
-    here = {device.user for device in world.devices if device.connected}
+    here = {device.user for device in world.devices if device.served}
     return [user for user, status in present.items() if status == "offline" and user in here]
 
 

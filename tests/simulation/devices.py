@@ -72,6 +72,7 @@ class Device:
         self.tells = False  # it sends VISIBILITY
         self.resumes_by_url = True
         self.gateway = ""
+        self._server: Node | None = None
         self.welcome: dict[str, Any] = {}
         self.acked: set[bytes] = set()
         """Notifications of which an acknowledgement or a change left this device."""
@@ -129,6 +130,11 @@ class Device:
         """Welcomed, with its position answered."""
         return self._socket is not None and bool(self.welcome) and not self.view.asked
 
+    @property
+    def served(self) -> bool:
+        """Connected to a gateway that lives: one that went with its machine tells nobody."""
+        return self.connected and self._server is not None and not self._server.dead
+
     # -- connecting -------------------------------------------------------------------------------------
 
     def _again(self, wait_s: float) -> None:
@@ -147,6 +153,7 @@ class Device:
             self._again(0.5)
             return
         self.gateway, port = found
+        self._server = world.nodes[self.gateway]
         socket = self._socket = _Socket(self)
         try:
             async with asyncio.timeout(5.0):
