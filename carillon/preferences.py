@@ -53,16 +53,6 @@ _TIME: Final = re.compile(r"(?:[01]\d|2[0-3]):[0-5]\d")
 _NAME: Final = Text(1, 64)
 
 
-def complete(document: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A stored document with every member, in the order of `DEFAULTS`.
-
-    Args:
-        defaults: the tenant's document; it fills in what the user's leaves out.
-    """
-    beneath = defaults or {}
-    return {name: document.get(name, beneath.get(name, default)) for name, default in DEFAULTS.items()}
-
-
 def validate(document: Any) -> str:
     """Check a document and return the text to store (members left out stay left out).
 

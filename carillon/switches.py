@@ -64,7 +64,7 @@ class Preferences:
         quiet, quiet_set: quiet hours; set although None: the document says that there are none.
         floating: they name no time zone of their own.
         zoned: it is known in which time zone the user is.
-        emergency_only: channels for urgent notifications alone.
+        emergency_only: whether a channel is for urgent notifications alone.
         in_app, push: how notifications are to be shown in the app, and pushes.
     """
 
@@ -96,7 +96,7 @@ class Preferences:
         self.zoned = bool(document.get("timezone") or zone)
         self.everything: bool | None = document.get("global")
         self.channels: dict[str, bool] = {}
-        self.emergency_only: set[str] = set()
+        self.emergency_only: dict[str, bool] = {}
         self.in_app = words(document, "in_app")
         self.push = words(document, "push")
         for name, word in part(document, "channels").items():
@@ -120,8 +120,8 @@ class Preferences:
             return
         if "enabled" in word:
             self.channels[name] = word["enabled"]
-        if word.get("emergencyOnly"):
-            self.emergency_only.add(name)
+        if "emergencyOnly" in word:
+            self.emergency_only[name] = word["emergencyOnly"]
 
     def _entries(self, words: dict[str, Any]) -> dict[str, Entry]:
         return {name: self._entry(word) for name, word in words.items()}
@@ -302,9 +302,10 @@ def _for_emergencies(
     user: Preferences, defaults: Preferences, kind: str, category: str | None, family: str
 ) -> Fired | None:
     for document, source in ((user, USER), (defaults, TENANT)):
-        if family in document.emergency_only:
+        word = document.emergency_only.get(family)
+        if word:
             return Fired("emergency_only", source, family, (family,))
-        if document.says(kind, category, family) is not None:
+        if word is not None or document.says(kind, category, family) is not None:
             return None
     return None
 

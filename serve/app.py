@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 HOT_PATH: Final = "/v1/events"
 EVENTS_SCOPE: Final = "events:write"
 """What an API key needs for the hot route (the same as in the route table)."""
-_CORS_METHODS: Final = b"GET, POST, PUT, DELETE"
+_CORS_METHODS: Final = b"GET, POST, PUT, PATCH, DELETE"
 _CORS_HEADERS: Final = b"Authorization, Content-Type, If-Match, Last-Event-ID, X-Request-Id"
 _CORS_EXPOSED: Final = b"ETag, X-Request-Id, Retry-After, Idempotent-Replayed"
 

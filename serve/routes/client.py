@@ -27,7 +27,7 @@ from serve.http import (
     whole_number,
 )
 from serve.poll import Poll, wait_and_sync
-from serve.routes import users
+from serve.routes import preferences, users
 from serve.routes.bodies import notification_ids, path_notification, valid_id
 from serve.routing import CLIENT, Query, Route
 from serve.schemas import IDS_BODY, INSTANT, SUCCESS, WHOLE, nullable, obj, ref, text
@@ -135,12 +135,17 @@ async def _one(services: Services, request: Request, op: str) -> Response:
 
 async def get_preferences(services: Services, request: Request) -> Response:
     """GET /api/notifications/preferences."""
-    return await users.get_preferences(services, request, request.tenant, request.user)
+    return await preferences.get_preferences(services, request, request.tenant, request.user)
 
 
 async def put_preferences(services: Services, request: Request) -> Response:
     """PUT /api/notifications/preferences."""
-    return await users.put_preferences(services, request, request.tenant, request.user)
+    return await preferences.put_preferences(services, request, request.tenant, request.user)
+
+
+async def patch_preferences(services: Services, request: Request) -> Response:
+    """PATCH /api/notifications/preferences."""
+    return await preferences.patch_preferences(services, request, request.tenant, request.user)
 
 
 async def put_device(services: Services, request: Request) -> Response:
@@ -338,12 +343,19 @@ ROUTES: Final = (
     _state_route("dismiss", post_dismiss, "Dismiss", _EMPTY),
     Route(
         "GET", "/api/notifications/preferences", get_preferences, CLIENT, "My preferences",
-        answer=ref("Preferences"), tag=_TAG,
+        query=(preferences.VIEW,), answer=ref("Preferences"), problems=(400, 422), tag=_TAG,
     ),
     Route(
         "PUT", "/api/notifications/preferences", put_preferences, CLIENT, "Replace my preferences",
-        headers=(users.IF_MATCH,),
+        query=(preferences.VIEW,), headers=(users.IF_MATCH,),
         body=ref("Preferences"), body_required=False, body_example=users.PREFERENCES_EXAMPLE,
+        answer=ref("Preferences"), problems=(400, 412, 413, 422), tag=_TAG,
+    ),
+    Route(
+        "PATCH", "/api/notifications/preferences", patch_preferences, CLIENT,
+        "Change a part of my preferences", doc=users.PATCH_DOC,
+        query=(preferences.VIEW,), headers=(users.IF_MATCH,),
+        body=users.PREFERENCES_PATCH, body_required=False, body_example=users.PATCH_EXAMPLE,
         answer=ref("Preferences"), problems=(400, 412, 413, 422), tag=_TAG,
     ),
     Route(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any, Final
 
 import msgspec
 
-from carillon import preferences, tokens
+from carillon import tokens
 from carillon.clock import rfc3339
 from carillon.errors import NotFoundError, UnauthenticatedError
 from carillon.events import ProblemError, refused
@@ -15,14 +14,15 @@ from carillon.ids import slot_of
 from carillon.messages import (
     DeviceDelete,
     Done,
-    PreferencesPut,
     SessionsRevoke,
 )
 from carillon.notification import notification_json, user_json_of
-from carillon.problems import DocumentError, FieldError, problem, shown
+from carillon.preferences import DEFAULTS
+from carillon.problems import FieldError, shown
 from serve.audit import audited
 from serve.http import Request, Response, json_response, whole_number
-from serve.routes.amend import HISTORY, etag, history, if_match
+from serve.routes import preferences
+from serve.routes.amend import HISTORY, etag, history
 from serve.routes.bodies import (
     attempt_json,
     device_put,
@@ -200,46 +200,19 @@ async def get_user_device(services: Services, request: Request) -> Response:
 # -- preferences --------------------------------------------------------------------------------------
 
 
-async def get_preferences(services: Services, request: Request, tenant: str, user: str) -> Response:
-    """The document with every member."""
-    (stored, version), defaults = await asyncio.gather(
-        services.feed.preferences(tenant, user), _default_preferences(services, tenant)
-    )
-    return json_response(preferences.complete(stored, defaults), headers=(etag(version),))
-
-
-async def _default_preferences(services: Services, tenant: str) -> dict[str, Any]:
-    """The tenant's defaults; {} if it has none."""
-    try:
-        return (await services.tenants.policy(tenant)).get("defaults", {})
-    except NotFoundError:  # a token outlives its tenant
-        return {}
-
-
-async def put_preferences(services: Services, request: Request, tenant: str, user: str) -> Response:
-    """Replace the document and tell it back with every member."""
-    document = await request.json_object()
-    try:
-        text = preferences.validate(document)
-        version = if_match(request)
-    except DocumentError as exc:
-        raise ProblemError(problem("invalid", str(exc), exc.errors)) from None
-    done = await services.backend.request(
-        PreferencesPut(tenant, user, slot_of(tenant, user), text, version), request.deadline
-    )
-    assert isinstance(done, Done)
-    whole = preferences.complete(document, await _default_preferences(services, tenant))
-    return json_response(whole, headers=(etag(done.count),))
-
-
 async def get_user_preferences(services: Services, request: Request) -> Response:
     """GET /v1/users/{userId}/preferences."""
-    return await get_preferences(services, request, request.tenant, path_id(request, "userId"))
+    return await preferences.get_preferences(services, request, request.tenant, path_id(request, "userId"))
 
 
 async def put_user_preferences(services: Services, request: Request) -> Response:
     """PUT /v1/users/{userId}/preferences."""
-    return await put_preferences(services, request, request.tenant, path_id(request, "userId"))
+    return await preferences.put_preferences(services, request, request.tenant, path_id(request, "userId"))
+
+
+async def patch_user_preferences(services: Services, request: Request) -> Response:
+    """PATCH /v1/users/{userId}/preferences."""
+    return await preferences.patch_preferences(services, request, request.tenant, path_id(request, "userId"))
 
 
 # -- sessions, tokens ---------------------------------------------------------------------------------
@@ -312,6 +285,13 @@ PREFERENCES_EXAMPLE: Final = {
     "channels": {"push": False},
     "quietHours": {"start": "22:00", "end": "07:00", "timezone": "Europe/Vienna", "days": ["mon", "tue"]},
 }
+PREFERENCES_PATCH: Final[dict[str, Any]] = {
+    "type": "object",
+    "propertyNames": {"enum": list(DEFAULTS)},
+    "description": "A JSON merge patch (RFC 7396) of what the user said; null takes a member out.",
+}
+PATCH_EXAMPLE: Final = {"channels": {"in_app": {"durationMs": 8000}}, "quietHours": None}
+PATCH_DOC: Final = "Of what the user said, not of the tenant's defaults. Holds for the next event."
 _READ, _WRITE = "users:read", "users:write"
 _TAG = "Users"
 
@@ -349,13 +329,20 @@ ROUTES: Final = (
     ),
     Route(
         "GET", "/v1/users/{userId}/preferences", get_user_preferences, SERVICE, "Read preferences",
-        scope=_READ, answer=ref("Preferences"), problems=(422,), tag=_TAG,
+        scope=_READ, query=(preferences.VIEW,), answer=ref("Preferences"), problems=(400, 422), tag=_TAG,
     ),
     Route(
         "PUT", "/v1/users/{userId}/preferences", put_user_preferences, SERVICE, "Replace preferences",
-        scope=_WRITE, doc="Holds for the next event.", headers=(IF_MATCH,), body=ref("Preferences"),
+        scope=_WRITE, doc="Holds for the next event.", query=(preferences.VIEW,), headers=(IF_MATCH,),
+        body=ref("Preferences"),
         body_required=False, body_example=PREFERENCES_EXAMPLE, answer=ref("Preferences"),
         problems=(400, 412, 413, 422), tag=_TAG,
+    ),
+    Route(
+        "PATCH", "/v1/users/{userId}/preferences", patch_user_preferences, SERVICE,
+        "Change a part of the preferences", scope=_WRITE, doc=PATCH_DOC, query=(preferences.VIEW,),
+        headers=(IF_MATCH,), body=PREFERENCES_PATCH, body_required=False, body_example=PATCH_EXAMPLE,
+        answer=ref("Preferences"), problems=(400, 412, 413, 422), tag=_TAG,
     ),
     Route(
         "POST", "/v1/users/{userId}/sessions/revoke", revoke_sessions, SERVICE, "Revoke a user's sessions",

@@ -631,7 +631,7 @@ async def test_routes_and_methods(world: World) -> None:
     assert answer.headers["allow"] == "POST"
     answer = await world.http.delete("/v1/users/ada/preferences")
     problem(answer, 405, "method_not_allowed")
-    assert answer.headers["allow"] == "GET, PUT"
+    assert answer.headers["allow"] == "GET, PATCH, PUT"
     head = await world.http.head("/healthz")
     assert (head.status_code, head.content) == (200, b"")
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from carillon.preferences import DEFAULTS, PreferencesError, complete, validate
+from carillon.inheritance import complete
+from carillon.preferences import DEFAULTS, PreferencesError, validate
 
 FULL: dict[str, Any] = {
     "global": False,

@@ -71,9 +71,9 @@ def _global(document: Document) -> tuple[bool, str, str | None] | None:
     return None if word is None else (word, "global_off", None)
 
 
-def _emergencies(document: Document, family: str) -> bool:
+def _emergencies(document: Document, family: str) -> bool | None:
     word = document.get("channels", {}).get(family)
-    return isinstance(word, dict) and bool(word.get("emergencyOnly"))
+    return word.get("emergencyOnly") if isinstance(word, dict) else None
 
 
 def _deciding(
@@ -91,8 +91,9 @@ def _deciding(
             return Fired(rule, whose, about, (family,))
     if urgent:
         return None
-    if _emergencies(user, family):
-        return Fired("emergency_only", "user", family, (family,))
+    mine = _emergencies(user, family)
+    if mine is not None:
+        return Fired("emergency_only", "user", family, (family,)) if mine else None
     if _single(user, family) is None and _emergencies(defaults, family):
         return Fired("emergency_only", "tenant", family, (family,))
     return None
