@@ -42,6 +42,7 @@ QUICK: dict[str, Any] = {
     "stored_notifications": 20_000,
     "kills": 2,
     "broadcast_users": 5_000,
+    "schedules": 200,
     "warmup_events": 50,
 }
 """--quick: shows that everything works; the figures of so short a run mean little."""
@@ -64,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="SCENARIO",
         type=str.upper,
-        help="S1 ... S10, B1, C1, R1, F1 ... F3; none: all but B, F and those that kill without --start",
+        help="S1 ... S10, B1, C1, D1, R1, F1 ... F3; none: all but B, F and those that kill without --start",
     )
     where = parser.add_argument_group("the system")
     where.add_argument(
@@ -87,7 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("duration-s", float, "seconds of S2, S3; S4 and S7 take twice, S10 18 times as long"),
         ("concurrency", int, "HTTP connections"),
         ("batch", int, "events of a batch"),
-        ("rate-per-s", float, "events per second of S4, S7, S9 and S10"),
+        ("rate-per-s", float, "events per second of S4, S7, S9, S10 and D1"),
         ("ack-s", float, "seconds between a device's acknowledgements; 0 never acknowledges"),
         ("sequential-events", int, "events of S1"),
         ("offline-events", int, "events of S5"),
@@ -95,6 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("storm-connections", int, "connections of S6 and S8"),
         ("kills", int, "shards that S9 kills, one after the other"),
         ("broadcast-users", int, "users that B1 puts into Postgres and sends to"),
+        ("schedules", int, "schedules of D1"),
         ("stored-notifications", int, "notifications that F1 and F2 put into Postgres"),
     ):
         now = getattr(default, name.replace("-", "_"))

@@ -71,6 +71,12 @@ class Options:
     """S9: from one kill to the next."""
     broadcast_users: int = 200_000
     """B1: users of the topic, put into Postgres before."""
+    schedules: int = 2000
+    """D1: schedules that are due together."""
+    schedule_seconds: int = 5
+    """D1: so many full seconds have their share of what is due."""
+    schedule_ahead_s: float = 4.0
+    """D1: from when the last schedule is made to the first that is due."""
     warmup_events: int = 300
     receipt_timeout_s: float = 5.0
     """S1: longest wait for one receipt before going on (the verdict then tells the loss)."""

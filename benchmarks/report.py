@@ -205,6 +205,13 @@ def _details(result: Mapping[str, Any]) -> list[str]:
             f"cores used {number(metrics['cores_used'])}, at rest {number(metrics['cores_used_idle'])}; load "
             f"generator {number(metrics['load_generator_cpu_s_per_1000'])} s per 1,000"
         )
+    if (late := metrics.get("late_ms", {})).get("n"):
+        lines.append(
+            f"schedules late by p50 {number(late['p50'])} ms, p99 {number(late['p99'])} ms, "
+            f"at most {number(late['max'])} ms ({late['n']:,.0f})"
+        )
+        single = metrics["beside_ms"]
+        lines.append(f"events beside: p50 {number(single['p50'])} ms, p99 {number(single['p99'])} ms")
     if "users_alone_per_s" in metrics:
         lines += _broadcast(metrics)
     if (lag := metrics.get("send_lag_ms", {})).get("n"):

@@ -13,6 +13,7 @@ from typing import Any, Final
 from benchmarks.bench import Bench, Measurement, Options, Progress, opened
 from benchmarks.broadcast import broadcast
 from benchmarks.checks import received_pushes
+from benchmarks.due import schedules_due
 from benchmarks.faults import reconnects, shard_killed
 from benchmarks.feeds import feed_and_count, read_elsewhere, searches
 from benchmarks.outbox_cost import outbox_cost
@@ -317,6 +318,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "S10": outbox_cost,
     "B1": broadcast,
     "C1": presence_query,
+    "D1": schedules_due,
     "R1": rules_cost,
     "F1": feed_and_count,
     "F2": searches,

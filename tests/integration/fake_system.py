@@ -12,6 +12,7 @@ import json
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import jwt
@@ -39,6 +40,8 @@ class Faults:
     """Users told to be there who may not be."""
     hide_read: int = 0
     """Not told to other devices."""
+    early: int = 0
+    """Scheduled events that are sent at once."""
 
 
 @dataclass
@@ -146,6 +149,8 @@ class FakeSystem:
     # HTTP
 
     def _event(self, event: dict[str, Any]) -> dict[str, Any]:
+        if "scheduleAt" in event:
+            return self._schedule(event)
         user = event["userId"]
         self._seqs[user] += 1
         number = next(self._ids)
@@ -154,6 +159,20 @@ class FakeSystem:
             self._feeds[user].append(note)
         self._deliver(user, note)
         return {"id": note["id"], "seq": note["seq"], "status": "delivered"}
+
+    def _schedule(self, event: dict[str, Any]) -> dict[str, Any]:
+        number = next(self._ids)
+        note = {"id": f"0190a000-0000-7000-8000-{number:012d}", "seq": 0, "userId": event["userId"]}
+        wait_s = datetime.fromisoformat(event["scheduleAt"]).timestamp() - time.time()
+        early = self.faults.early and number % self.faults.early == 0
+        asyncio.get_running_loop().call_later(0 if early else wait_s + 0.01, self._fire, note)
+        return {"id": note["id"], "seq": 0, "status": "deferred", "channels": []}
+
+    def _fire(self, note: dict[str, Any]) -> None:
+        self._seqs[note["userId"]] += 1
+        note["seq"] = self._seqs[note["userId"]]
+        self._feeds[note["userId"]].append(note)
+        self._deliver(note["userId"], note)
 
     def _answer(self, method: str, path: str, body: bytes, token: str) -> tuple[int, Any]:
         if path == "/api/notifications/read":

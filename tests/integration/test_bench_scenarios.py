@@ -32,6 +32,9 @@ SMALL = Options(
     storm_timeout_s=10.0,
     presence_users=20,
     presence_queries=5,
+    schedules=40,
+    schedule_seconds=1,
+    schedule_ahead_s=1.5,
     warmup_events=10,
     receipt_timeout_s=0.05,
     settle_s=0.2,
@@ -107,6 +110,22 @@ async def test_a_storm_runs_in_a_process_of_its_own_and_is_judged() -> None:
     assert measurement.metrics["welcome_ms"]["n"] == 30
     measurement, _ = await measure("S6", Faults(lose=20))
     assert measurement.verdict.lost == 1
+
+
+async def test_schedules_are_followed_from_the_moment_they_are_due() -> None:
+    """D1 is right when each came once and not before its second; early ones and lost ones are found."""
+    measurement, _ = await measure("D1", users=4)
+    assert measurement.verdict.ok, (measurement.verdict.sentence(), measurement.verdict.examples)
+    late = measurement.metrics["late_ms"]
+    assert late["n"] == 80, "two devices"
+    assert 0 < late["p50"] <= late["p99"] <= late["max"]
+    for _ in range(5):  # on a machine that stands still an early one may come when it is due
+        measurement, _ = await measure("D1", Faults(early=7, lose=17), users=4)
+        assert measurement.verdict.lost
+        assert not measurement.verdict.ok
+        if measurement.verdict.wrong:
+            break
+    assert measurement.verdict.wrong
 
 
 async def test_a_read_is_followed_to_the_other_device() -> None:

@@ -20,7 +20,12 @@ WINDOW_MS = round(LIMITS.aggregate_window_s * 1000)
 
 @settings(max_examples=25)
 @given(
-    st.lists(st.integers(0, WINDOW_MS - 1), min_size=1, max_size=60),
+    st.lists(
+        st.integers(0, WINDOW_MS - 1)
+        | st.builds(lambda n, ms: n * RENOTIFY_MS + ms, st.integers(1, 11), st.sampled_from([-1, 0, 1])),
+        min_size=1,
+        max_size=60,
+    ),
     st.sampled_from([1, 9, 10, 11, 40, 1000, 1000, 1000]),
     st.sampled_from([0, RENOTIFY_MS, RENOTIFY_MS, WINDOW_MS]),
 )
