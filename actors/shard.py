@@ -9,8 +9,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
-import msgspec
-
 from actors.config import ActorConfig
 from actors.link import Link
 from actors.member import Membership
@@ -585,7 +583,7 @@ class Shard:
 
     async def _preview(self, message: PlanQuery) -> PlanReply:
         user = await self._user(message)
-        return PlanReply(msgspec.json.encode(await self._writer.preview(user, message.event)).decode())
+        return await self._writer.previews.of(user, message.event, message.at_ms)
 
     async def _read_policy(self, message: PolicyRead) -> Done:
         return Done(int(await self._policies.read_again(message.tenant)))

@@ -33,7 +33,7 @@ from carillon.kept_push import KeptPush
 from carillon.messages import LEFT, Done, Event, Push, PushJob, PushLeft, PushOutcome, PushResult, PushTarget
 from carillon.metrics import Stats
 from carillon.notification import decode_content, text_of
-from carillon.outbox import RETRYABLE, settle, without_target
+from carillon.outbox import RETRYABLE, for_platforms, left_out_told, settle, without_target
 from carillon.settings import Settings
 from stores.postgres.shard_rows import AttemptRow, Claimed, OutboxRow, ReleaseRow, SettleRow
 from stores.postgres.shard_store import ShardStore
@@ -66,7 +66,17 @@ comes first."""
 class _Flight:
     """A claimed row whose jobs are at the pools."""
 
-    __slots__ = ("attempt", "base", "expires_ms", "left", "open", "results", "sent_before", "until_ms")
+    __slots__ = (
+        "attempt",
+        "base",
+        "expires_ms",
+        "left",
+        "left_out",
+        "open",
+        "results",
+        "sent_before",
+        "until_ms",
+    )
 
     def __init__(
         self,
@@ -76,8 +86,10 @@ class _Flight:
         until_ms: int,
         base: int = 0,
         sent_before: bool = False,
+        left_out: str | None = None,
     ) -> None:
         self.attempt = attempt
+        self.left_out = left_out  # the reason of a row whose push was not for all devices
         self.base = base  # tries before a replay
         self.sent_before = sent_before  # by an earlier try, to some target
         self.expires_ms = expires_ms
@@ -382,6 +394,7 @@ class Outbox:
         settled: list[SettleRow] = []
         for row, targets in claimed:
             withdraw = row.channel == WITHDRAW
+            others: Sequence[PushTarget] = ()  # that the tenant's rule for the type leaves out
             stopped = self._stopped.get(row.notification) if self._stopped and not withdraw else None
             if row.gate == WITHDRAWN or stopped is not None:
                 # Dealt with while it was claimed, and nobody tried it.
@@ -414,7 +427,7 @@ class Outbox:
                 mine = [t for t in targets if t.provider in reaches]
                 policy = self._policies.of(row.key.tenant).of(row.type)
                 if policy.platforms and mine:
-                    mine = [t for t in mine if policy.gets(t.platform)]
+                    mine, others = for_platforms(mine, policy.gets)
             left = [t for t in mine if t.device not in row.sent_to and t.device not in row.shown_on]
             if not left:
                 if row.sent_to:
@@ -425,6 +438,8 @@ class Outbox:
                     state, reason = "cancelled", "no device got it"
                 else:
                     state, reason = without_target(row.channel, row.step, row.chain)
+                    if others:
+                        reason = f"{reason}; {left_out_told(others)}"
                 settled.append(SettleRow(row.delivery, row.attempt, state, now_ms, reason, onward=not mine))
                 continue
             if self._given_up(row, now_ms):
@@ -444,6 +459,7 @@ class Outbox:
                 lease_end_ms,
                 row.base_attempt,
                 bool(row.sent_to),
+                left_out_told(others) if others else None,
             )
             members = decode_content(row.content)
             user = self._users.peek(row.key)
@@ -578,10 +594,9 @@ class Outbox:
                 left=flight.left,
                 sent_before=flight.sent_before,
             )
+            reason = flight.left_out if verdict.state == "sent" else verdict.reason
             settled.append(
-                SettleRow(
-                    delivery, flight.attempt, verdict.state, verdict.due_ms, verdict.reason, verdict.onward
-                )
+                SettleRow(delivery, flight.attempt, verdict.state, verdict.due_ms, reason, verdict.onward)
             )
             if verdict.state in ("failed", "unknown"):
                 heapq.heappush(self._timers, verdict.due_ms)

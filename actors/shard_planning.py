@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from actors.shard_entries import Entry, answered, disturbs
+from actors.shard_entries import Entry, disturbs
 from actors.shard_merges import Merges
 from actors.shard_policies import NO_RULES
 from actors.shard_users import User
 from carillon.attention import Attention
 from carillon.budget import Spent
-from carillon.clock import Clock, rfc3339
+from carillon.clock import Clock
 from carillon.decision import TenantRules, Verdict, judge, within
 from carillon.digest import OVERFLOW, digest_id, key_of
-from carillon.explain import circumstance, of_plan, read_receipt, told
-from carillon.ids import UserKey, uuid_text
-from carillon.merging import OPENED
+from carillon.explain import circumstance
+from carillon.ids import UserKey
 from carillon.messages import Event
 from carillon.notification import target_of
 from carillon.plan import Plan, Reach, plan, wants_push
@@ -128,48 +127,9 @@ class Planner:
             return Attention.VIEWING
         return session.attention(now_ms, self._window_ms)
 
-    async def preview(self, user: User, event: Event) -> dict[str, Any]:
-        """What would become of an event now, and every rule behind it; nothing is done."""
-        entry = Entry(event, answered)
-        entry.user = user
-        now_ms = self._clock.now_ms()
-        found = self.plan(entry, now_ms)
-        merge: dict[str, Any] | None = None
-        if self._merges.asked([event]):
-            merge = await self._merges.preview(user, event, found.archived, now_ms)
-        reach, attention, _ = read_receipt(entry.receipt)
-        rules = of_plan(
-            found, event.channels, event.fallback, event.priority, reach, attention, user.providers
-        )
-        joined = merge is not None and merge["status"] != OPENED
-        return {
-            "userId": event.user,
-            "status": merge["status"] if merge is not None and joined else found.status,
-            "channels": list(found.channels),
-            "fallback": list(found.chain),
-            "reason": found.reason,
-            "pushDueAt": None if found.push_due_ms is None or found.push_now else rfc3339(found.push_due_ms),
-            "digest": _digest_told(user.key, event, found),
-            "silent": found.silent,
-            "archived": found.archived,
-            "rules": told(rules),
-        } | ({} if merge is None else {"merge": merge})
-
 
 def digest_of(user: UserKey, event: Event, decided: Plan) -> bytes:
     """The id of the digest that a plan collects in; only for a plan with one."""
     assert decided.digest is not None
     assert decided.push_due_ms is not None
     return digest_id(key_of(user, event.category, decided.digest, decided.push_due_ms))
-
-
-def _digest_told(user: UserKey, event: Event, found: Plan) -> dict[str, Any] | None:
-    """The digest that a plan collects in, for an answer."""
-    if found.digest is None or found.push_due_ms is None:
-        return None
-    return {
-        "digestId": uuid_text(digest_of(user, event, found)),
-        "category": key_of(user, event.category, found.digest, 0).category,
-        "frequency": found.digest,
-        "dueAt": rfc3339(found.push_due_ms),
-    }

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from actors.shard_entries import Entry
+from actors.shard_entries import Entry, answered
 from actors.shard_merges import Merges
 from actors.shard_planning import Planner
+from actors.shard_users import User
 from carillon.clock import Clock
 from carillon.errors import CarillonError, NotFoundError
-from carillon.messages import Outcome
+from carillon.messages import Event, Outcome
 from carillon.settings import ShardSettings
+from stores.postgres.shard_rows import StoredKey
 from stores.postgres.shard_store import ShardStore
 
 
@@ -57,10 +59,7 @@ class Repeats:
         if running.event.id == event.id:  # our own retry: it shares the outcome of the first try
             running.share(entry)
         else:
-            detail = "the first request with this idempotency key is still running"
-            entry.done(
-                Outcome(event.id, status="failed", code="in_progress", detail=detail, retry_after_s=1.0)
-            )
+            entry.done(_in_progress(event))
         return False
 
     def release(self, entry: Entry) -> None:
@@ -107,6 +106,22 @@ class Repeats:
                 self._done(entry, self._stored(entry, entry.event.id, found[0]))
         return rest
 
+    async def foretold(self, user: User, event: Event) -> Outcome | None:
+        """What an event would be answered for its idempotency key alone; None: the key stands for nothing.
+
+        Not for the writer: nothing is claimed, nothing ends. Raises StoreUnavailableError.
+        """
+        assert event.idempotency_key is not None
+        key = (event.tenant, event.idempotency_key)
+        if key in self._running:
+            return _in_progress(event)
+        stored = (await self._store.find_keys([key], self.since_ms(), aside=True)).get(key)
+        if stored is None:
+            return None
+        entry = Entry(event, answered)
+        entry.user = user
+        return self._answer(entry, stored)
+
     async def without_taken(self, batch: list[Entry]) -> list[Entry]:
         """Answer events whose idempotency key stands for something; the others go on."""
         known = await self._store.find_keys(
@@ -119,20 +134,23 @@ class Repeats:
             stored = known.get((event.tenant, event.idempotency_key or ""))
             if stored is None or event.idempotency_key is None:
                 rest.append(entry)
-            elif stored.body_hash != event.body_hash:
-                detail = "this idempotency key was used with another body"
-                self._done(
-                    entry, Outcome(event.id, status="failed", code="idempotency_conflict", detail=detail)
-                )
             else:
-                if stored.merged is None:
-                    outcome = self._stored(entry, stored.notification, stored.seq or 0)
-                else:
-                    outcome = stored.merged.outcome()
-                # Our own retry of the request that made it is no replay to the caller.
-                outcome.replayed = stored.notification != event.id
-                self._done(entry, outcome)
+                self._done(entry, self._answer(entry, stored))
         return rest
+
+    def _answer(self, entry: Entry, stored: StoredKey) -> Outcome:
+        """What an event is answered whose key stands for something."""
+        event = entry.event
+        if stored.body_hash != event.body_hash:
+            detail = "this idempotency key was used with another body"
+            return Outcome(event.id, status="failed", code="idempotency_conflict", detail=detail)
+        if stored.merged is None:
+            outcome = self._stored(entry, stored.notification, stored.seq or 0)
+        else:
+            outcome = stored.merged.outcome()
+        # Our own retry of the request that made it is no replay to the caller.
+        outcome.replayed = stored.notification != event.id
+        return outcome
 
     async def stored(self, entry: Entry) -> Outcome | None:
         """What an event became that may have been stored; None if it was not. Raises as the store does."""
@@ -147,3 +165,8 @@ class Repeats:
     def _stored(self, entry: Entry, notification: bytes, seq: int) -> Outcome:
         present = self._planner.plan(entry, self._clock.now_ms())
         return Outcome(notification, seq, present.status, list(present.channels))
+
+
+def _in_progress(event: Event) -> Outcome:
+    detail = "the first request with this idempotency key is still running"
+    return Outcome(event.id, status="failed", code="in_progress", detail=detail, retry_after_s=1.0)

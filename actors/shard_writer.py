@@ -13,7 +13,6 @@ import functools
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Container, Sequence
-from typing import Any
 
 from actors.fair_queue import FairQueue
 from actors.shard_amendments import AMENDMENTS, Amendments
@@ -24,6 +23,7 @@ from actors.shard_kept import KeptPushes
 from actors.shard_lane import Guard, Lane
 from actors.shard_merges import Merges, MergingBatch
 from actors.shard_planning import Planner
+from actors.shard_preview import Previews
 from actors.shard_repeats import Repeats
 from actors.shard_suspects import Suspects
 from actors.shard_users import User, UserCache
@@ -110,6 +110,7 @@ class Writer:
         self._repeats = Repeats(
             store, merges, self._planner, clock, settings, done=self._done, fail=self._fail
         )
+        self.previews = Previews(store, clock, settings, merges, self._repeats, reach=reach, policy=policy)
         self._suspects = Suspects(
             store, kept, term=term, owns=owns, run=run, expires=expires, erased=self._forget_erased
         )
@@ -208,10 +209,6 @@ class Writer:
         if self._queue.waiting(tenant) + self._parked_of[tenant] >= self._settings.tenant_queue:
             return "the tenant's share of the append queue is full"
         return "the append queue is full" if self.queued() >= self._settings.max_queue else ""
-
-    async def preview(self, user: User, event: Event) -> dict[str, Any]:
-        """What would become of an event now, and every rule behind it; nothing is done."""
-        return await self._planner.preview(user, event)
 
     def submit_change(self, change: ChangeEntry) -> None:
         """Queue one state change. Ordering: changes of one user are applied in the order submitted."""

@@ -7,7 +7,7 @@ receipt; the words are made of both when somebody asks.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from carillon.attention import Attention
@@ -18,6 +18,8 @@ from carillon.plan import Plan, Reach
 from carillon.switches import Fired
 
 SYSTEM: Final = "system"
+EXPIRED: Final = "expired"
+"""The rule of what had expired when it came."""
 _PROVIDERS: Final = ("fcm", "apns", "webpush")
 _REACHES: Final = (None, Reach.LIVE, Reach.GRACE, Reach.OFFLINE)
 _VALUES: Final = {reach: index for index, reach in enumerate(_REACHES) if reach is not None}
@@ -51,6 +53,14 @@ RULES: Final[Mapping[str, str]] = {
     "urgent": "It is urgent: the push goes at once, whatever the user looks at",
     "not_asked": "The event names no channel that leaves the system",
     "no_target": "The user has no target for {channels}",
+    "type_devices": "The tenant sends {channels} of this type to {about} devices alone",
+    "left_out": "These devices are left out because of their platform: {about}",
+    "no_device": "No device is left that gets it: the {channels} ends there, or goes on to the fallback",
+    "expires": "It expires at {until}: from then on nobody sees it, and nothing of it is sent",
+    "expires_first": "It expires at {until}, before {channels} is due: what waits until then is dropped",
+    "expired": "It had expired at {until}, when it came: it is stored, nobody sees it, and nothing is sent",
+    "scheduled": "It is kept and sent at {until} (scheduleAt)",
+    "replayed": "The idempotency key stands for {about}: the answer is that one's, and nothing is sent again",
     "without_app": "Nothing of it is wanted in the app: what leaves the system goes at once",
 }
 """What each rule says."""
@@ -132,6 +142,25 @@ def circumstances(
     return found
 
 
+def expiry(
+    expires_ms: int | None, at_ms: int, due_ms: int | None, channels: Iterable[str] = ()
+) -> list[Fired]:
+    """The rule of an event that expires, none of others.
+
+    Args:
+        at_ms: when it was sent.
+        due_ms: when what leaves the system is due; None: at once, or nothing does.
+        channels: those that are due then.
+    """
+    if expires_ms is None:
+        return []
+    if expires_ms <= at_ms:
+        return [Fired("expired", "event", None, (), expires_ms)]
+    if due_ms is not None and due_ms >= expires_ms:
+        return [Fired("expires_first", "event", None, tuple(channels), expires_ms)]
+    return [Fired("expires", "event", None, (), expires_ms)]
+
+
 def of_plan(
     plan: Plan,
     channels: Sequence[str] | None,
@@ -140,15 +169,26 @@ def of_plan(
     reach: Reach,
     attention: Attention,
     providers: Collection[str],
+    *,
+    expires_ms: int | None = None,
+    now_ms: int = 0,
 ) -> list[Fired]:
-    """Every rule behind a plan: first those of preferences and tenant, then the circumstances."""
+    """Every rule behind a plan: first those of preferences and tenant, then the circumstances, then expiry.
+
+    Of what has expired when it comes (`expires_ms` not after `now_ms`) no circumstance counts.
+    """
     level = priority if plan.priority is None else plan.priority
+    due_ms = None if plan.push_now else plan.push_due_ms
+    ends = expiry(expires_ms, now_ms, due_ms, (name for name in plan.channels if name in EXTERNAL))
+    if ends and ends[0].rule == EXPIRED:
+        return [*plan.rules, *ends]
     return [
         *plan.rules,
         *circumstances(
             channels, fallback, level, reach, attention, providers,
             external=plan.push_due_ms is not None, filed_away=plan.archived, held=plan.gate == "deferred",
         ),
+        *ends,
     ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from carillon.messages_events import Event
+from carillon.messages_events import Event, Outcome
 
 
 class Change(Struct, array_like=True, tag=3):
@@ -153,6 +153,8 @@ class PlanQuery(Struct, array_like=True, tag=38):
     user: str
     slot: int
     event: Event
+    at_ms: int = 0
+    """When it would be sent; 0: now."""
 
 
 class PlanReply(Struct, array_like=True, tag=39):
@@ -160,6 +162,10 @@ class PlanReply(Struct, array_like=True, tag=39):
 
     document: str
     """The plan and the rules behind it, as `POST /v1/events?dryRun=true` answers it (JSON)."""
+    failed: Outcome | None = None
+    """What the event would be answered, if it would fail."""
+    replayed: bool = False
+    """Its idempotency key stands for something already."""
 
 
 class PresenceQuery(Struct, array_like=True, tag=9):

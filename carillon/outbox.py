@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from carillon.messages import PushResult
 
@@ -40,6 +41,51 @@ def without_target(channel: str, step: int, chain: str) -> tuple[str, str]:
     """
     last = step > 0 and not chain
     return "dead" if last else "cancelled", f"no {channel} target"
+
+
+class OnPlatform(Protocol):
+    """A device, as far as it counts here."""
+
+    @property
+    def device(self) -> str:
+        """Its id."""
+        ...
+
+    @property
+    def platform(self) -> str:
+        """ios | android | web; empty: not told."""
+        ...
+
+
+T = TypeVar("T", bound=OnPlatform)
+
+
+def for_platforms(targets: Iterable[T], gets: Callable[[str], bool]) -> tuple[list[T], list[T]]:
+    """The targets that get pushes of a type, and those that are left out.
+
+    Args:
+        gets: whether a platform does (`carillon.policy.Policy.gets`).
+    """
+    mine: list[T] = []
+    others: list[T] = []
+    for target in targets:
+        (mine if gets(target.platform) else others).append(target)
+    return mine, others
+
+
+LEFT_OUT = "left out: "
+"""Begins what a row's reason says of devices that do not get pushes of its type."""
+_MOST_TOLD = 400
+
+
+def named(targets: Iterable[OnPlatform]) -> str:
+    """Devices in a sentence."""
+    return ", ".join(f"{one.device} ({one.platform})" for one in targets)
+
+
+def left_out_told(targets: Iterable[OnPlatform]) -> str:
+    """That the tenant's rule for the type left these out, as a reason says it."""
+    return LEFT_OUT + named(targets)[:_MOST_TOLD]
 
 
 class Pauses:

@@ -91,7 +91,11 @@ class RouterSettings:
         low=1,
     )
     release_pause_s: float = setting(
-        0.005, "Pause between them (s): what is new for other users comes in between.", low=0.0, high=1.0
+        0.005,
+        "Pause between them: what is new for other users comes in between.",
+        low=0.0,
+        high=1.0,
+        unit="s",
     )
     max_passing: int = setting(
         10_000, "Other requests passed on at once before further ones are answered busy.", low=1

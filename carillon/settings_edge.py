@@ -95,6 +95,12 @@ class IngressSettings:
     preview_s: float = setting(
         2.0, "The preview of a segment counts for so long, then it estimates.", low=0.05, unit="s"
     )
+    dry_run_sample: int = setting(
+        100,
+        "Subscribers for whom the dry run of an event with a topic makes plans; 0: they are counted alone.",
+        low=0,
+        high=1000,
+    )
     max_attributes_bytes: int = setting(
         16_384, "Longest attributes of a user's profile, as JSON.", low=2, high=1_048_576
     )

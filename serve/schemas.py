@@ -386,6 +386,27 @@ COMPONENTS: Final[dict[str, Schema]] = {
     "Plan": obj(
         {
             "userId": {"type": "string"},
+            "words": {"type": "string", "description": "All of it in plain words."},
+            "sendAt": {**INSTANT, "description": "Only with scheduleAt: kept until then."},
+            "then": {"type": "object", "description": "Only with scheduleAt: what would be planned then."},
+            "replayed": {
+                **obj({"id": UUID, "seq": WHOLE}, ["id", "seq"]),
+                "description": "Only if the idempotency key stands for another event: for this one.",
+            },
+            "devices": {
+                **obj(
+                    {
+                        "platforms": {"type": "array", "items": {"type": "string"}},
+                        "reached": {"type": "array", "items": {"type": "string"}},
+                        "leftOut": {
+                            "type": "array",
+                            "items": obj({"deviceId": {"type": "string"}, "platform": {"type": "string"}}),
+                        },
+                    },
+                    ["platforms", "reached", "leftOut"],
+                ),
+                "description": "Only if the tenant names the platforms that get pushes of the type.",
+            },
             "status": {
                 "enum": ["delivered", "queued", "stored", "deferred", "suppressed", "merged", "duplicate"]
             },
@@ -427,7 +448,34 @@ COMPONENTS: Final[dict[str, Schema]] = {
                 "description": "Only of an event that is to be merged: into what, and what it says then.",
             },
         },
-        ["userId", "status", "channels", "rules"],
+        ["userId", "status", "channels", "rules", "words"],
+    ),
+    "TopicPlan": obj(
+        {
+            "topic": {"type": "string"},
+            "subscribers": WHOLE,
+            "exact": {**_FLAG, "description": "false: `subscribers` is an estimate."},
+            "sendAt": {"anyOf": [INSTANT, {"type": "null"}]},
+            "lookedAt": {**WHOLE, "description": "Subscribers for whom a plan was made."},
+            "failed": {**WHOLE, "description": "Those of them who would not get it."},
+            "statuses": {"type": "object", "additionalProperties": WHOLE},
+            "channels": {"type": "object", "additionalProperties": WHOLE},
+            "rules": {
+                "type": "array",
+                "items": obj(
+                    {
+                        "rule": {"type": "string"},
+                        "source": {"enum": ["user", "tenant", "event", "system"]},
+                        "about": {"type": ["string", "null"]},
+                        "users": WHOLE,
+                    },
+                    ["rule", "source", "about", "users"],
+                ),
+            },
+            "replayed": obj({"broadcastId": UUID}, ["broadcastId"]),
+            "words": {"type": "string"},
+        },
+        ["topic", "words"],
     ),
     "Plans": obj(
         {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -107,9 +108,28 @@ async def start(
     key: Any,
     deadline: float,
     limits: Limits,
-    where: str = "event/",
 ) -> tuple[bytes, bool]:
     """Check and keep a broadcast: its id, and whether it was there already.
+
+    Raises:
+        ProblemError: it is refused.
+    """
+    new = await checked(services, tenant, audience, event, at, key, deadline, limits)
+    return await _keep(services, tenant, new)
+
+
+async def checked(
+    services: Services,
+    tenant: str,
+    audience: Any,
+    event: Any,
+    at: Any,
+    key: Any,
+    deadline: float,
+    limits: Limits,
+    where: str = "event/",
+) -> NewBroadcast:
+    """A broadcast that is to be kept, or looked at.
 
     Args:
         audience, event, at, key: as the caller gave them.
@@ -122,30 +142,54 @@ async def start(
     """
     now_ms = services.clock.now_ms()
     recipients = await _recipients(services, tenant, audience)
-    checked = await _event(services, tenant, event, deadline, where)
+    content = await _event(services, tenant, event, deadline, where)
     start_ms = now_ms if at is None else _start(services, at, now_ms)
     body_hash = None
     if key is not None:
         error = text_error("idempotencyKey", key, Text(1, MAX_KEY))
         if error is not None:
             raise wrong([error])
-        body_hash = hashlib.sha256(_encode_sorted([recipients.json(), checked, at])).digest()
+        body_hash = hashlib.sha256(_encode_sorted([recipients.json(), content, at])).digest()
     if limits:
         await admit(services, limits, len(recipients.users) or 1)
-    new = NewBroadcast(
-        _ids.next(now_ms), recipients, msgspec.json.encode(checked).decode(),
+    return NewBroadcast(
+        _ids.next(now_ms), recipients, msgspec.json.encode(content).decode(),
         SCHEDULED if start_ms > now_ms else RUNNING, max(start_ms, now_ms),
         None if key is None else f"broadcasts:{key}", body_hash,
     )  # fmt: skip
+
+
+async def _keep(services: Services, tenant: str, new: NewBroadcast) -> tuple[bytes, bool]:
+    with _told(services, new):
+        return await services.broadcasts.add(tenant, new, services.clock.now_ms(), _most(services, new))
+
+
+async def refusal(services: Services, tenant: str, new: NewBroadcast) -> bytes | None:
+    """The broadcast that stands for the key of a new one, None if it would be kept; nothing is.
+
+    Raises:
+        ProblemError: it would be refused.
+    """
+    with _told(services, new):
+        return await services.broadcasts.foretell(tenant, new, _most(services, new))
+
+
+def _most(services: Services, new: NewBroadcast) -> int:
     settings = services.settings.broadcast
-    scheduled = new.state == SCHEDULED
-    most = settings.max_scheduled if scheduled else settings.max_open
+    return settings.max_scheduled if new.state == SCHEDULED else settings.max_open
+
+
+@contextlib.contextmanager
+def _told(services: Services, new: NewBroadcast) -> Iterator[None]:
+    """Tells callers why a broadcast is not kept."""
     try:
-        return await services.broadcasts.add(tenant, new, now_ms, most)
+        yield
     except TooManyError:
-        doing = "wait for their time" if scheduled else "run or are paused"
+        doing = "wait for their time" if new.state == SCHEDULED else "run or are paused"
+        most = _most(services, new)
         told = f"at most {most} broadcasts of a tenant {doing}: wait for one to end, or cancel one"
-        raise ProblemError(problem("too_many", told, retry_after_s=settings.full_retry_s)) from None
+        retry_s = services.settings.broadcast.full_retry_s
+        raise ProblemError(problem("too_many", told, retry_after_s=retry_s)) from None
     except IdempotencyConflictError:
         told = "the idempotency key was used with another body"
         raise ProblemError(problem("idempotency_conflict", told)) from None
@@ -293,12 +337,18 @@ async def to_topic(
     limits: Limits,
 ) -> Response:
     """An event of `POST /v1/events` that names a topic: a broadcast to its subscribers."""
-    event = dict(document)
-    topic, at, own = event.pop("topic"), event.pop("scheduleAt", None), event.pop("idempotencyKey", None)
-    made, replayed = await start(
+    topic, event, at, own = of_topic(document)
+    new = await checked(
         services, tenant, {"topic": topic}, event, at, key if own is None else own, deadline, limits, where=""
     )
+    made, replayed = await _keep(services, tenant, new)
     return json_response({"broadcastId": uuid_text(made)}, 202, (_REPLAYED,) if replayed else ())
+
+
+def of_topic(document: Mapping[str, Any]) -> tuple[Any, dict[str, Any], Any, Any]:
+    """The topic that an event names, the event without what is the broadcast's own, its time, its key."""
+    event = dict(document)
+    return event.pop("topic"), event, event.pop("scheduleAt", None), event.pop("idempotencyKey", None)
 
 
 _NULLABLE_INSTANT: Final = {"anyOf": [INSTANT, {"type": "null"}]}

@@ -28,7 +28,8 @@ from serve.http import BEHIND_SERVE, PATIENT, ClientGoneError, Request, Response
 from serve.limits import admit_patiently
 from serve.routes.bodies import known_query
 from serve.routes.broadcasts import to_topic
-from serve.routes.events import outcome_problem, parse_events, publish_some
+from serve.routes.events import parse_events, publish_some
+from serve.routes.outcomes import outcome_problem
 from serve.routing import SERVICE, Query, Route
 from serve.schemas import WHOLE, obj, ref
 from serve.services import Services

@@ -11,11 +11,12 @@ from carillon.events import NotPlainError, refused, topic_of
 from carillon.events import Request as ParsedEvents
 from carillon.ids import uuid_text
 from carillon.messages import Outcome
-from carillon.problems import FieldError, Problem, problem, problem_document, shown
+from carillon.problems import FieldError, problem_document, shown
 from serve.http import JSON, Header, Request, Response, problem_response
 from serve.limits import Limits, admit
 from serve.routes.broadcasts import to_topic
-from serve.routes.explain import preview
+from serve.routes.dry_run import preview, preview_topic
+from serve.routes.outcomes import outcome_problem, too_late
 from serve.routing import SERVICE, Query, Route
 from serve.schemas import UUID, obj, ref
 from serve.services import Services
@@ -24,10 +25,6 @@ from stores.postgres.schedules import NewSchedule
 _encode: Final = msgspec.json.Encoder().encode
 _REPLAYED: Final[Header] = (b"idempotent-replayed", b"true")
 _CHANNELS: Final[dict[tuple[str, ...], str]] = {}
-_TOLD: Final = {
-    "in_progress": "the first request with this idempotency key is still running",
-    "idempotency_conflict": "the idempotency key was used within 24 h with another body",
-}
 
 
 async def post_events(services: Services, request: Request) -> Response:
@@ -55,10 +52,14 @@ async def dry_run(
     """What `publish` would do, and why; nothing is stored or sent."""
     try:
         parsed = await parse_events(services, body, key, tenant, deadline, limits)
-    except NotPlainError:
-        told = FieldError("topic", "absent with dryRun: a plan is for users", "a topic")
-        raise refused("a plan is made for users, not for a topic", [told], "not_supported") from None
-    return await preview(services, parsed, deadline, request_id)
+    except NotPlainError as wanted:
+        text_key = None if key is None else key.decode("utf-8", "replace")
+
+        async def parse(many: bytes) -> ParsedEvents:
+            return await parse_events(services, many, None, tenant, deadline)
+
+        return await preview_topic(services, wanted.document, tenant, text_key, deadline, limits, parse)
+    return await preview(services, parsed, tenant, deadline, request_id)
 
 
 async def parse_events(
@@ -122,15 +123,13 @@ async def publish_some(
     services: Services, parsed: ParsedEvents, tenant: str, deadline: float
 ) -> list[Outcome]:
     """Publish what is to be sent now, keep what is scheduled; one outcome each, in order."""
-    now_ms = services.clock.now_ms()
-    most_ms = now_ms + round(services.settings.schedule.max_ahead_s * 1000)
     outcomes: dict[int, Outcome] = {}
     rows: dict[int, NewSchedule] = {}
     for index, later in parsed.later.items():
         event = parsed.events[index]
-        if later.due_ms > most_ms:
-            told = f"scheduleAt: expected a time before {rfc3339(most_ms)}, got {rfc3339(later.due_ms)}"
-            outcomes[index] = Outcome(event.id, status="failed", code="invalid", detail=told)
+        late = too_late(services, event, later)
+        if late is not None:
+            outcomes[index] = late
             continue
         rule = _encode({"at": rfc3339(later.due_ms)}).decode()
         rows[index] = NewSchedule(
@@ -182,15 +181,6 @@ def _result(outcome: Outcome) -> str:
         f'"id":"{uuid_text(outcome.id)}","seq":{outcome.seq},"status":"{outcome.status}",'
         f'"channels":{channels}{reason}'
     )
-
-
-def outcome_problem(outcome: Outcome) -> Problem | None:
-    """The problem of a failed outcome, None of any other."""
-    if outcome.status != "failed":
-        return None
-    code = outcome.code or "internal"
-    detail = _TOLD.get(code) or outcome.detail or ""
-    return problem(code, "" if code == "internal" else detail, retry_after_s=outcome.retry_after_s)
 
 
 _EVENT = {
@@ -246,7 +236,9 @@ ROUTES: Final = (
         answer={
             "anyOf": [ref("EventResult"), ref("EventResults"), obj({"broadcastId": UUID}, ["broadcastId"])]
         },
-        other_answers={200: ("With dryRun: the plan", {"anyOf": [ref("Plan"), ref("Plans")]})},
+        other_answers={
+            200: ("With dryRun: the plan", {"anyOf": [ref("Plan"), ref("Plans"), ref("TopicPlan")]})
+        },
         answer_example={
             "id": "0198c0de-7000-7000-8000-000000000001",
             "seq": 17,

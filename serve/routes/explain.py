@@ -1,34 +1,30 @@
-"""Why: what became of a notification, and what would become of an event."""
+"""Why: what became of a notification."""
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any, Final
-
-import msgspec
 
 from carillon import explain
 from carillon.attention import Attention
 from carillon.clock import rfc3339
 from carillon.decision import DIGEST, unpack
-from carillon.events import Request as ParsedEvents
 from carillon.external import EXTERNAL, IN_APP
+from carillon.forecast import device_rules
 from carillon.ids import uuid_text
-from carillon.messages import Event, PlanQuery, PlanReply
 from carillon.notification import decode_content, filed_away
-from carillon.problems import problem_document
+from carillon.outbox import LEFT_OUT, for_platforms
+from carillon.policy import build, cluster_default
+from carillon.switches import TENANT
 from serve.http import Request, Response, json_response
 from serve.routes.amend import HISTORY, history
 from serve.routes.bodies import no_notification, path_notification
 from serve.routes.merged import MERGED, merge_windows_of, merged_json, merged_words
 from serve.routing import SERVICE, Route
-from serve.schemas import UUID, obj, ref
+from serve.schemas import INSTANT, UUID, obj, ref
 from serve.services import Services
 from stores.postgres.feed import Act, Found
 
-MAX_AT_ONCE: Final = 64
-"""Plans of one request that are asked for at the same time."""
-
+_WAITING: Final = ("planned", "sending", "unknown", "failed")
 _STATES: Final = {
     "planned": "waits until {due}",
     "sending": "is on its way",
@@ -40,31 +36,6 @@ _STATES: Final = {
 }
 
 
-async def preview(services: Services, parsed: ParsedEvents, deadline: float, request_id: bytes) -> Response:
-    """The plans of events and the rules behind them; nothing is stored."""
-    gate = asyncio.Semaphore(MAX_AT_ONCE)
-
-    async def one(event: Event) -> msgspec.Raw:
-        async with gate:
-            reply = await services.backend.request(
-                PlanQuery(event.tenant, event.user, event.slot, event), deadline
-            )
-        assert isinstance(reply, PlanReply)
-        return msgspec.Raw(reply.document.encode())
-
-    plans = await asyncio.gather(*(one(event) for event in parsed.events))
-    if parsed.slots is None:
-        return json_response(plans[0])
-    results: list[Any] = []
-    for slot in parsed.slots:
-        if slot.refused is None:
-            results.append(plans[slot.event])
-            continue
-        told: dict[str, Any] = {} if slot.user is None else {"userId": slot.user}
-        results.append(told | {"error": problem_document(slot.refused, request_id.decode())})
-    return json_response({"results": results})
-
-
 async def get_explanation(services: Services, request: Request) -> Response:
     """GET /v1/notifications/{id}/explain."""
     raw = path_notification(request)
@@ -73,7 +44,7 @@ async def get_explanation(services: Services, request: Request) -> Response:
         raise await no_notification(services, request, raw)
     made = await services.broadcasts.broadcast_of(request.tenant, found.user, found.row.id)
     came = [] if made is None else [f"It came with the broadcast {uuid_text(made)}."]
-    rules = _rules(found)
+    rules = _rules(found) + await _devices(services, request.tenant, found)
     deliveries = [_delivery(one) for one in found.deliveries]
     acts = [act_words(act) for act in found.acts]
     windows = await merge_windows_of(services, request.tenant, found)
@@ -83,7 +54,8 @@ async def get_explanation(services: Services, request: Request) -> Response:
             "userId": found.user,
             "broadcastId": None if made is None else uuid_text(made),
             "channels": _channels(found),
-            "archived": filed_away(found.row),
+            "archived": _filed(found),
+            "expiresAt": None if found.row.expires_ms is None else rfc3339(found.row.expires_ms),
             "rules": explain.told(rules),
             "deliveries": deliveries,
             **merged_json(found, windows),
@@ -104,24 +76,36 @@ async def get_explanation(services: Services, request: Request) -> Response:
 def _channels(found: Found) -> list[str]:
     """What was planned, as the answer to the event said."""
     asked = decode_content(found.row.content).get("channels")
-    in_app = (asked is None or IN_APP in asked) and not filed_away(found.row)
+    in_app = (asked is None or IN_APP in asked) and not _filed(found)
     outside = [d["channel"] for d in found.deliveries if d["channel"] in EXTERNAL]
     return list(dict.fromkeys([IN_APP] * in_app + outside))
 
 
+def _filed(found: Found) -> bool:
+    """Whether the user wanted nothing of it in the app. It was sent later than its id was made, perhaps."""
+    archived_ms = found.row.archived_ms
+    return filed_away(found.row) or (archived_ms is not None and archived_ms <= found.created_ms)
+
+
 def _rules(found: Found) -> list[explain.Fired]:
     rules = [] if found.decision is None else unpack(found.decision)
-    if found.receipt is None:
-        return rules  # of a release that kept none
-    reach, attention, providers = explain.read_receipt(found.receipt)
     outside = [d for d in found.deliveries if d["channel"] in EXTERNAL]
+    came_ms = found.created_ms if found.version == 1 else 0  # an edit may bring the end forward
+    ends = explain.expiry(
+        found.row.expires_ms, came_ms, _due_ms(rules, outside), (d["channel"] for d in outside)
+    )
+    if found.receipt is None:
+        return rules + ends  # of a release that kept none
+    if ends and ends[0].rule == explain.EXPIRED:
+        return rules + ends
+    reach, attention, providers = explain.read_receipt(found.receipt)
     fallback = [d["channel"] for d in outside if d["step"]]
     if outside and outside[-1]["chain"]:
         fallback += outside[-1]["chain"].split(",")
     closed = {name for rule in rules if rule.until_ms is None for name in rule.channels}
     held = any(rule.until_ms is not None for rule in rules)
     asked = decode_content(found.row.content).get("channels")
-    return rules + explain.circumstances(
+    around = explain.circumstances(
         [n for n in asked if n not in closed] if asked is not None else None,
         fallback,
         found.priority,
@@ -129,9 +113,40 @@ def _rules(found: Found) -> list[explain.Fired]:
         Attention(attention),
         providers,
         external=bool(outside),
-        filed_away=filed_away(found.row),
+        filed_away=_filed(found),
         held=held,
     )
+    return rules + around + ends
+
+
+async def _devices(services: Services, tenant: str, found: Found) -> list[explain.Fired]:
+    """Which devices the tenant's rule for the type leaves out: those that were, or now would be."""
+    outside = [d for d in found.deliveries if d["channel"] in EXTERNAL]
+    rules = [
+        explain.Fired("left_out", TENANT, told.partition("; falls back")[0], (one["channel"],))
+        for one in outside
+        if (told := (one["reason"] or "").partition(LEFT_OUT)[2])
+    ]
+    waiting = [one["channel"] for one in outside if one["state"] in _WAITING]
+    if not waiting or found.row.retracted_ms is not None:
+        return rules
+    document = await services.tenants.policy(tenant)
+    kind = decode_content(found.row.content).get("type") or ""
+    policy = build(document, cluster_default(services.settings.shard)).of(kind)
+    if not policy.platforms:
+        return rules
+    targets = await services.feed.targets(tenant, found.user)
+    mine = [t for t in targets if any(EXTERNAL[name].reaches(t.provider) for name in waiting)]
+    return rules + device_rules(policy.platforms, *for_platforms(mine, policy.gets), waiting)
+
+
+def _due_ms(rules: list[explain.Fired], outside: list[dict[str, Any]]) -> int | None:
+    """Until when what leaves the system was held, or waits; None: it went at once, or nothing leaves it."""
+    if not outside:
+        return None
+    held = [rule.until_ms for rule in rules if rule.until_ms is not None]
+    waits = [d["due_ms"] for d in outside if not d["attempts"] and d["state"] in ("planned", "cancelled")]
+    return held[-1] if held else max(waits, default=None)
 
 
 def _delivery(one: dict[str, Any]) -> dict[str, Any]:
@@ -180,6 +195,7 @@ ROUTES: Final = (
                 "broadcastId": {"anyOf": [UUID, {"type": "null"}]},
                 "channels": _NAMES,
                 "archived": {"type": "boolean"},
+                "expiresAt": {"anyOf": [INSTANT, {"type": "null"}]},
                 "rules": {"type": "array", "items": ref("FiredRule")},
                 "deliveries": {"type": "array", "items": {"type": "object"}},
                 **MERGED,
@@ -187,7 +203,8 @@ ROUTES: Final = (
                 "words": {"type": "string"},
             },
             [
-                "notificationId", "userId", "broadcastId", "channels", "archived", "rules", "deliveries",
+                "notificationId", "userId", "broadcastId", "channels", "archived", "expiresAt", "rules",
+                "deliveries",
                 *MERGED, *HISTORY, "words",
             ],
         ),

@@ -213,6 +213,24 @@ class BroadcastStore(Store):
             raise IdempotencyConflictError("the idempotency key was used with another body")
         return known["broadcast_id"].bytes, True
 
+    async def foretell(self, tenant: str, new: NewBroadcast, most: int) -> bytes | None:
+        """What `add` would find: the broadcast that its key stands for, None if it would be kept.
+
+        Raises: as `add`.
+        """
+        async with acquired(self._pool, self._timeout_s) as connection:
+            known = None
+            if new.key is not None:
+                known = await connection.fetchrow(self.sql["known"], tenant, new.key)
+            if known is None:
+                open_ones: Any = await connection.fetchval(self.sql["open"], tenant, new.state)
+                if open_ones >= most:
+                    raise TooManyError(f"expected fewer than {most} such broadcasts, the tenant has as many")
+                return None
+        if known["body_hash"] != new.body_hash:
+            raise IdempotencyConflictError("the idempotency key was used with another body")
+        return known["broadcast_id"].bytes
+
     async def check(self, tenant: str, audience: Audience) -> None:
         """Raises NotFoundError: there is no such segment."""
         await self._audiences.page(tenant, audience, 0, "", 1)
@@ -290,14 +308,18 @@ class BroadcastStore(Store):
         """Count its users, or estimate them if they are many or cannot be counted soon, and keep that."""
         total = len(one.recipients.users)
         if one.recipients.audience is not None:
-            sampled = await self._count(one.tenant, one.recipients.audience, SAMPLED_SLOTS)
-            total = estimated(sampled)
-            if sampled <= EXACT_BELOW:
-                # Few may fit of very many who have to be looked at.
-                with contextlib.suppress(StoreUnavailableError):
-                    total = await self._count(one.tenant, one.recipients.audience, SLOTS)
+            total, _ = await self.count(one.tenant, one.recipients.audience)
         await self._execute("estimate", UUID(bytes=one.id), total)
         return total
+
+    async def count(self, tenant: str, audience: Audience) -> tuple[int, bool]:
+        """How many users an audience has, and whether they were counted: else it is an estimate."""
+        sampled = await self._count(tenant, audience, SAMPLED_SLOTS)
+        if sampled <= EXACT_BELOW:
+            # Few may fit of very many who have to be looked at.
+            with contextlib.suppress(StoreUnavailableError):
+                return await self._count(tenant, audience, SLOTS), True
+        return estimated(sampled), False
 
     async def _count(self, tenant: str, audience: Audience, slots: int) -> int:
         text = self._paging.get(audience.kind)

@@ -144,6 +144,15 @@ class Act(NamedTuple):
     """The content that an edit replaced."""
 
 
+class Target(NamedTuple):
+    """A device that has a push target."""
+
+    device: str
+    platform: str
+    """Empty: not told."""
+    provider: str
+
+
 class MergedEvent(NamedTuple):
     """What became of one event that asked for merging (carillon/merging.py)."""
 
@@ -186,6 +195,8 @@ class Found:
     """What the service did to it, in order."""
     merged: MergeLog | None = None
     """None: nobody asked for merging."""
+    created_ms: int = 0
+    """When it was sent; the id may be older (`scheduleAt`)."""
 
 
 class FeedReader(Store):
@@ -400,7 +411,7 @@ class FeedReader(Store):
         return Found(
             row_of(record), record["user_id"], deliveries, record["decision"], record["receipt"],
             record["priority"], record["version"], record["cancelled_ms"], [Act(*act) for act in acts],
-            _merge_log(notification_id, record, events, windows),
+            _merge_log(notification_id, record, events, windows), record["created_ms"],
         )  # fmt: skip
 
     async def owner(self, tenant: str, notification_id: bytes) -> str | None:
@@ -424,6 +435,12 @@ class FeedReader(Store):
         async with acquired(self._pool, self._timeout_s) as connection:
             record = await connection.fetchrow(self._sql["device"], tenant, user, device)
         return None if record is None else dict(record)
+
+    async def targets(self, tenant: str, user: str) -> list[Target]:
+        """Where pushes of a user may go."""
+        async with acquired(self._pool, self._timeout_s) as connection:
+            rows = await connection.fetch(self._sql["targets"], tenant, user)
+        return [Target(row[0], row[1] or "", row[2]) for row in rows]
 
     async def preferences(self, tenant: str, user: str) -> tuple[dict[str, Any], int]:
         """The stored document and its version, ({}, 0) if there is none."""

@@ -170,9 +170,9 @@ class MergeStore(ShardConnections):
         rows = await self._fetch_merges("find_locales", aside, streams)
         return {r[0]: r[1] for r in rows if r[1] is not None}
 
-    async def find_merged(self, ids: Sequence[bytes]) -> dict[bytes, MergedInto]:
+    async def find_merged(self, ids: Sequence[bytes], aside: bool = False) -> dict[bytes, MergedInto]:
         """What became of those of the events that are no notifications of their own."""
-        rows = await self._fetch_merges("find_merged", False, [UUID(raw) for raw in ids])
+        rows = await self._fetch_merges("find_merged", aside, [UUID(raw) for raw in ids])
         return {r[0].bytes: MergedInto(r[1].bytes, r[2], r[3], r[4]) for r in rows}
 
     async def prune_merges(self, now_ms: int, since_ms: int) -> None:

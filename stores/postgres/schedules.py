@@ -104,6 +104,12 @@ class ScheduleStore(Store):
             told.append((other["schedule_id"].bytes, True) if other is not None and same else None)
         return told
 
+    async def known(self, tenant: str, keys: Sequence[str]) -> dict[str, tuple[bytes, bytes]]:
+        """What idempotency keys stand for: (id, body hash) each; unknown ones are left out."""
+        async with acquired(self._pool, self._timeout_s) as connection:
+            rows = await connection.fetch(self._sql["known"], tenant, keys)
+        return {row["idempotency_key"]: (row["schedule_id"].bytes, row["body_hash"]) for row in rows}
+
     async def add_one(self, tenant: str, row: NewSchedule) -> tuple[bytes, bool]:
         """Keep a schedule. Raises IdempotencyConflictError: its key was used with another body."""
         (told,) = await self.add(tenant, [row])

@@ -382,10 +382,14 @@ class ShardStore(Amendments, KeptStore, MergeStore, Outbox, UserDocuments):
         )
 
     async def find_keys(
-        self, keys: Sequence[tuple[str, str]], since_ms: int
+        self, keys: Sequence[tuple[str, str]], since_ms: int, aside: bool = False
     ) -> dict[tuple[str, str], StoredKey]:
-        """What (tenant, key) pairs made after `since_ms` stand for; unknown ones are left out."""
-        async with self._writing() as connection:
+        """What (tenant, key) pairs made after `since_ms` stand for; unknown ones are left out.
+
+        Args:
+            aside: not asked by the writer, whose connection is its own.
+        """
+        async with self._reading() if aside else self._writing() as connection:
             rows = await connection.fetch(
                 self._sql["find_keys"],
                 [tenant for tenant, _ in keys],
@@ -393,7 +397,7 @@ class ShardStore(Amendments, KeptStore, MergeStore, Outbox, UserDocuments):
                 since_ms / 1000,
             )
         merged = [r[3].bytes for r in rows if r[4] is None]
-        into = await self.find_merged(merged) if merged else {}
+        into = await self.find_merged(merged, aside) if merged else {}
         return {(r[0], r[1]): StoredKey(r[2], r[3].bytes, r[4], into.get(r[3].bytes)) for r in rows}
 
     async def prune_keys(self, since_ms: int) -> None:

@@ -349,6 +349,55 @@ async def expiry(t: Transcript) -> None:
     await t.call("PATCH", path, {"title": "It waits"}, status=409, only=("code", "detail"))
 
 
+_FORETOLD: Final = ("status", "channels", "pushDueAt", "sendAt", "rules", "devices", "replayed", "words")
+
+
+async def expires(t: Transcript) -> None:
+    await t.phone()
+    await t.prefer(doNotDisturbUntil=ahead(2 * HOUR))
+    taxi = {"userId": "ada", "type": "taxi.here", "title": "Your taxi is here"}
+    for ends in (ahead(HOUR), ahead(3 * HOUR), ahead(-HOUR)):
+        event = taxi | {"expiresAt": ends}
+        await t.call("POST", "/v1/events?dryRun=true", event, only=_FORETOLD)
+        await t.explain(await t.event(**event))
+
+
+async def foretold(t: Transcript) -> None:
+    await t.phone()
+    event = {"userId": "ada", "type": "report.weekly", "title": "Your week", "idempotencyKey": "week-47"}
+    await t.call(
+        "POST", "/v1/events?dryRun=true", event | {"scheduleAt": ahead(48 * HOUR)}, only=(*_FORETOLD, "then")
+    )
+    await t.event(**event)
+    await t.call("POST", "/v1/events?dryRun=true", event, only=_FORETOLD)
+
+
+async def type_devices(t: Transcript) -> None:
+    await t.phone()
+    tablet = {"platform": "ios", "provider": "fcm", "token": "tablet of ada"}
+    await t.call("PUT", "/v1/users/ada/devices/tablet", tablet, only=())
+    await t.policy(types={"offer": {"devices": ["ios"]}, "tv.recording": {"devices": ["web"]}})
+    for kind, title in (("offer", "Ten seats more"), ("tv.recording", "It is recorded")):
+        event = {"userId": "ada", "type": kind, "title": title}
+        await t.call("POST", "/v1/events?dryRun=true", event, only=_FORETOLD)
+    told = await t.event(**event)
+
+    async def over() -> bool:
+        why = await t.call("GET", f"/v1/notifications/{told['id']}/explain", show=False)
+        return why["deliveries"][0]["state"] == "cancelled"
+
+    await eventually(over, what="the end of a push for nobody")
+    await t.explain(told)
+
+
+async def dry_topic(t: Transcript) -> None:
+    await t.phone()
+    users = {"userIds": ["ada", "bob", "cy"]}
+    await t.call("POST", "/v1/topics/goal.alerts/subscribers", users, only=())
+    event = {"topic": "goal.alerts", "type": "goal", "title": "1:0"}
+    await t.call("POST", "/v1/events?dryRun=true", event)
+
+
 # -- experiments --------------------------------------------------------------------------------------
 
 
@@ -532,6 +581,10 @@ EXAMPLES: Final[dict[str, Example]] = {
     "nowhere": nowhere,
     "connected": connected,
     "expiry": expiry,
+    "expires": expires,
+    "foretold": foretold,
+    "type_devices": type_devices,
+    "dry_topic": dry_topic,
     "experiment": experiment,
     "stripe": stripe,
     "redis_stream": redis_stream,

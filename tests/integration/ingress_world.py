@@ -86,7 +86,13 @@ class FakeRouter:
                 request, PresenceReply([UserPresence(user, "offline") for user in message.users])
             )
         elif type(message) is PlanQuery:
-            plan = {"userId": message.user, "status": "stored", "channels": ["in_app"], "rules": []}
+            plan = {
+                "userId": message.user,
+                "status": "stored",
+                "channels": ["in_app"],
+                "rules": [],
+                "words": "",
+            }
             link.reply_nowait(request, PlanReply(json.dumps(plan)))
         elif type(message) is PolicyRead:
             link.reply_nowait(request, PolicyHeld(1, self.missing))

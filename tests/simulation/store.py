@@ -455,7 +455,7 @@ class ModelShardStore(ModelAmendments, ModelKept):
         return {s.id: (s.seq, s.rev, s.unread) for s in moved.values()}
 
     async def find_keys(
-        self, keys: Sequence[tuple[str, str]], since_ms: int
+        self, keys: Sequence[tuple[str, str]], since_ms: int, aside: bool = False
     ) -> dict[tuple[str, str], StoredKey]:
         def statement() -> dict[tuple[str, str], StoredKey]:
             found = {}
@@ -594,7 +594,7 @@ class ModelShardStore(ModelAmendments, ModelKept):
     async def find_locales(self, streams: Sequence[int], aside: bool = False) -> dict[int, str]:
         return await self._db.run(dict[int, str])  # no device of the model names one
 
-    async def find_merged(self, ids: Sequence[bytes]) -> dict[bytes, MergedInto]:
+    async def find_merged(self, ids: Sequence[bytes], aside: bool = False) -> dict[bytes, MergedInto]:
         return await self._db.run(lambda: self._merged(ids))
 
     def _merged(self, ids: Sequence[bytes]) -> dict[bytes, MergedInto]:

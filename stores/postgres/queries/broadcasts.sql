@@ -22,6 +22,11 @@ returning broadcast_id;
 -- What a key stands for. $1 tenant, $2 key.
 select broadcast_id, body_hash from broadcasts where tenant = $1 and idempotency_key = $2;
 
+-- name: open
+-- How many of the kind a tenant has: that wait for their time ($2 scheduled), or that run or are paused. $1 tenant.
+select count(*) from broadcasts
+where tenant = $1 and ended_at is null and (started_at is null) = ($2 = 'scheduled');
+
 -- name: broadcast
 -- $1 tenant, $2 id.
 select %(row)s from broadcasts b left join lateral (%(sums)s) s on true

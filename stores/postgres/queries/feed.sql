@@ -179,6 +179,13 @@ select d.device_id, d.platform, d.provider, d.token_kind, d.token, d.app_id, d.e
 from devices d
 where d.tenant = $1 and d.user_id = $2 and d.device_id = $3;
 
+-- name: targets
+-- Where pushes of a user may go, with the platforms. $1 tenant, $2 user.
+select d.device_id, d.platform, d.provider
+from devices d
+where d.tenant = $1 and d.user_id = $2 and d.disabled_at is null
+order by d.device_id;
+
 -- name: preferences
 -- The stored document and its version. $1 tenant, $2 user.
 select p.document::text as document, p.version from preferences p where p.tenant = $1 and p.user_id = $2;
