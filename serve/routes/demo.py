@@ -109,7 +109,7 @@ async def explain(services: Services, request: Request) -> Response:
 async def _event(services: Services, request: Request) -> bytes:
     """The event that the page's form means."""
     _require_demo(services)
-    document = await request.json_object(("userId", "title", "body", "priority"))
+    document = await request.json_object(("userId", "title", "body", "priority", "category"))
     return msgspec.json.encode({"type": "demo", **document})
 
 
@@ -146,6 +146,7 @@ _FORM: Final = obj(
             {
                 "body": {"type": "string", "maxLength": 1024},
                 "priority": {"enum": ["low", "normal", "high", "urgent", "critical"]},
+                "category": text(1, 64),
             }
         ),
     },

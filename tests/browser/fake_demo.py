@@ -19,7 +19,8 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from carillon.clock import rfc3339
-from carillon.preferences import DEFAULTS
+from carillon.inheritance import complete, patched
+from carillon.preferences import validate
 
 STATIC = Path(__file__).resolve().parents[2] / "serve/static"
 USERS = ("ana", "ben", "chloe")
@@ -43,9 +44,10 @@ class FakeDemo:
         self.deaf = False
         self.preferences: dict[str, dict[str, Any]] = {}
         """What was stored, by user."""
-        self.preference_versions: dict[str, int] = defaultdict(int)
+        self.defaults: dict[str, Any] = {}
+        """Those of the tenant."""
         self.preference_problem = ""
-        """If set, PUT of preferences answers it."""
+        """If set, a change of preferences answers it."""
         self.presentation: dict[str, dict[str, Any]] = {}
         """PRESENTATION, by user."""
         self.files: dict[str, Path] = {}
@@ -62,7 +64,7 @@ class FakeDemo:
                 Route("/demo/{name}", self._static),
                 Route("/api/notifications", self._feed),
                 Route("/api/notifications/unread-count", self._count),
-                Route("/api/notifications/preferences", self._preferences, methods=["GET", "PUT"]),
+                Route("/api/notifications/preferences", self._preferences, methods=["GET", "PATCH"]),
                 WebSocketRoute("/ws", self._socket),
             ]
         )
@@ -174,15 +176,13 @@ class FakeDemo:
 
     async def _preferences(self, request: Request) -> JSONResponse:
         user = self._user(request)
-        if request.method == "PUT":
+        if request.method == "PATCH":
             if self.preference_problem:
                 return JSONResponse({"detail": self.preference_problem}, 422)
-            if request.headers["if-match"] != f'"{self.preference_versions[user]}"':
-                return JSONResponse({"detail": "another version"}, 412)
-            self.preferences[user] = await request.json()
-            self.preference_versions[user] += 1
-        etag = f'"{self.preference_versions[user]}"'
-        return JSONResponse({**DEFAULTS, **self.preferences.get(user, {})}, headers={"ETag": etag})
+            document = patched(self.preferences.get(user, {}), await request.json())
+            validate(document)
+            self.preferences[user] = document
+        return JSONResponse(complete(self.preferences.get(user, {}), self.defaults))
 
     async def _explain(self, request: Request) -> JSONResponse:
         event = await request.json()

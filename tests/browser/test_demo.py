@@ -155,3 +155,26 @@ async def test_preferences_hold_for_the_next_event(system: Target, browser: Chro
         await tab.wait(saved)
     await send(tab, user, "wanted again")
     await tab.wait(row("wanted again"))
+
+
+async def test_what_pops_up_obeys_the_panel(system: Target, browser: Chromium) -> None:
+    """Switched in the panel, told to the connection, seen on the next: it stays, without a sound."""
+    user = (await users_of(system))[2]
+    tab = await open_as(browser, system, user)
+    saved = "document.getElementById('preferences-hint').textContent.startsWith('saved')"
+    stays, sound = (f"document.getElementsByName('in_app.{name}')[0]" for name in ("autoDismiss", "sound"))
+    told = "document.getElementById('wire').textContent.split('\\n').filter(l => l.includes('PRESENTATION'))"
+    tags = "[...document.querySelectorAll('#toasts li:last-child .tag')].map(n => n.textContent).join('|')"
+    await tab.wait(f"{stays} && {stays}.checked && !{stays}.disabled")
+    try:
+        await tab.click("[name='in_app.autoDismiss']")
+        await tab.wait(f"{saved} && {told}.length === 1")
+        changed = "new Event('change', {bubbles: true})"
+        await tab.run(f"(e => {{ e.value = 'false'; e.dispatchEvent({changed}) }})({sound})")
+        await tab.wait(f"{told}.length === 2")
+        await send(tab, user, "to stay")
+        await tab.wait(f"{tags} === 'no sound|vibrates|stays'")
+    finally:
+        await tab.click("[data-reset]")
+    await tab.wait(f"{told}.length === 3 && {stays}.checked")
+    assert '"sound":true,"vibration":true,"durationMs":null,"autoDismiss":null' in await tab.run(f"{told}[2]")
