@@ -210,8 +210,11 @@ def _details(result: Mapping[str, Any]) -> list[str]:
             f"schedules late by p50 {number(late['p50'])} ms, p99 {number(late['p99'])} ms, "
             f"at most {number(late['max'])} ms ({late['n']:,.0f})"
         )
-        single = metrics["beside_ms"]
-        lines.append(f"events beside: p50 {number(single['p50'])} ms, p99 {number(single['p99'])} ms")
+        lines.extend(
+            f"events {name}: p50 {number(part['p50'])} ms, p99 {number(part['p99'])} ms ({part['n']:,.0f})"
+            for name in ("before", "meanwhile")
+            if (part := metrics[f"{name}_ms"]).get("n")
+        )
     if "users_alone_per_s" in metrics:
         lines += _broadcast(metrics)
     if (lag := metrics.get("send_lag_ms", {})).get("n"):
