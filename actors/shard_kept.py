@@ -58,7 +58,8 @@ class KeptPushes:
         self._streams: dict[int, set[bytes]] = {}
         # As they were planned, mostly by rising time: no heap of what is ended in a second, as nearly all is.
         self._planned: deque[tuple[int, bytes]] = deque()
-        self._due: list[tuple[int, bytes]] = []  # heap, of others; in both, those that moved on are skipped
+        self._unordered: list[tuple[int, bytes]] = []  # heap: due before one that was planned earlier
+        self._due: list[tuple[int, bytes]] = []  # heap, of the others; in all three, what moved on is skipped
         self._mark: bytes | None = None
         self._marked_at = float("-inf")
         self._unsure: list[Sequence[KeptPush]] = []  # of batches that may or may not be committed
@@ -105,7 +106,7 @@ class KeptPushes:
             if not planned or push.due_ms >= planned[-1][0]:
                 planned.append((push.due_ms, raw))
             else:
-                heapq.heappush(self._due, (push.due_ms, raw))
+                heapq.heappush(self._unordered, (push.due_ms, raw))
 
     def undone(self) -> None:
         """Nothing of the batch that began last was written."""
@@ -180,24 +181,26 @@ class KeptPushes:
             return rest, len(first)
 
     def next_due_ms(self) -> int | None:
-        """When the first is due of which nothing was heard, of those planned by rising time. The others are
-        found from time to time: at what is held the session looks first."""
-        while self._planned:
-            due_ms, raw = self._planned[0]
-            if self._waits(due_ms, raw):
-                return due_ms
-            self._planned.popleft()
-        return None
+        """When the first is due of which nothing was heard. The others are found from time to time: the session
+        looks first at what is held."""
+        planned, unordered = self._planned, self._unordered
+        while planned and not self._waits(*planned[0]):
+            planned.popleft()
+        while unordered and not self._waits(*unordered[0]):
+            heapq.heappop(unordered)
+        if planned and unordered:
+            return min(planned[0][0], unordered[0][0])
+        return planned[0][0] if planned else unordered[0][0] if unordered else None
 
     def came_due(self, now_ms: int) -> bool:
         """Whether, since the last look, any of which nothing was heard became due: `write_due` has it then,
         however often that fails."""
         found = False
-        while self._planned and self._planned[0][0] <= now_ms:
-            due_ms, raw = self._planned.popleft()
-            if self._waits(due_ms, raw):
-                heapq.heappush(self._due, (due_ms, raw))
-                found = True
+        while (due_ms := self.next_due_ms()) is not None and due_ms <= now_ms:
+            of_planned = self._planned and self._planned[0][0] == due_ms
+            entry = self._planned.popleft() if of_planned else heapq.heappop(self._unordered)
+            heapq.heappush(self._due, entry)
+            found = True
         return found
 
     def _waits(self, due_ms: int, raw: bytes) -> bool:

@@ -215,7 +215,6 @@ class Outbox:
         if type(row) is KeptPush:  # what is kept knows when it is due
             if row.due_ms < self._sweeps_ms:
                 self._sweeps_ms = row.due_ms
-                heapq.heappush(self._timers, row.due_ms)
                 self._wake.set()
         elif row.claimed:
             assert isinstance(row, OutboxRow)

@@ -8,7 +8,7 @@ import pytest
 
 from carillon.ids import slot_of
 from carillon.messages import Change, ClientAck, DevicePut
-from tests.actors.shard_kit import Kit, make_event
+from tests.actors.shard_kit import AheadClock, Kit, make_event
 from tests.support import eventually
 
 
@@ -104,3 +104,47 @@ async def test_what_is_held_for_long_gets_its_row(postgres_dsn: str) -> None:
 
         await eventually(held, what="the row")
         assert len(kit.shard._kept) == 0
+
+
+class SteppedClock(AheadClock):
+    """A clock of which the time of day may be put back."""
+
+    back_ms = 0
+
+    def now_ms(self) -> int:
+        return super().now_ms() - self.back_ms
+
+
+async def states(kit: Kit) -> list[str]:
+    return [state for _, state, _ in await rows(kit)]
+
+
+async def test_what_nobody_acknowledges_is_due_at_once(postgres_dsn: str) -> None:
+    """The end of the window is when the push leaves, not the next periodic look."""
+    async with Kit(postgres_dsn, ack_window_s=0.2, sweep_s=3600.0) as kit:
+        await live(kit)
+        for nth in range(2):
+            await kit.publish(make_event())
+            assert len(kit.shard._kept) == 1
+
+            async def claimed(many: int = nth + 1) -> bool:
+                return await states(kit) == ["sending"] * many
+
+            await eventually(claimed, what="the push")
+
+
+async def test_what_was_planned_later_and_is_due_earlier_is_due_at_once(postgres_dsn: str) -> None:
+    """The time of day may be put back: pushes of those moments wait for no periodic look either."""
+    clock = SteppedClock()
+    async with Kit(postgres_dsn, ack_window_s=0.4, sweep_s=3600.0, clock=clock) as kit:
+        await live(kit)
+        await kit.publish(make_event())
+        clock.back_ms = 300
+        await kit.publish(make_event())
+        clock.back_ms = 0
+        kit.gateway.link.send_nowait(ClientAck(1, seq=1))
+
+        async def claimed() -> bool:
+            return await states(kit) == ["sending"]
+
+        await eventually(claimed, what="the push of the second")

@@ -18,7 +18,7 @@ from stores.postgres import shard_kept
 from stores.postgres.cluster import ClusterStore
 from stores.postgres.feed import FeedReader
 from stores.postgres.pool import open_pool
-from stores.postgres.shard_rows import AppendRow
+from stores.postgres.shard_rows import AppendRow, SignalRow
 from stores.postgres.shard_store import ShardStore
 
 NOW = 1_800_000_000_000
@@ -56,7 +56,8 @@ class World:
         event = Event(raw, "t", "u", SLOT, "test", None, 1, '"title":"x"', at_ms)
         push = KeptPush(raw, self.stream, SLOT, ["push"], at_ms + 5000, at_ms + 60_000)
         row = AppendRow(event, self.stream, 0, kept=push.text())
-        await self.stores[shard].append(self.terms[shard], {self.stream: 1}, [row], [], at_ms)
+        store = self.stores[shard]
+        await store.append(self.terms[store.shard], {self.stream: 1}, [row], [], at_ms)
         return push
 
     async def mark(self, shard: str, at_ms: int) -> None:
@@ -188,3 +189,33 @@ async def test_readers_tell_of_kept_pushes(world: World) -> None:
     assert found.row.delivered_ms == NOW + 40
     raw = uuid.UUID(bytes=push.notification)
     assert await world.pool.fetchval("select kept from notifications where id = $1", raw) == text
+
+
+async def test_acknowledgements_alone_wait_for_no_disk(world: World, postgres_dsn: str) -> None:
+    """What they write is committed without waiting; whatever comes next on their connection waits again."""
+    waits = postgres_dsn + ("&" if "?" in postgres_dsn else "?") + "synchronous_commit=local"
+    store = ShardStore(PostgresSettings(dsn=waits, shard_pool_size=3), "shard-a")
+    term = world.terms["shard-a"]
+    await store.open()
+    world.stores["again"] = store  # closed with the others
+    push = await world.append()
+    await world.pool.execute(
+        "create table told (setting text);"
+        "create function note() returns trigger language plpgsql as"
+        " $$ begin insert into told select current_setting('synchronous_commit'); return new; end $$;"
+        "create trigger noted after update on notifications for each statement execute function note();"
+        "create trigger noted after update on streams for each statement execute function note()"
+    )
+
+    async def told() -> list[str]:
+        return [r[0] for r in await world.pool.fetch("select setting from told")]
+
+    await store.acknowledge_kept(term, [(push, "-" + push.text(), True)], NOW)
+    await store.acknowledge(term, [SignalRow(world.stream, push.notification, "silent")], NOW)
+    await store.save_last_seen(term, [(world.stream, NOW)])
+    assert await told() == ["off"] * 3
+    await world.append("again")
+    assert await told() == ["off"] * 3 + ["local"]
+    async with store.pool.acquire() as one, store.pool.acquire() as two:
+        setting = "select current_setting('synchronous_commit')"
+        assert {await one.fetchval(setting), await two.fetchval(setting)} == {"local"}
