@@ -181,8 +181,8 @@ class KeptPushes:
             return rest, len(first)
 
     def next_due_ms(self) -> int | None:
-        """When the first is due of which nothing was heard. The others are found from time to time: the session
-        looks first at what is held."""
+        """When the first is due of which nothing was heard. The others are found from time to time: at what
+        is held the session looks first."""
         planned, unordered = self._planned, self._unordered
         while planned and not self._waits(*planned[0]):
             planned.popleft()
