@@ -170,6 +170,12 @@ async def test_errors_of_the_real_api(world: ClientWorld) -> None:
         assert (await service.presence("nobody")).status == "offline"
         assert await service.delete_device("ada", "none") is False
         assert (await service.preferences("ada"))["badge"] is not None
+        in_app = {"channels": {"in_app": {"durationMs": 3000}}}
+        assert (await service.patch_preferences("ada", in_app, own=True)) == in_app
+        whole = await service.patch_preferences("ada", {"sound": "bell"})
+        assert (whole["sound"], whole["vibration"]) == ("bell", True)
+        assert await service.preferences("ada", own=True) == in_app | {"sound": "bell"}
+        assert await service.patch_preferences("ada", {"sound": None}, own=True) == in_app
     pool = await open_pool(world.settings.postgres, 1)
     narrow = await TenantStore(pool).create_key("acme", "narrow", ["events:write"])
     await pool.close()

@@ -244,6 +244,7 @@ def test_what_is_asked_of_users(both: Both) -> None:
         ),
         ("GET", "/v1/users/a/preferences"): (200, {"badge": True}),
         ("PUT", "/v1/users/a/preferences"): (200, {"badge": False}),
+        ("PATCH", "/v1/users/a/preferences"): (200, {"badge": False, "sound": "bell"}),
         ("POST", "/v1/users/a/sessions/revoke"): (200, {"success": True}),
     }
     assert both.run(lambda p: p.presence("a/b")).devices[0].attention == "focused"
@@ -279,6 +280,9 @@ def test_what_is_asked_of_users(both: Both) -> None:
     assert both.run(lambda p: p.cancel("i")).stopped == 1
     assert both.run(lambda p: p.preferences("a")) == {"badge": True}
     assert both.run(lambda p: p.set_preferences("a", {"badge": False})) == {"badge": False}
+    patch = {"sound": "bell", "digest": None}
+    assert both.run(lambda p: p.patch_preferences("a", patch))["sound"] == "bell"
+    assert json.loads(fake.requests[-1][3]) == patch
     assert both.run(lambda p: p.revoke_sessions("a")) is None
     with pytest.raises(NotFoundError):
         both.run(lambda p: p.notification("none"))

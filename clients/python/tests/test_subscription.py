@@ -19,7 +19,7 @@ from carillon_client.errors import (
     SubscriptionRefusedError,
     TokenExpiredError,
 )
-from carillon_client.models import Change, Notification, Position, Reset
+from carillon_client.models import Change, Notification, Position, Presentation, Reset
 
 LIMITS = SubscriptionLimits(ack_linger_s=0.0)
 
@@ -501,3 +501,20 @@ def test_changes_are_handed_out_with_their_ids() -> None:
     assert isinstance(changes[3], Change)
     assert changes[3].notification is not None
     assert changes[3].notification.raw["addedLater"] == 1
+
+
+def test_presentation_is_that_of_the_present_connection() -> None:
+    """Told behind the first WELCOME and at each change; a connection without a word of it is as ever."""
+    self = opened(Position("e1", 0, 0))
+    self.receive({"type": "PRESENTATION", "sound": "bell", "vibration": False, "durationMs": 5000}, 0.0)
+    assert self.presentation == Presentation(sound="bell", vibration=False, duration_ms=5000)
+    self.receive(welcome(recovered=True), 0.0)  # the answer to a position
+    assert self.presentation.sound == "bell"
+    self.receive({"type": "PRESENTATION", "sound": False, "vibration": "?"}, 0.0)
+    assert self.presentation.sound == "bell", "a malformed one is passed over"
+    assert self.take_items() == []
+    self.closed(1006)
+    self.connecting(0.0)
+    assert self.presentation.sound == "bell", "until the next connection is there"
+    self.receive(welcome(), 0.0)
+    assert self.presentation == Presentation()

@@ -381,13 +381,23 @@ class AsyncPublisher(AsyncUserPublisher):
         """Stop what is pending of a notification; what is shown stays."""
         return await self._call(calls.cancel(id))
 
-    async def preferences(self, user_id: str) -> dict[str, Any]:
-        """The user's preferences document with every member."""
-        return await self._call(calls.get_preferences(user_id))
+    async def preferences(self, user_id: str, *, own: bool = False) -> dict[str, Any]:
+        """The user's preferences document with every member; or (`own`) what the user said, no more."""
+        return await self._call(calls.get_preferences(user_id, own))
 
     async def set_preferences(self, user_id: str, document: Mapping[str, Any]) -> dict[str, Any]:
         """Replace the preferences document; returns it with every member."""
         return await self._call(calls.put_preferences(user_id, document))
+
+    async def patch_preferences(
+        self, user_id: str, patch: Mapping[str, Any], *, own: bool = False
+    ) -> dict[str, Any]:
+        """Change a part of what the user said; returns the document as `preferences` does.
+
+        Args:
+            patch: a JSON merge patch (RFC 7396): what it leaves out stays, None takes a member out.
+        """
+        return await self._call(calls.patch_preferences(user_id, patch, own))
 
     async def revoke_sessions(self, user_id: str) -> None:
         """Tokens issued before now become invalid; the user's sockets are closed with 4001."""

@@ -177,6 +177,21 @@ class Notification(_Wire, frozen=True):
     """The object as it came, with members that this version does not know."""
 
 
+class Presentation(_Wire, frozen=True):
+    """How a user wants notifications to be shown in the app.
+
+    Attributes:
+        sound: False: none; a text names one of the app.
+        duration_ms: so long on the screen; None: as the app has it.
+        auto_dismiss: whether it leaves by itself; None: as the app has it.
+    """
+
+    sound: bool | str = True
+    vibration: bool = True
+    duration_ms: int | None = None
+    auto_dismiss: bool | None = None
+
+
 class Position(_Wire, frozen=True):
     """Where a subscriber is in its user's stream: "I have every notification up to `last_seq`, and of those
     every change up to `last_rev`". Store `str(position)`; `Position.parse` reads it back.

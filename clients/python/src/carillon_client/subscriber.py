@@ -23,7 +23,7 @@ from carillon_client.core.codec import CODECS
 from carillon_client.core.subscription import Item, Subscription, SubscriptionLimits
 from carillon_client.errors import CarillonError, ClosedError, SubscriptionError, SubscriptionRefusedError
 from carillon_client.http_shell import USER_AGENT
-from carillon_client.models import Change, Notification, Position, Reset
+from carillon_client.models import Change, Notification, Position, Presentation, Reset
 
 log = logging.getLogger(__name__)
 
@@ -167,6 +167,11 @@ class Subscriber:
     def unread_count(self) -> int | None:
         """Unread notifications, as the last WELCOME said; None before the first."""
         return None if self._core.welcome is None else self._core.welcome.get("unreadCount")
+
+    @property
+    def presentation(self) -> Presentation:
+        """How the user wants notifications to be shown, as the present connection was told."""
+        return self._core.presentation
 
     # -- items --------------------------------------------------------------------------------------
 

@@ -166,14 +166,23 @@ def cancel(id: str) -> Call[Cancelled]:
     return Call("POST", f"/v1/notifications/{segment('id', id)}/cancel", typed(Cancelled), b"{}")
 
 
-def get_preferences(user_id: str) -> Call[dict[str, Any]]:
+def get_preferences(user_id: str, own: bool) -> Call[dict[str, Any]]:
     """GET /v1/users/{userId}/preferences."""
-    return Call("GET", user_path(user_id, "/preferences"), dict)
+    return Call("GET", user_path(user_id, "/preferences"), dict, query=_view(own))
 
 
 def put_preferences(user_id: str, document: Mapping[str, Any]) -> Call[dict[str, Any]]:
     """PUT /v1/users/{userId}/preferences."""
     return Call("PUT", user_path(user_id, "/preferences"), dict, encode_json(document))
+
+
+def patch_preferences(user_id: str, patch: Mapping[str, Any], own: bool) -> Call[dict[str, Any]]:
+    """PATCH /v1/users/{userId}/preferences; told again it changes nothing more."""
+    return Call("PATCH", user_path(user_id, "/preferences"), dict, encode_json(patch), query=_view(own))
+
+
+def _view(own: bool) -> tuple[tuple[str, str], ...]:
+    return (("view", "own"),) if own else ()
 
 
 def revoke_sessions(user_id: str) -> Call[None]:

@@ -25,7 +25,7 @@ from carillon_client.errors import (
     SubscriptionRefusedError,
     TokenExpiredError,
 )
-from carillon_client.models import Change, Notification, Position, Reset
+from carillon_client.models import Change, Notification, Position, Presentation, Reset
 
 ACK_IDS: Final = 1000
 """Ids in one ACK."""
@@ -120,6 +120,8 @@ class Subscription:
         self.ledger = Ledger(position)
         self.welcome: dict[str, Any] | None = None
         """The last WELCOME."""
+        self.presentation = Presentation()
+        """How the user wants notifications to be shown."""
         self.failures = 0
         """Connections in a row that never got to a WELCOME."""
         self.connections = 0
@@ -228,6 +230,8 @@ class Subscription:
                 self._notification(notification_of(frame["notification"]), now)
             elif kind in CHANGES:
                 self._change(change_of(frame), now)
+            elif kind == "PRESENTATION":
+                self.presentation = msgspec.convert(frame, Presentation)
             elif kind in ("OK", "ERROR"):
                 self._answer(frame)
         except (KeyError, TypeError, ValueError, AttributeError, msgspec.MsgspecError):
@@ -241,6 +245,8 @@ class Subscription:
         self.welcome = frame
         first = not self._live
         self._live = True
+        if first:
+            self.presentation = Presentation()  # what is as ever is not told
         if recovered is None and self._asked:
             pass  # the answer to our position is still to come
         elif recovered is True:

@@ -103,6 +103,14 @@ interface Arrival {
   tab: string;
 }
 
+export type PreferencesView = "complete" | "own";
+
+export interface Preferences {
+  readonly document: Readonly<Record<string, unknown>>;
+  /** For `patch`, where no other device's change may be between. */
+  readonly version: string;
+}
+
 interface Look {
   state: Attention | null;
   viewing?: string;
@@ -334,6 +342,24 @@ export class CarillonClient {
   /** Whose presence to show in the snapshot. Replaces the list of before. */
   watchPresence(userIds: readonly string[]): void {
     this.#lookAt({ watch: [...userIds] });
+  }
+
+  /** What the user may choose: docs/reference/preferences.md has the document. Both reject with a CarillonError. */
+  readonly preferences = {
+    /** @param view own: what the user said; complete: what holds, with the tenant's defaults. */
+    get: (view: PreferencesView = "complete"): Promise<Preferences> => this.#preferences("GET", view),
+    /**
+     * Change a part of what the user said: a JSON merge patch, null takes a member out.
+     *
+     * @param version only if this is the present one, else it rejects with `version_conflict`. Default: whatever is there.
+     */
+    patch: (patch: Record<string, unknown>, { view = "complete", version }: { view?: PreferencesView; version?: string } = {}): Promise<Preferences> =>
+      this.#preferences("PATCH", view, patch, version),
+  };
+
+  async #preferences(method: string, view: PreferencesView, patch?: Record<string, unknown>, version?: string): Promise<Preferences> {
+    const answer = await this.#http(method, `/api/notifications/preferences?view=${view}`, patch, version ? { headers: { "If-Match": version } } : undefined);
+    return { document: (await answer.json()) as Preferences["document"], version: answer.headers.get("ETag") ?? "" };
   }
 
   /** Call the HTTP API as the user, e.g. `request("PUT", "/api/devices/web-1", {...})`. Rejects with a CarillonError. */

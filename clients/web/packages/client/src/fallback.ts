@@ -3,7 +3,7 @@
  * election of a leader among tabs without Web Locks. Imports types only, so that it is a file of its own without a copy of the rest.
  */
 
-import type { CarillonError, ClientFrame, ServerFrame } from "./protocol.ts";
+import type { CarillonError, ClientFrame, Presentation, ServerFrame } from "./protocol.ts";
 import type { Dial, Wire } from "./transports.ts";
 
 /** The close code that a WebSocket would have had. */
@@ -133,6 +133,7 @@ export function poll(dial: Dial): Wire {
   return overHttp(dial, async (signal, sleep, look) => {
     let { position } = dial;
     let welcomed = false;
+    let presented: Promise<void> | undefined;
     let waitS = Math.round(timing.wait / 1000);
     while (!signal.aborted) {
       const query = new URLSearchParams();
@@ -172,6 +173,8 @@ export function poll(dial: Dial): Wire {
         welcomed = true;
         dial.onFrame({ type: "WELCOME", epoch, lastSeq, rev, unreadCount: answer.recovered ? null : unreadCount, recovered: position ? answer.recovered : null });
       }
+      // No answer of a poll tells how notifications are to be shown.
+      if (!presented) presented = present(dial);
       for (const notification of answer.notifications) dial.onFrame({ type: "NEW_NOTIFICATION", notification });
       for (const change of answer.changes) dial.onFrame(change);
       if (answer.recovered) dial.onFrame({ type: "SYNCED", epoch, lastSeq, rev, unreadCount });
@@ -180,6 +183,20 @@ export function poll(dial: Dial): Wire {
       await sleep(timing.poll);
     }
   }, silent);
+}
+
+/** What the preferences say of the app, as the frame that tells it elsewhere; once for a connection. */
+async function present(dial: Dial): Promise<void> {
+  try {
+    const { channels, sound, vibration } = (await (await dial.http("GET", "/api/notifications/preferences")).json()) as {
+      channels: { in_app?: boolean | Partial<Presentation> };
+    } & Presentation;
+    const near = typeof channels.in_app === "object" ? channels.in_app : {};
+    dial.onFrame({
+      type: "PRESENTATION", sound: near.sound ?? sound, vibration: near.vibration ?? vibration,
+      durationMs: near.durationMs ?? null, autoDismiss: near.autoDismiss ?? null,
+    });
+  } catch { /* as the application has it */ }
 }
 
 // ---------------------------------------------------------------- tabs without Web Locks

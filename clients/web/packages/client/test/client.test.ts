@@ -60,6 +60,26 @@ test("how notifications are to be shown: told by the server, in the snapshot, wi
   assert.deepEqual([told[1]!.sound, told[1]!.vibration], [false, false]);
 });
 
+test("preferences: read, changed in part, and not over another device's change", async () => {
+  const client = open();
+  assert.deepEqual(await client.preferences.get("own"), { document: {}, version: '"0"' });
+  const { version } = await client.preferences.patch({ sound: "bell" }, { view: "own", version: '"0"' });
+  assert.equal(version, '"1"');
+  await assert.rejects(client.preferences.patch({ sound: false }, { version: '"0"' }), { code: "version_conflict", status: 412 });
+  await client.preferences.patch({ vibration: false });
+  assert.deepEqual((await client.preferences.get("own")).document, { sound: "bell", vibration: false });
+  assert.deepEqual((await client.preferences.get()).document, { channels: {}, sound: "bell", vibration: false });
+});
+
+test("polling: how notifications are to be shown is read where no frame tells it", async () => {
+  server.own = { sound: false, channels: { in_app: { sound: "bell", durationMs: 2_000 } } };
+  const client = open({ transports: ["poll"] });
+  await isOpen(client);
+  await eventually("read", () => client.getSnapshot().presentation.sound === "bell");
+  assert.deepEqual(client.getSnapshot().presentation, { sound: "bell", vibration: true, durationMs: 2_000, autoDismiss: null });
+  assert.equal(server.requests.filter((request) => request.endsWith("/preferences")).length, 1);
+});
+
 for (const transport of ["websocket", "sse", "poll", "plain poll"] as const) {
   const only = (): Partial<Options> => {
     server.refuse.wait = transport === "plain poll";

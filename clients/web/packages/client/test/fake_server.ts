@@ -22,6 +22,9 @@ export class FakeServer {
   refusal: { code: string; temporary: boolean; status: number } | null = null;
   /** Told behind each WELCOME. */
   presentation: Presentation | null = null;
+  /** The user's own preferences. */
+  own: Record<string, unknown> = {};
+  version = 0;
   frames: ClientFrame[] = [];
   requests: string[] = [];
   bodies: [path: string, body: Record<string, unknown>][] = [];
@@ -144,6 +147,16 @@ export class FakeServer {
       return json(200, this.model.page(Number(url.searchParams.get("limit")), url.searchParams.get("cursor")));
     }
     if (path === "/api/notifications/unread-count") return json(200, { count: this.model.unread, rev: this.model.rev });
+    if (path === "/api/notifications/preferences") {
+      const match = request.headers["if-match"];
+      if (match !== undefined && match !== `"${this.version}"`) return problem(412, "version_conflict");
+      if (request.method === "PATCH") {
+        this.version += 1;
+        Object.assign(this.own, body);
+      }
+      response.setHeader("ETag", `"${this.version}"`);
+      return json(200, url.searchParams.get("view") === "own" ? this.own : { channels: {}, sound: true, vibration: true, ...this.own });
+    }
     if (path === "/api/stream" && !this.refuse.sse) return this.#stream(request, response);
     if (path === "/api/sync") return this.#sync(url, json, problem);
     if (path === "/api/ack" || path === "/api/visibility") return json(200, { success: true });
