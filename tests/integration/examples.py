@@ -260,11 +260,11 @@ async def type_window(t: Transcript) -> None:
 
 async def digest(t: Transcript) -> None:
     await t.phone()
-    await t.prefer(categories={"news": {"digest": "hourly"}})
+    at = f"{datetime.now(UTC) + timedelta(hours=12):%H:00}"
+    await t.prefer(timezone="UTC", categories={"news": {"digest": {"frequency": "daily", "at": at}}})
     told = await t.event(type="article", category="news", title="Danube rises")
     await t.event(type="article", category="news", title="New tram line 18")
     await t.explain(told)
-    await t.call("GET", "/v1/users/ada/digests", only=("digests",), show=False)
 
 
 # -- limits -------------------------------------------------------------------------------------------
