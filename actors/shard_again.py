@@ -15,6 +15,7 @@ from carillon.again import ACTIVE, CANCEL, HOLD, TAKES_OVER, Held, decide_again,
 from carillon.attention import DEFERRED, WITHDRAWN, Attention
 from carillon.decision import Verdict, weigh
 from carillon.digest import EXPIRED, FLUSHED, FLUSHED_BY_USER
+from carillon.endings import closed
 from carillon.external import EXTERNAL
 from carillon.metrics import Stats
 from carillon.presentation import AS_EVER, SILENT, OfPush, of_push
@@ -96,7 +97,12 @@ class DecidedAgain:
             elif again.action == CANCEL:
                 onward = again.reason != ACTIVE
                 settled = SettleRow(
-                    row.delivery, row.attempt, "cancelled", now_ms, again.reason, onward=onward
+                    row.delivery,
+                    row.attempt,
+                    "cancelled",
+                    now_ms,
+                    closed(again.reason or "", again.rule),
+                    onward=onward,
                 )
                 settled.next = True
                 ended.append(settled)

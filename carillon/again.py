@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 
 from carillon.attention import DEFERRED
 from carillon.decision import Verdict, family
+from carillon.switches import Fired
 
 SEND: Final = "send"
 HOLD: Final = "hold"
@@ -23,11 +24,16 @@ ACTIVE: Final = "active"
 
 
 class Again(NamedTuple):
-    """What becomes of a push: sent, held until `until_ms`, or cancelled, and why."""
+    """What becomes of a push: sent, held until `until_ms`, or cancelled, and why.
+
+    Attributes:
+        rule: that closed or holds it; None: no rule of preferences or tenant did.
+    """
 
     action: str
     reason: str | None = None
     until_ms: int = 0
+    rule: Fired | None = None
 
 
 def decide_again(
@@ -41,10 +47,12 @@ def decide_again(
         present: the user looks at a device that is attached now. What is not known is not present.
         acknowledged: some device has it in the app.
     """
+    last = verdict.rules[-1] if verdict.rules else None
     if family(channel) in verdict.off:
-        return Again(CANCEL, verdict.reason or "preferences")
+        rule = verdict.why.get(family(channel), last)
+        return Again(CANCEL, verdict.reason or "preferences", 0, rule)
     if verdict.until_ms is not None:
-        return Again(HOLD, verdict.reason, verdict.until_ms)
+        return Again(HOLD, verdict.reason, verdict.until_ms, last)
     if gate == DEFERRED and present and acknowledged:
         return Again(CANCEL, ACTIVE)
     return Again(SEND)

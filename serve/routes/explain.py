@@ -8,6 +8,7 @@ from carillon import explain
 from carillon.attention import Attention
 from carillon.clock import rfc3339
 from carillon.decision import DIGEST, unpack
+from carillon.endings import ending
 from carillon.external import EXTERNAL, IN_APP
 from carillon.forecast import device_rules
 from carillon.ids import uuid_text
@@ -152,7 +153,8 @@ def _due_ms(rules: list[explain.Fired], outside: list[dict[str, Any]]) -> int | 
 def _delivery(one: dict[str, Any]) -> dict[str, Any]:
     due = rfc3339(one["due_ms"])
     state: str = _STATES[one["state"]].format(due=due)
-    because = f" ({one['reason']})" if one["reason"] else ""
+    closed = ending(one["channel"], one["state"], one["reason"])
+    because = f" ({one['reason'].partition('; closed by ')[0]})" if one["reason"] else ""
     digest = one["digest"]
     if digest is not None and one["carrier"] is None and one["state"] == "planned":
         state = f"is collected in a digest due at {due}"
@@ -164,7 +166,10 @@ def _delivery(one: dict[str, Any]) -> dict[str, Any]:
         "dueAt": due,
         "step": one["step"],
         "digestId": None if digest is None else str(digest),
-        "words": f"The {one['channel']} {state}{because}.",
+        "closedBy": closed,
+        "words": " ".join(
+            [f"The {one['channel']} {state}{because}.", *([] if closed is None else [closed["words"]])]
+        ),
     }
 
 
@@ -181,6 +186,20 @@ def act_words(act: Act) -> str:
     return _DONE[act.act].format(by=by, at=rfc3339(act.at_ms), version=act.version) + "."
 
 
+_CLOSED: Final = {
+    "anyOf": [
+        {"type": "null"},
+        obj(
+            {
+                "rule": {"type": "string"},
+                "source": {"enum": ["user", "tenant", "event", "system"]},
+                "about": {"type": ["string", "null"]},
+                "words": {"type": "string"},
+            },
+            ["rule", "source", "about", "words"],
+        ),
+    ]
+}
 _NAMES: Final = {"type": "array", "items": {"type": "string"}}
 
 ROUTES: Final = (
@@ -197,7 +216,17 @@ ROUTES: Final = (
                 "archived": {"type": "boolean"},
                 "expiresAt": {"anyOf": [INSTANT, {"type": "null"}]},
                 "rules": {"type": "array", "items": ref("FiredRule")},
-                "deliveries": {"type": "array", "items": {"type": "object"}},
+                "deliveries": {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "properties": {
+                            "closedBy": {
+                                "description": "What closed it before it was sent.", **_CLOSED
+                            }
+                        },
+                    },
+                },
                 **MERGED,
                 **HISTORY,
                 "words": {"type": "string"},

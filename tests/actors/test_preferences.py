@@ -278,7 +278,8 @@ async def test_what_was_held_is_decided_again(postgres_dsn: str) -> None:
         await eventually(lambda: kit.router.jobs, what="the push of who did not acknowledge")
         await ended(kit)
         assert [job.notification for job in kit.router.jobs] == [deaf.id]
-        assert (await rows(kit, off))[0][1::2] == ("cancelled", "preferences")
+        closed = "preferences; closed by user channel_off push"
+        assert (await rows(kit, off))[0][1::2] == ("cancelled", closed)
         assert (await rows(kit, here))[0][1::2] == ("cancelled", "active")
 
 

@@ -372,6 +372,22 @@ async def foretold(t: Transcript) -> None:
     await t.call("POST", "/v1/events?dryRun=true", event, only=_FORETOLD)
 
 
+async def closed(t: Transcript) -> None:
+    await t.phone()
+    await t.prefer(doNotDisturbUntil=ahead(HOUR))
+    told = await t.event(type="game.tip", title="Try the new level")
+    await t.prefer(types={"game.tip": {"push": False}})
+    t.say("An hour later")
+    await t.world.db.execute("update deliveries set due_at = now()")
+
+    async def over() -> bool:
+        why = await t.call("GET", f"/v1/notifications/{told['id']}/explain", show=False)
+        return why["deliveries"][0]["state"] == "cancelled"
+
+    await eventually(over, 20.0, what="the end of do-not-disturb")
+    await t.explain(told, ("rules", "deliveries", "words"))
+
+
 async def type_devices(t: Transcript) -> None:
     await t.phone()
     tablet = {"platform": "ios", "provider": "fcm", "token": "tablet of ada"}
@@ -583,6 +599,7 @@ EXAMPLES: Final[dict[str, Example]] = {
     "expiry": expiry,
     "expires": expires,
     "foretold": foretold,
+    "closed": closed,
     "type_devices": type_devices,
     "dry_topic": dry_topic,
     "experiment": experiment,

@@ -195,7 +195,7 @@ async def test_one_click_unsubscribes(service: Service) -> None:
     assert (await service.dry(category="marketing"))["status"] == "queued"
     for _ in range(2):
         done = await service.http.post(made["url"], data={"List-Unsubscribe": "One-Click"})
-        assert done.status_code == 200
+        assert done.status_code == 200, done.text
         plan = await service.dry(category="marketing")
         assert (plan["status"], rules(plan)) == ("stored", [("category_channel_off", "user")])
     stored = await service.call("GET", "/v1/users/ada/preferences")
@@ -203,3 +203,39 @@ async def test_one_click_unsubscribes(service: Service) -> None:
     assert (await service.http.post(made["url"][:-2])).status_code == 404
     both = {"userId": "ada", "category": "a", "type": "b"}
     await service.call("POST", "/v1/unsubscribe-links", both, 422)
+
+
+async def test_what_closed_a_push_is_told(service: Service) -> None:
+    """Read meanwhile; switched off meanwhile, decided again at the end of what held it; told together: each
+    delivery says what closed it."""
+    await service.phone()
+    await service.prefer(doNotDisturbUntil=rfc3339(SystemClock().now_ms() + HOUR))
+    read, closed, first, last = [
+        await service.event(type=kind) for kind in ("read", "noise", "chat.message", "chat.message")
+    ]
+    token = (await service.call("POST", "/v1/tokens", {"userId": "ada"}, 201))["token"]
+    done = await service.http.post(
+        f"{service.world.url}/api/notifications/read",
+        json={"notificationIds": [read["id"]]},
+        headers={"Authorization": f"Bearer {token}"},
+    )
+    assert done.status_code == 200, done.text
+    await service.prefer(types={"noise": {"channels": {"push": False}}})
+    await service.world.db.execute("update deliveries set due_at = now() where state = 'planned'")
+
+    async def ended() -> Any:
+        ends = [(await service.explain(one))["deliveries"][0] for one in (read, closed, first)]
+        return ends if all(one["state"] == "cancelled" for one in ends) else None
+
+    by_read, by_rule, by_merge = await eventually(ended, 20.0, what="the end of do-not-disturb")
+    assert by_read["closedBy"] == {
+        "rule": "read", "source": "user", "about": None, "words": "The user read it meanwhile.",
+    }  # fmt: skip
+    assert by_rule["closedBy"] == {
+        "rule": "type_channel_off", "source": "user", "about": "noise",
+        "words": "When that was due it was decided again: The user's preferences switch push off for the "
+        "type noise.",
+    }  # fmt: skip
+    assert (by_merge["closedBy"]["rule"], by_merge["closedBy"]["about"]) == ("merged", last["id"])
+    for told, one in ((read, by_read), (closed, by_rule), (first, by_merge)):
+        assert one["closedBy"]["words"] in (await service.explain(told))["words"]
