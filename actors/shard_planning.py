@@ -74,11 +74,13 @@ class Planner:
             self._plans.clear()
         verdict: Verdict | None = None
         shared = reach is Reach.LIVE and event.channels is None and not event.fallback
-        if user.preferences is not None or policy.rules is not None:
+        over = event.over
+        if user.preferences is not None or policy.rules is not None or over:
             mine = user.local if user.preferences is None else user.preferences
             rules = policy.rules or NO_RULES
-            verdict = self._judge(event, mine, rules)
-            if not within(verdict, user.spent, now_ms):
+            if not over:
+                verdict = self._judge(event, mine, rules)
+            if verdict is None or not within(verdict, user.spent, now_ms):
                 shared = False
                 verdict = judge(event, mine, rules, now_ms, user.spent)
         rule = policy.of(event.type)
@@ -106,7 +108,9 @@ class Planner:
                 user.spent = Spent()
             for name, limit in verdict.spends:
                 user.spent.spend(name, limit, now_ms)
-        if spend and found.digest == OVERFLOW and user.spent is not None:
+        if spend and found.digest == OVERFLOW:
+            if user.spent is None:
+                user.spent = Spent()
             user.spent.digest_ms = found.push_due_ms or 0
         return found
 

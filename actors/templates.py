@@ -152,7 +152,7 @@ class Templates:
         shown_ = [
             (parsed.events[index].id, rendered.template, rendered.version, rendered.variant or "")
             for index, rendered in parsed.variants.items()
-            if index not in parsed.later
+            if index not in parsed.later and index not in parsed.beyond
         ]
         if shown_:
             await self.store.expose(tenant, shown_)

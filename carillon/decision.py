@@ -3,7 +3,7 @@
 `carillon.plan` goes on from its verdict to channels and due times. The order in which rules count: the
 tenant's forced rules; the user's switches over the tenant's defaults; then, unless it is urgent or forced,
 do-not-disturb, quiet hours and digests, which delay what leaves the system; and limits, which do so, too, or
-leave it to the feed.
+leave it to the feed: those for users, and the tenant's own rate, which the doors measure (`Event.over`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import msgspec
 from carillon.budget import ALL, Limit, Limits, Spent
 from carillon.digest import OVERFLOW
 from carillon.external import EXTERNAL, IN_APP, PUSH, PUSH_PROVIDERS
+from carillon.limits import ALONE, PASSES
 from carillon.messages import Event
 from carillon.preferences import CHANNELS
 from carillon.quiet_hours import QuietHours
@@ -109,7 +110,9 @@ def judge(
         spent: what the user has had of the tenant's limits; None: nothing yet.
         again: the event was held and its time has come: digests hold it no more.
     """
-    return weigh(event.type, event.category, event.priority, user, tenant, now_ms, spent, again=again)
+    return weigh(
+        event.type, event.category, event.priority, user, tenant, now_ms, spent, again=again, over=event.over
+    )
 
 
 def within(verdict: Verdict, spent: Spent | None, now_ms: int) -> bool:
@@ -127,8 +130,9 @@ def weigh(
     spent: Spent | None = None,
     *,
     again: bool = False,
+    over: int = 0,
 ) -> Verdict:
-    """`judge`, of the members of an event that count."""
+    """`judge`, of the members of an event that count; `over` is `Event.over`."""
     mine = tenant.nobody if user is None else user
     urgent = priority >= URGENT
     open_: Switches = remembered(mine, tenant.defaults, tenant.forced, kind, category, urgent)
@@ -153,11 +157,24 @@ def weigh(
             silent = any(one.rule != DIGEST for one in held)
     off = open_.off
     spends: Sequence[tuple[str, Limit]] = ()
-    if tenant.limits is not None and not urgent and open_.forced is None and until_ms is None:
+    passes = urgent or over == PASSES
+    if over and (passes or open_.forced is not None):
+        rules.append(Fired("urgent_passes", EVENT) if passes else Fired("forced_passes", TENANT))
+        over = 0
+    if over == ALONE or (over and until_ms is None):
+        rules.append(Fired("tenant_limit", TENANT, FEED if over == ALONE else DIGEST))
+        silent, until_ms, reason, digest = True, None, "tenant_limit", None
+        if over == ALONE:
+            off |= _OUTSIDE
+        else:
+            open_ms = 0 if spent is None else spent.digest_ms
+            until_ms, digest = open_ms if open_ms > now_ms else now_ms + over, OVERFLOW
+            rules.append(Fired("overflow", TENANT, None, (), until_ms))
+    elif tenant.limits is not None and not urgent and open_.forced is None and until_ms is None:
         spends = _limits_of(tenant.limits, kind)
-        over = _over(spends, spent, now_ms)
-        if over is not None:
-            rule, limit = over
+        used = _over(spends, spent, now_ms)
+        if used is not None:
+            rule, limit = used
             rules.append(rule)
             silent, spends, reason = True, (), "rate_limit"
             if tenant.limits.overflow == FEED:

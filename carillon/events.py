@@ -46,7 +46,7 @@ from carillon.event_rules import (
 )
 from carillon.external import ChannelName, ExternalName
 from carillon.ids import Uuid7Source, slot_of
-from carillon.messages import Dedupe, Event
+from carillon.messages import Dedupe, Event, Outcome
 from carillon.problems import FieldError, Problem, problem, shown
 from carillon.templates import Rendered
 
@@ -199,6 +199,8 @@ class Request(NamedTuple):
     """Events that are not sent now, by index."""
     variants: Mapping[int, Rendered] = {}
     """Events whose template has variants, by index: what they got."""
+    beyond: Mapping[int, Outcome] = {}
+    """Events that a rate limit refused, by index."""
 
 
 class _SlowPathError(Exception):

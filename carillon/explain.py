@@ -43,6 +43,7 @@ RULES: Final[Mapping[str, str]] = {
     "type_window": "The tenant sends {about} at other hours: it waits until {until}",
     "digest": "{whose} ask for digests ({about}): the push is collected in a digest due at {until}",
     "rate_limit": "The limit {limit} is used up until {until}",
+    "tenant_limit": "The tenant's rate is used up: what exceeds it goes to the {about}",
     "overflow": "What exceeds the limit is collected in a digest due at {until}",
     "live": "The user is connected: it goes to the sockets",
     "grace": "The last device of the user left a moment ago: the push waits for the end of grace",

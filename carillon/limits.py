@@ -2,7 +2,8 @@
 
 A key's limit is the tenant's own business (which of its services may send how much), a tenant's is the
 operator's (how much of the system the tenant may use): both hold. The document is kept as `limits` in
-`tenants.settings`; what it leaves out is not limited.
+`tenants.settings`; what it leaves out is not limited. Urgent events count against a tenant's limit and pass
+it; what becomes of the others beyond it is `overflow`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,23 @@ MAX_RATE: Final = 1e7
 KEY: Final = "key"
 TENANT: Final = "tenant"
 
+REJECT: Final = "reject"
+FEED: Final = "feed"
+DIGEST: Final = "digest"
+OVERFLOWS: Final = (REJECT, FEED, DIGEST)
+"""What becomes of events beyond a tenant's rate: refused, in the feed alone, told together."""
+COLLECT_S: Final = 60.0
+"""How long a digest of them collects, unless the operator says otherwise."""
+MAX_COLLECT_S: Final = 7 * 86_400
+
+URGENT_WORDS: Final = frozenset(("urgent", "critical"))
+"""`priority` of events that are kept as JSON and pass a tenant's limit."""
+
+ALONE: Final = -1
+"""`Event.over`: in the feed alone."""
+PASSES: Final = -2
+"""`Event.over`: beyond the rate, but urgent where what is not urgent is refused."""
+
 
 class RateLimit(NamedTuple):
     """So many events a second, with a burst, over all doors.
@@ -29,6 +47,8 @@ class RateLimit(NamedTuple):
         burst: events at once after a rest.
         of: `key` or `tenant`.
         tenant: whose.
+        overflow: of OVERFLOWS, what becomes of events beyond it; of a key always REJECT.
+        collect_ms: with DIGEST, for how long the digest collects.
     """
 
     bucket: str
@@ -36,6 +56,13 @@ class RateLimit(NamedTuple):
     burst: int
     of: str
     tenant: str
+    overflow: str = REJECT
+    collect_ms: int = 0
+
+    @property
+    def over(self) -> int:
+        """`Event.over` of what exceeds it."""
+        return PASSES if self.overflow == REJECT else ALONE if self.overflow == FEED else self.collect_ms
 
     def told(self) -> str:
         """Whose limit it is, for the one who met it."""
@@ -64,6 +91,24 @@ def check_rate(rate_per_s: float | None, burst: int | None) -> tuple[float | Non
     return rate_per_s, burst
 
 
+def check_overflow(overflow: str | None, collect_s: float | None) -> None:
+    """Check what an operator wants done with what exceeds a rate; None: left as it is.
+
+    Raises:
+        InvalidInputError: it is no such thing.
+    """
+    if overflow is not None and overflow not in OVERFLOWS:
+        wanted = "|".join(OVERFLOWS)
+        raise InvalidInputError(
+            f"expected overflow to be {wanted}, got {overflow!r}", "overflow", wanted, overflow
+        )
+    if collect_s is not None and not 1 <= collect_s <= MAX_COLLECT_S:
+        raise InvalidInputError(
+            f"expected a digest to collect for 1 to {MAX_COLLECT_S} s, got {collect_s:g}",
+            "collectS", f"1 to {MAX_COLLECT_S}", f"{collect_s:g}",
+        )  # fmt: skip
+
+
 def key_limit(tenant: str, key_id: str, rate_per_s: float | None, burst: int) -> tuple[RateLimit, ...]:
     """The limit of an API key; empty if it has none."""
     if rate_per_s is None:
@@ -76,5 +121,8 @@ def tenant_limit(tenant: str, document: Mapping[str, Any] | None) -> tuple[RateL
     rate = document.get("ratePerS") if document else None
     if rate is None:
         return ()
+    assert document is not None
+    collect_ms = round(document.get("collectS", COLLECT_S) * 1000)
+    overflow = document.get("overflow", REJECT)
     # The colon keeps it apart from ids of keys, which have none.
-    return (RateLimit(f"tenant:{tenant}", rate, document["burst"], TENANT, tenant),)  # type: ignore[index]
+    return (RateLimit(f"tenant:{tenant}", rate, document["burst"], TENANT, tenant, overflow, collect_ms),)

@@ -52,6 +52,9 @@ class Event(Struct, array_like=True):
     """None: only what the tenant's rule for its type asks for."""
     aggregate: bool | None = None
     """True: one notification for all of its type and target; False: not even if the tenant's rule says so."""
+    over: int = 0
+    """What becomes of it beyond its tenant's rate (carillon/limits.py): 0: it is within; n > 0: it joins a
+    digest that collects for n ms; -1 (ALONE): the feed alone; -2 (PASSES): nothing, it is urgent."""
 
 
 class Outcome(Struct, array_like=True):

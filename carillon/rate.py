@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from carillon.clock import Clock
 
 
@@ -36,6 +38,30 @@ class TokenBucket:
         if self._rate:
             self._refill()
             self._tokens -= requests
+
+    def admit(self, urgent: int, others: int, *, split: bool) -> tuple[int, int, float]:
+        """Let all of the urgent requests pass, and of the others as many as may.
+
+        Urgent ones count, and make a debt of one burst at most: after a storm of them the others are not shut
+        out for longer than that takes to come back.
+
+        Args:
+            split: False: the others pass together if one of them may, and make a debt, or none of them does.
+
+        Returns:
+            How many of the urgent ones and of the others passed within the rate, and the seconds until
+            another one may.
+        """
+        if not self._rate:
+            return urgent, others, 0.0
+        self._refill()
+        within = min(urgent, max(0, math.floor(self._tokens)))
+        if urgent:
+            self._tokens = max(self._tokens - urgent, min(self._tokens, -self._burst))
+        room = max(0, math.floor(self._tokens))
+        passed = min(others, room) if split else others if room else 0
+        self._tokens -= passed
+        return within, passed, 0.0 if self._tokens >= 1.0 else (1.0 - self._tokens) / self._rate
 
     def give_back(self, requests: int = 1) -> None:
         """Requests that were taken did not go out."""

@@ -287,26 +287,39 @@ def _key_limit(options: argparse.Namespace, settings: Settings) -> int:
 def _tenant_limit(options: argparse.Namespace, settings: Settings) -> int:
     settings = database(options, settings)
     if options.rate is None and not options.off:
-        if options.burst is not None:
-            raise SettingsError("--burst goes with --rate")
+        for name in ("burst", "overflow", "collect"):
+            if getattr(options, name) is not None:
+                raise SettingsError(f"--{name} goes with --rate")
         told = limits.tenant_limit(
             options.tenant, _with_store(settings, lambda store: store.limits(options.tenant))
         )
-        shown = f"{told[0].rate_per_s:g}/s, {told[0].burst} at once" if told else "no limit"
+        shown = "no limit"
+        if told:
+            shown = f"{told[0].rate_per_s:g}/s, {told[0].burst} at once; beyond it: {_beyond(told[0])}"
         print(f"{options.tenant}: {shown}")
         return 0
     rate = None if options.off else options.rate
     _audited(
         settings,
-        lambda store: store.limit_tenant(options.tenant, rate, options.burst),
+        lambda store: store.limit_tenant(
+            options.tenant, rate, options.burst, options.overflow, options.collect
+        ),
         options.tenant,
         "tenant.limit",
         ratePerS=rate,
         burst=options.burst,
+        overflow=options.overflow,
+        collectS=options.collect,
     )
     what = "no limit" if rate is None else f"{rate:g} events per second, all keys together"
     print(f"{options.tenant}: {what}; replicas know within {settings.ingress.auth_cache_s:g} s")
     return 0
+
+
+def _beyond(limit: limits.RateLimit) -> str:
+    if limit.overflow == limits.DIGEST:
+        return f"a digest every {limit.collect_ms / 1000:g} s"
+    return "the feed alone" if limit.overflow == limits.FEED else "refused"
 
 
 def _audit(options: argparse.Namespace, settings: Settings) -> int:

@@ -15,6 +15,7 @@ from typing import Final
 
 from carillon.api_keys import SCOPES
 from carillon.errors import CarillonError, SettingsError
+from carillon.limits import COLLECT_S, OVERFLOWS
 from carillon.settings import Settings, load_settings
 from cluster import broadcasts, dead_letters
 from cluster.archive_commands import add_commands as add_archive_commands
@@ -232,6 +233,18 @@ def _add_admin_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     )
     limits.add_argument("tenant", help="the tenant")
     _rate_options(limits, required=False)
+    limits.add_argument(
+        "--overflow",
+        choices=OVERFLOWS,
+        help="what becomes of events beyond the rate that are not urgent: refused (429), in the feed alone, "
+        "or told together (default: as it was; reject)",
+    )
+    limits.add_argument(
+        "--collect",
+        type=float,
+        metavar="S",
+        help=f"with --overflow digest, for how many seconds a user's digest collects (default {COLLECT_S:g})",
+    )
     key = commands.add_parser("key", help="API keys", description="Administer API keys.")
     keys = key.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
     make = _command(keys, "create", "key_create", "Create an API key and print it: it cannot be seen again.")

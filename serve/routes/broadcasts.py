@@ -36,6 +36,7 @@ from carillon.event_rules import (
 )
 from carillon.events import ProblemError
 from carillon.ids import Uuid7Source, parse_uuid, uuid_text
+from carillon.limits import URGENT_WORDS
 from carillon.problems import FieldError, Problem, problem, shown
 from serve.audit import audited
 from serve.http import Header, Request, Response, json_response, whole_number
@@ -151,7 +152,8 @@ async def checked(
             raise wrong([error])
         body_hash = hashlib.sha256(_encode_sorted([recipients.json(), content, at])).digest()
     if limits:
-        await admit(services, limits, len(recipients.users) or 1)
+        urgent = content.get("priority") in URGENT_WORDS
+        await admit(services, limits, len(recipients.users) or 1, urgent=urgent)
     return NewBroadcast(
         _ids.next(now_ms), recipients, msgspec.json.encode(content).decode(),
         SCHEDULED if start_ms > now_ms else RUNNING, max(start_ms, now_ms),

@@ -64,6 +64,8 @@ async def preview(
 async def _plans(services: Services, parsed: ParsedEvents, tenant: str, deadline: float) -> list[_Plan]:
     """One for each event, in order."""
     known = await _kept(services, parsed, tenant) if parsed.later else {}
+    for index, outcome in parsed.beyond.items():
+        known[index] = _Plan(msgspec.Raw(b"{}"), outcome_problem(outcome))
     gate = asyncio.Semaphore(MAX_AT_ONCE)
 
     async def one(index: int, event: Event) -> _Plan:

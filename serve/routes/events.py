@@ -13,7 +13,7 @@ from carillon.ids import uuid_text
 from carillon.messages import Outcome
 from carillon.problems import FieldError, problem_document, shown
 from serve.http import JSON, Header, Request, Response, problem_response
-from serve.limits import Limits, admit
+from serve.limits import Limits, admit_events
 from serve.routes.broadcasts import to_topic
 from serve.routes.dry_run import preview, preview_topic
 from serve.routes.outcomes import outcome_problem, too_late
@@ -77,7 +77,7 @@ async def parse_events(
             wanted.document, prepared, tenant, services.clock.now_ms(), text_key
         )
     if limits and parsed.events:
-        await admit(services, limits, len(parsed.events))
+        return await admit_events(services, limits, parsed)
     return parsed
 
 
@@ -105,7 +105,7 @@ async def publish(
         return await to_topic(services, wanted.document, tenant, text_key, deadline, limits)
     if parsed.variants:
         await services.templates.note_variants(tenant, parsed)
-    if parsed.later:
+    if parsed.later or parsed.beyond:
         outcomes = await publish_some(services, parsed, tenant, deadline)
     else:
         outcomes = await services.backend.publish(parsed.events, deadline) if parsed.events else []
@@ -122,10 +122,13 @@ async def publish(
 async def publish_some(
     services: Services, parsed: ParsedEvents, tenant: str, deadline: float
 ) -> list[Outcome]:
-    """Publish what is to be sent now, keep what is scheduled; one outcome each, in order."""
-    outcomes: dict[int, Outcome] = {}
+    """Publish what is to be sent now, keep what is scheduled, refuse what a limit refused; one outcome each,
+    in order."""
+    outcomes: dict[int, Outcome] = dict(parsed.beyond)
     rows: dict[int, NewSchedule] = {}
     for index, later in parsed.later.items():
+        if index in outcomes:
+            continue
         event = parsed.events[index]
         late = too_late(services, event, later)
         if late is not None:
@@ -142,9 +145,13 @@ async def publish_some(
             outcomes[index] = Outcome(parsed.events[index].id, status="failed", code="idempotency_conflict")
         else:
             outcomes[index] = Outcome(told_[0], status="deferred", replayed=told_[1])
-    now = [event for index, event in enumerate(parsed.events) if index not in parsed.later]
+    now = [
+        event
+        for index, event in enumerate(parsed.events)
+        if index not in parsed.later and index not in outcomes
+    ]
     sent = iter(await services.backend.publish(now, deadline) if now else ())
-    return [outcomes[i] if i in parsed.later else next(sent) for i in range(len(parsed.events))]
+    return [outcomes[i] if i in outcomes else next(sent) for i in range(len(parsed.events))]
 
 
 def _many(parsed: ParsedEvents, outcomes: list[Outcome], request_id: bytes) -> Response:

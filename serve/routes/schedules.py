@@ -13,6 +13,7 @@ from carillon.errors import IdempotencyConflictError, NotFoundError
 from carillon.event_rules import MAX_KEY, Text, explain_event, is_object, text_error
 from carillon.events import ProblemError
 from carillon.ids import Uuid7Source, parse_uuid, slot_of, uuid_text
+from carillon.limits import URGENT_WORDS
 from carillon.problems import FieldError, Problem, problem, shown
 from carillon.quiet_hours import known_zone
 from carillon.schedules import MEMBERS, USER_ZONE, ScheduleError, look_ms, next_ms, parse
@@ -82,7 +83,9 @@ async def post_schedule(services: Services, request: Request) -> Response:
         raise wrong([FieldError(name, f"at least {least_s:g} s between two times", f"{apart_s:g} s")])
     key, body_hash = _key(request, rule, event)
     if request.caller is not None and request.caller.limits:
-        await admit(services, request.caller.limits, len(users))  # once: later rounds come from the shards
+        urgent = event.get("priority") in URGENT_WORDS
+        # Once: later rounds come from the shards.
+        await admit(services, request.caller.limits, len(users), urgent=urgent)
     row_id = _ids.next(now_ms)
     row = NewSchedule(
         row_id, slot_of(request.tenant, user if user is not None else uuid_text(row_id)), user,

@@ -17,7 +17,7 @@ import msgspec
 from carillon.api_keys import check_scopes, check_tenant_name, hash_key, make_key
 from carillon.errors import InvalidInputError, NotFoundError, VersionError
 from carillon.jwks_url import check_jwks_url
-from carillon.limits import MEMBER, RateLimit, check_rate, key_limit, tenant_limit
+from carillon.limits import MEMBER, RateLimit, check_overflow, check_rate, key_limit, tenant_limit
 from carillon.token_keys import parse_jwks
 from carillon.tokens import ClientIdentity
 from stores.postgres.named import load_queries
@@ -340,15 +340,31 @@ class TenantStore(Store):
             raise NotFoundError(f"there is no tenant {tenant!r}", "tenant")
         return {} if row["limits"] is None else msgspec.json.decode(row["limits"])
 
-    async def limit_tenant(self, tenant: str, rate_per_s: float | None, burst: int | None = None) -> None:
+    async def limit_tenant(
+        self,
+        tenant: str,
+        rate_per_s: float | None,
+        burst: int | None = None,
+        overflow: str | None = None,
+        collect_s: float | None = None,
+    ) -> None:
         """Set or (None) lift the rate limit of a tenant: of all its keys and ways in together.
+
+        Args:
+            overflow, collect_s: see `carillon.limits`; None: as they are.
 
         Raises:
             NotFoundError: there is no such tenant.
             InvalidInputError: the limit makes no sense.
         """
         rate_per_s, burst = check_rate(rate_per_s, burst)
-        text = msgspec.json.encode({"ratePerS": rate_per_s, "burst": burst}).decode()
+        check_overflow(overflow, collect_s)
+        members: dict[str, Any] = {"ratePerS": rate_per_s, "burst": burst}
+        if overflow is not None or rate_per_s is None:
+            members["overflow"] = overflow
+        if collect_s is not None or rate_per_s is None:
+            members["collectS"] = collect_s
+        text = msgspec.json.encode(members).decode()
         async with acquired(self._pool, self._timeout_s) as connection:
             if await connection.fetchval(self._sql["put_limits"], tenant, text) is None:
                 raise NotFoundError(f"there is no tenant {tenant!r}", "tenant")

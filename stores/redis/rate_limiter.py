@@ -10,7 +10,7 @@ no more than `rate * t + burst` passes in t seconds, and what the last batch was
 from __future__ import annotations
 
 import logging
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import redis.asyncio as aioredis
 from redis.exceptions import RedisError
@@ -27,7 +27,8 @@ LEASE_LIFE_S: Final = 1.0
 """What a replica took ahead and did not use within this time is forgotten."""
 
 # A bucket may go into debt: a batch is never split, and one larger than the burst must pass some time.
-# KEYS[1] the bucket; ARGV rate per second, burst, wanted, extra. Returns {granted, wait in ms}.
+# KEYS[1] the bucket; ARGV rate per second, burst, wanted, extra, urgent, whether wanted may be split.
+# Returns {granted, wait in ms, urgent ones within the rate}; `TokenBucket.admit` is the same without Redis.
 _SCRIPT: Final = """
 local now = redis.call('TIME')
 now = now[1] * 1000 + math.floor(now[2] / 1000)
@@ -35,17 +36,19 @@ local rate, burst = tonumber(ARGV[1]) / 1000, tonumber(ARGV[2])
 local kept = redis.call('HMGET', KEYS[1], 'tokens', 'at')
 local tokens = burst
 if kept[1] then tokens = math.min(burst, tonumber(kept[1]) + (now - tonumber(kept[2])) * rate) end
-local granted, wait = 0, 0
-if tokens < 1 then
-  wait = math.ceil((1 - tokens) / rate)
-else
+local granted, wait, urgent = 0, 0, tonumber(ARGV[5])
+local within = math.min(urgent, math.max(0, math.floor(tokens)))
+if urgent > 0 then tokens = math.max(tokens - urgent, math.min(tokens, -burst)) end
+if tokens >= 1 then
   local wanted, extra = tonumber(ARGV[3]), tonumber(ARGV[4])
+  if ARGV[6] == '1' then wanted = math.min(wanted, math.floor(tokens)) end
   granted = wanted + math.max(0, math.min(extra, math.floor(tokens - wanted)))
   tokens = tokens - granted
 end
+if tokens < 1 then wait = math.ceil((1 - tokens) / rate) end
 redis.call('HSET', KEYS[1], 'tokens', tostring(tokens), 'at', now)
 redis.call('PEXPIRE', KEYS[1], math.ceil((burst - tokens) / rate) + 1000)
-return {granted, wait}
+return {granted, wait, within}
 """
 
 # KEYS[1] the bucket; ARGV rate per second, burst, tokens that come back. One that ended is full.
@@ -72,6 +75,20 @@ class _Key:
         self.bucket = TokenBucket(*limit, clock)  # for times without Redis
         self.lease = 0
         self.lease_until = 0.0
+
+
+class Admitted(NamedTuple):
+    """What passed.
+
+    Attributes:
+        urgent: urgent ones that were within the rate; all of them pass.
+        others: others that pass.
+        wait_s: seconds until another one may pass, told to those who do not.
+    """
+
+    urgent: int
+    others: int
+    wait_s: float = 0.0
 
 
 class RateLimiter:
@@ -101,6 +118,17 @@ class RateLimiter:
 
     async def take(self, key_id: str, rate_per_s: float, burst: int, requests: int) -> float:
         """Admit `requests` of a limit, or not: seconds to wait, 0.0 if they may pass. Never raises."""
+        admitted = await self.admit(key_id, rate_per_s, burst, 0, requests, split=False)
+        return 0.0 if admitted.others == requests else admitted.wait_s
+
+    async def admit(
+        self, key_id: str, rate_per_s: float, burst: int, urgent: int, others: int, *, split: bool
+    ) -> Admitted:
+        """Admit all of the urgent requests of a limit, and of the others what may pass. Never raises.
+
+        Args:
+            split: False: the others pass together, or none of them does.
+        """
         key = self._keys.get(key_id)
         if key is None or key.limit != (rate_per_s, burst):
             while len(self._keys) >= MAX_KEYS:
@@ -109,28 +137,32 @@ class RateLimiter:
         now = self._clock.monotonic()
         if key.lease_until < now:
             key.lease = 0
-        if key.lease >= requests:
-            key.lease -= requests
-            return 0.0
+        if key.lease >= urgent + others:
+            key.lease -= urgent + others
+            return Admitted(urgent, others)
         if self._redis is not None and now >= self._retry_at:
-            wanted = requests - key.lease
+            # What was taken ahead is for the urgent ones first.
+            leased = min(key.lease, urgent)
+            left = key.lease - leased
+            wanted = others - min(left, others)
+            ahead = int(rate_per_s * self._lease_s) if wanted else 0
             try:
-                granted, wait_ms = await self._script(
+                granted, wait_ms, within = await self._script(
                     keys=[f"carillon:rate:{key_id}"],
-                    args=[rate_per_s, burst, wanted, int(rate_per_s * self._lease_s)],
+                    args=[rate_per_s, burst, wanted, ahead, urgent - leased, int(split)],
                 )
             except (RedisError, OSError, TimeoutError) as exc:
                 self._alone(exc)
             else:
-                if not granted:
-                    return max(wait_ms / 1000, 0.001)
-                key.lease = max(0, key.lease + granted - requests)
+                wait_s = max(wait_ms / 1000, 0.001)
+                if not split and granted < wanted:
+                    key.lease = left
+                    return Admitted(leased + within, 0, wait_s)
+                passed = min(others, left + granted)
+                key.lease = left + granted - passed
                 key.lease_until = now + LEASE_LIFE_S
-                return 0.0
-        wait_s = key.bucket.wait_s()
-        if not wait_s:
-            key.bucket.take(requests)
-        return wait_s
+                return Admitted(leased + within, passed, wait_s)
+        return Admitted(*key.bucket.admit(urgent, others, split=split))
 
     async def give_back(self, key_id: str, requests: int) -> None:
         """What `take` admitted did not go out after all: the bucket has it again, for every replica.

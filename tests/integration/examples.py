@@ -6,6 +6,7 @@ shows it, and writes it there when it is asked to (WRITE_EXAMPLES=1).
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import hmac
@@ -20,6 +21,7 @@ import redis.asyncio as aioredis
 from websockets.asyncio.client import ClientConnection, connect
 
 from carillon.clock import SystemClock, rfc3339
+from cluster.cli import main
 from tests.integration.client_world import ClientWorld
 from tests.support import eventually
 
@@ -287,6 +289,38 @@ async def overflow_to_feed(t: Transcript) -> None:
     await t.explain(told)
     await t.dry(userId="bob", type="post.like", title="Like 3")
     await t.dry(type="comment.reply", title="Grace replied to you")
+
+
+async def _tenant_rate(t: Transcript, *words: str) -> None:
+    """The operator's limit for the tenant, known to the door at once."""
+    command = ["tenant", "limit", "acme", "--rate", "0.01", "--burst", "1", *words]
+    assert await asyncio.to_thread(main, [*command, "--dsn", t.world.dsn]) == 0
+    t.say(f"$ python -m cluster {' '.join(command)}")
+    app = t.world.ingresses[0].app
+    assert app is not None
+    app.services.auth._keys.clear()
+
+
+async def _offers(t: Transcript) -> Any:
+    urgent = {"userId": "ada", "type": "login", "title": "New sign-in", "priority": "urgent"}
+    offers = [{"userId": "ada", "type": "offer", "title": title} for title in ("Two for one", "Last chance")]
+    return (await t.call("POST", "/v1/events", [*offers, urgent], status=202))["results"]
+
+
+async def tenant_limit_to_feed(t: Transcript) -> None:
+    await t.phone()
+    await _tenant_rate(t, "--overflow", "feed")
+    told = await _offers(t)
+    await t.explain(told[0])
+    await t.dry(type="login", title="New sign-in", priority="urgent")
+
+
+async def tenant_limit_to_digest(t: Transcript) -> None:
+    await t.phone()
+    await _tenant_rate(t, "--overflow", "digest", "--collect", "3600")
+    told = await _offers(t)
+    await t.explain(told[0])
+    await t.call("GET", "/v1/users/ada/digests")
 
 
 # -- where the user is --------------------------------------------------------------------------------
@@ -594,6 +628,8 @@ EXAMPLES: Final[dict[str, Example]] = {
     "digest": digest,
     "overflow_to_digest": overflow_to_digest,
     "overflow_to_feed": overflow_to_feed,
+    "tenant_limit_to_feed": tenant_limit_to_feed,
+    "tenant_limit_to_digest": tenant_limit_to_digest,
     "nowhere": nowhere,
     "connected": connected,
     "expiry": expiry,

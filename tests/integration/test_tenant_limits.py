@@ -161,7 +161,7 @@ async def test_the_command_line(world: World, capsys: Any) -> None:
 
     assert await run("acme") == "acme: no limit\n"
     assert "50 events per second" in await run("acme", "--rate", "50", "--burst", "200")
-    assert await run("acme") == "acme: 50/s, 200 at once\n"
+    assert await run("acme") == "acme: 50/s, 200 at once; beyond it: refused\n"
     assert "no limit" in await run("acme", "--off")
     assert await run("acme") == "acme: no limit\n"
     assert await world.tenants.limits("acme") == {}
