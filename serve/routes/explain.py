@@ -25,6 +25,7 @@ from serve.schemas import INSTANT, UUID, obj, ref
 from serve.services import Services
 from stores.postgres.feed import Act, Found
 
+_TEMPLATE: Final = ("template", "version", "variant")
 _WAITING: Final = ("planned", "sending", "unknown", "failed")
 _STATES: Final = {
     "planned": "waits until {due}",
@@ -45,6 +46,12 @@ async def get_explanation(services: Services, request: Request) -> Response:
         raise await no_notification(services, request, raw)
     made = await services.broadcasts.broadcast_of(request.tenant, found.user, found.row.id)
     came = [] if made is None else [f"It came with the broadcast {uuid_text(made)}."]
+    kept = await services.schedules.get(request.tenant, raw)
+    if kept is not None:
+        came.append(f"It was sent on {rfc3339(kept.next_ms)}, as its scheduleAt said.")
+    text = await services.templates.store.exposure(request.tenant, raw)
+    if text is not None:
+        came.append(f"It has the variant {text[2]} of the template {text[0]}, version {text[1]}.")
     rules = _rules(found) + await _devices(services, request.tenant, found)
     deliveries = [_delivery(one) for one in found.deliveries]
     acts = [act_words(act) for act in found.acts]
@@ -54,6 +61,8 @@ async def get_explanation(services: Services, request: Request) -> Response:
             "notificationId": request.params["id"],
             "userId": found.user,
             "broadcastId": None if made is None else uuid_text(made),
+            "scheduledAt": None if kept is None else rfc3339(kept.next_ms),
+            "template": None if text is None else dict(zip(_TEMPLATE, text, strict=True)),
             "channels": _channels(found),
             "archived": _filed(found),
             "expiresAt": None if found.row.expires_ms is None else rfc3339(found.row.expires_ms),
@@ -212,6 +221,21 @@ ROUTES: Final = (
                 "notificationId": UUID,
                 "userId": {"type": "string"},
                 "broadcastId": {"anyOf": [UUID, {"type": "null"}]},
+                "scheduledAt": {"anyOf": [INSTANT, {"type": "null"}]},
+                "template": {
+                    "anyOf": [
+                        obj(
+                            {
+                                "template": {"type": "string"},
+                                "version": {"type": "integer"},
+                                "variant": {"type": "string"},
+                            },
+                            list(_TEMPLATE),
+                        ),
+                        {"type": "null"},
+                    ],
+                    "description": "Only of a template with variants.",
+                },
                 "channels": _NAMES,
                 "archived": {"type": "boolean"},
                 "expiresAt": {"anyOf": [INSTANT, {"type": "null"}]},
@@ -232,7 +256,8 @@ ROUTES: Final = (
                 "words": {"type": "string"},
             },
             [
-                "notificationId", "userId", "broadcastId", "channels", "archived", "expiresAt", "rules",
+                "notificationId", "userId", "broadcastId", "scheduledAt", "template",
+                "channels", "archived", "expiresAt", "rules",
                 "deliveries",
                 *MERGED, *HISTORY, "words",
             ],

@@ -79,6 +79,12 @@ class TemplateStore(Store):
                 self._sql["expose"], tenant, [UUID(bytes=i) for i in ids], templates, versions, variants
             )
 
+    async def exposure(self, tenant: str, notification: bytes) -> tuple[str, int, str] | None:
+        """What a notification shows, (template, version, variant); None: of no template with variants."""
+        async with acquired(self._pool, self._timeout_s) as connection:
+            row = await connection.fetchrow(self._sql["exposure"], tenant, UUID(bytes=notification))
+        return None if row is None else (row["template_id"], row["version"], row["variant"])
+
     async def results(self, tenant: str, template: str, version: int) -> dict[str, tuple[int, int, int, int]]:
         """By variant: how many were sent, delivered, seen, clicked."""
         async with acquired(self._pool, self._timeout_s) as connection:

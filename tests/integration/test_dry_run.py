@@ -40,7 +40,7 @@ async def test_what_is_sent_later_says_when_and_what_then(service: Service) -> N
     event that is sent then gets that, and its explanation has the same rules."""
     await service.phone()
     await service.prefer(categories={"news": {"channels": {"push": False}}})
-    at = soon(1500)
+    at = soon(5000)
     plan = await service.dry(category="news", scheduleAt=at)
     assert (plan["status"], plan["channels"], plan["sendAt"]) == ("deferred", [], at)
     assert plan["words"].startswith(

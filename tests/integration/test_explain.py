@@ -239,3 +239,29 @@ async def test_what_closed_a_push_is_told(service: Service) -> None:
     assert (by_merge["closedBy"]["rule"], by_merge["closedBy"]["about"]) == ("merged", last["id"])
     for told, one in ((read, by_read), (closed, by_rule), (first, by_merge)):
         assert one["closedBy"]["words"] in (await service.explain(told))["words"]
+
+
+async def test_where_its_text_and_its_time_come_from(service: Service) -> None:
+    """The variant of a template, and scheduleAt, in words and as data; of others nothing is said."""
+    content = {"default": {"title": "Hi"}}
+    text = {"variants": [{"name": name, "weight": 50, "content": content} for name in ("plain", "other")]}
+    await service.call("PUT", "/v1/templates/hi", text)
+    event = {"userId": "ada", "type": "t", "template": "hi"}
+    why = await service.explain(await service.call("POST", "/v1/events", event, 202))
+    variant = why["template"]["variant"]
+    assert variant in ("plain", "other")
+    assert why["template"] == {"template": "hi", "version": 1, "variant": variant}
+    assert why["words"].startswith(f"It has the variant {variant} of the template hi, version 1.")
+    at = rfc3339(SystemClock().now_ms() + 5000)
+    told = await service.event(scheduleAt=at)
+
+    async def sent() -> bool:
+        feed = await service.call("GET", "/v1/users/ada/notifications")
+        return told["id"] in [one["id"] for one in feed["notifications"]]
+
+    await eventually(sent, 20.0, what="what was scheduled")
+    later = await service.explain(told)
+    assert later["words"].startswith(f"It was sent on {at}, as its scheduleAt said.")
+    assert (later["scheduledAt"], later["template"]) == (at, None)
+    plain = await service.explain(await service.event())
+    assert (plain["scheduledAt"], plain["template"]) == (None, None)

@@ -51,6 +51,10 @@ select t.id, $1, t.template, t.version, t.variant
 from unnest($2::uuid[], $3::text[], $4::int[], $5::text[]) as t (id, template, version, variant)
 on conflict do nothing;
 
+-- name: exposure
+-- Which variant a notification shows. $1 tenant, $2 notification.
+select template_id, version, variant from template_exposures where notification_id = $2 and tenant = $1;
+
 -- name: results
 -- $1 tenant, $2 template, $3 version.
 select e.variant, count(n.id) as sent, count(n.delivered_at) as delivered, count(n.seen_at) as seen,
