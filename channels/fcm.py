@@ -93,6 +93,7 @@ def fcm_message(
     urgent = job.priority >= 1
     badge = job.badge if job.badge >= 0 else None
     sound = job.sound if urgent and job.sound else None
+    vibration = job.vibration if urgent else False
     message = messaging.Message(
         data=data,
         notification=messaging.Notification(title=shown["title"], body=shown.get("body")),
@@ -104,7 +105,7 @@ def fcm_message(
                 tag=job.collapse_key,
                 notification_count=badge,
                 sound=None if sound == "default" else sound,  # the app's notification channel has one
-                channel_id=_android_channel(job, android_channels),
+                channel_id=_android_channel(sound, vibration, android_channels),
                 default_vibrate_timings=job.vibration if urgent or job.vibration is False else None,
                 vibrate_timings_millis=_STILL if job.vibration is False else None,
             ),
@@ -116,7 +117,7 @@ def fcm_message(
             },
             payload=messaging.APNSPayload(messaging.Aps(badge=badge, sound=sound)),
         ),
-        webpush=_webpush(job) if target.platform == "web" else None,
+        webpush=_webpush(sound, vibration) if target.platform == "web" else None,
     )
     return _addressed(message, target)
 
@@ -136,25 +137,25 @@ _STILL: Final = [0, 0]
 is switched to vibration vibrates in the place of the sound."""
 
 
-def _android_channel(job: PushJob, prefix: str) -> str | None:
-    """The notification channel of what the user wants without a sound or vibration; None: the app's own.
+def _android_channel(sound: str | None, vibration: bool | None, prefix: str) -> str | None:
+    """The notification channel of what is to be without a sound or vibration; None: the app's own.
 
     From Android 8 on that decides, and nothing else in the message. A channel that the app did not create
     counts for nothing: FCM then takes the app's own.
     """
     quiet = [
         f"no_{name}"
-        for name, is_on in (("sound", job.sound), ("vibration", job.vibration))
-        if is_on in ("", False)
+        for name, is_off in (("sound", sound is None), ("vibration", vibration is False))
+        if is_off
     ]
     return "_".join([prefix, *quiet]) if prefix and quiet else None
 
 
-def _webpush(job: PushJob) -> messaging.WebpushConfig | None:
+def _webpush(sound: str | None, vibration: bool | None) -> messaging.WebpushConfig | None:
     """How a browser is to show it. What is silent must not name a vibration (Notifications API, "silent")."""
-    if not job.sound:
+    if sound is None:
         return messaging.WebpushConfig(notification=messaging.WebpushNotification(silent=True))
-    if job.vibration is False:
+    if vibration is False:
         return messaging.WebpushConfig(notification=messaging.WebpushNotification(vibrate=[0]))
     return None
 

@@ -74,6 +74,18 @@ async def test_what_a_user_switched_off_reaches_the_provider() -> None:
         assert "sound" not in shown
 
 
+async def test_a_push_of_low_priority_reaches_the_provider_as_a_still_one() -> None:
+    """Android 8 and browsers make a noise of whatever does not say that it wants none."""
+    async with fcm(fcm_android_channels="app") as (server, channel):
+        targets = [target_of("phone"), target_of("page", platform="web")]
+        (results,) = await channel.send([job_of(7, priority=0, targets=targets)])
+        assert [result.outcome for result in results] == ["sent"] * 2
+        pushes = {push.target: push.payload for push in server.pushes}
+        assert pushes["phone"]["android"]["notification"]["channel_id"] == "app_no_sound_no_vibration"
+        assert "webpush" not in pushes["phone"]
+        assert pushes["page"]["webpush"]["notification"] == {"silent": True}
+
+
 async def test_fids_and_tokens_go_in_one_call() -> None:
     """Results come back per job and target, in order, whatever kind they are."""
     async with fcm() as (server, channel):

@@ -115,6 +115,16 @@ def test_a_browser_is_told_in_its_own_words() -> None:
     assert "webpush" not in fcm_json(job_of(), **web)
 
 
+@pytest.mark.parametrize(("sound", "vibration"), [("default", None), ("bell", True), ("", False)])
+def test_a_push_of_low_priority_is_still_whatever_the_user_chose(sound: str, vibration: bool | None) -> None:
+    """It names Android's channel without both, and is silent in a browser: nothing else keeps them quiet."""
+    job = job_of(priority=0, sound=sound, vibration=vibration)
+    shown = fcm_json(job)["android"]["notification"]
+    assert shown["channel_id"] == "carillon_no_sound_no_vibration"
+    assert "sound" not in shown
+    assert fcm_json(job, platform="web")["webpush"]["notification"] == {"silent": True}
+
+
 def test_apns_is_told_of_vibration_for_the_app_alone() -> None:
     """`aps` has no member for it; beside it an app that shows the push itself finds the user's wish."""
     assert json.loads(apns_payload(job_of(vibration=False)))["vibration"] is False

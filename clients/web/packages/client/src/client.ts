@@ -94,13 +94,15 @@ export interface Events {
 /** A new notification, and how it is to be shown. Sound and vibration are for one tab: in others they are false. */
 export interface Presented extends Presentation {
   readonly notification: Notification;
+  /** It came while the client was away: all that have the same number come at once, and one noise is enough for them. */
+  readonly replay?: number;
 }
 
-/** One that is new in all tabs; `tab` makes the noise, if any: the one that is looked at most. */
+/** Beside one that is new in all tabs. */
 interface Arrival {
-  note: Notification;
-  silent: boolean;
+  /** The one that makes the noise: that is looked at most; "": none does. */
   tab: string;
+  replay?: number;
 }
 
 export type PreferencesView = "complete" | "own";
@@ -119,9 +121,10 @@ interface Look {
   at: number;
 }
 
+/** Tabs of several versions understand each other: members stay as they are, and newer ones may be missing. */
 type Message =
   | { t: "hello" }
-  | { t: "state"; leader: string; dump: Dump; connection: Connection; presence: Snapshot["presence"]; presentation: Presentation; fresh: Arrival[] }
+  | { t: "state"; leader: string; dump: Dump; connection: Connection; presence: Snapshot["presence"]; presentation?: Presentation; fresh: Notification[]; arrivals?: Arrival[] }
   | { t: "page"; page: Page; cursor: string }
   | { t: "op"; op: Op }
   | { t: "done"; id: string; error: [code: string, message: string, temporary: boolean] | null }
@@ -165,7 +168,8 @@ export class CarillonClient {
   #connection: Connection = { state: "idle" };
   #presence: Snapshot["presence"] = {};
   #presentation: Presentation = AS_THE_APP;
-  #fresh: Arrival[] = []; // what the other tabs are to be told of
+  #fresh: [Notification, Arrival][] = []; // what the other tabs are to be told of
+  #loud: Arrival = { tab: "" }; // the last one that may be heard
   #others = false; // there are some, or were
   #look: Omit<Look, "at"> = { state: null, watch: [] };
   #looks = new Map<string, Look>();
@@ -443,9 +447,12 @@ export class CarillonClient {
           this.#wire?.send(effect.frame);
           break;
         case "applied": {
-          const { frame, fresh } = effect;
+          const { frame, fresh, replay } = effect;
           if (frame.type === "PRESENCE") this.#presence = { ...this.#presence, [frame.userId]: frame.status };
-          if (fresh) this.#arrived({ note: fresh, silent: "silent" in frame, tab: this.#mostLooked()?.[0] ?? this.#tabs.id });
+          if (!fresh) break;
+          // All of a replay in one tab.
+          if (!replay || replay !== this.#loud.replay) this.#loud = { tab: this.#mostLooked()?.[0] ?? this.#tabs.id, replay };
+          this.#arrived(fresh, "silent" in frame || fresh.read || fresh.seen ? { tab: "", replay } : this.#loud);
           break;
         }
         case "load": this.#ask(effect.generation, this.#page(), core.loaded); break;
@@ -607,7 +614,7 @@ export class CarillonClient {
         break;
       case "state": {
         if (this.#core) break;
-        const { leader, dump, connection, presence, presentation, fresh } = message;
+        const { leader, dump, connection, presence, presentation = AS_THE_APP, fresh, arrivals } = message;
         const unknown = this.#leader !== leader;
         this.#leader = leader;
         this.#answered();
@@ -620,7 +627,7 @@ export class CarillonClient {
         }
         if (unknown || JSON.stringify(this.#connection) !== JSON.stringify(connection)) this.#setConnection(connection);
         this.#changed();
-        fresh.forEach((arrival) => this.#arrived(arrival));
+        fresh.forEach((note, n) => this.#arrived(note, arrivals?.[n] ?? { tab: "" }));
       }
     }
   }
@@ -661,14 +668,14 @@ export class CarillonClient {
 
   // ---------------------------------------------------------------- telling
 
-  #arrived(arrival: Arrival): void {
-    if (this.#core) this.#fresh.push(arrival);
-    const { note, silent, tab } = arrival;
-    this.#emit("notification", note);
-    const quiet = silent || tab !== this.#tabs.id;
+  #arrived(notification: Notification, arrival: Arrival): void {
+    if (this.#core) this.#fresh.push([notification, arrival]);
+    const { tab, replay } = arrival;
+    this.#emit("notification", notification);
+    const loud = tab === this.#tabs.id;
     const { sound, vibration } = this.#presentation;
     this.#emit("present", {
-      notification: note, ...this.#presentation, sound: !quiet && sound, vibration: !quiet && vibration,
+      notification, ...this.#presentation, sound: loud && sound, vibration: loud && vibration, ...(replay && { replay }),
     });
   }
 
@@ -699,7 +706,7 @@ export class CarillonClient {
       if (this.#core && this.#others) {
         this.#tabs.post({
           t: "state", leader: this.#leader, dump: this.#feed.dump(), connection: this.#connection, presence: this.#presence,
-          presentation: this.#presentation, fresh,
+          presentation: this.#presentation, fresh: fresh.map(([note]) => note), arrivals: fresh.map(([, arrival]) => arrival),
         });
       }
       for (const listener of [...this.#listeners]) listener();

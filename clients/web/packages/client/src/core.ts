@@ -79,7 +79,7 @@ export type Effect =
   | { do: "connect"; transport: TransportName; position: Position | null; refresh: boolean }
   | { do: "drop" }
   | { do: "send"; frame: ClientFrame }
-  | { do: "applied"; frame: ServerFrame; fresh: Notification | undefined }
+  | { do: "applied"; frame: ServerFrame; fresh: Notification | undefined; replay: number | undefined }
   | { do: "load"; generation: number }
   | { do: "recount"; generation: number }
   | { do: "finished"; id: string; error: CarillonError | null }
@@ -102,6 +102,7 @@ export class Core {
   presentation: Presentation = AS_THE_APP;
 
   #welcomed = false; // by the present connection
+  #head = 0; // of the last WELCOME: what it has not told and is not newer is replayed
   #level = 0; // index of the transport in use
   #fails = 0; // connections in vain on it
   #tries = 0; // pauses since the last stable connection
@@ -219,10 +220,11 @@ export class Core {
       this.#refused(frame);
       return;
     }
-    // What is as ever is not told: a connection begins with that.
-    if (frame.type === "WELCOME" && !this.#welcomed) {
+    if (frame.type === "WELCOME") {
+      this.#head = frame.lastSeq;
+      // What is as ever is not told: a connection begins with that. Later in it every change is, and that it is as ever again.
+      if (!this.#welcomed) this.presentation = AS_THE_APP;
       this.#welcomed = true;
-      this.presentation = AS_THE_APP;
     }
     if (frame.type === "PRESENTATION") {
       const { sound, vibration, durationMs, autoDismiss } = frame;
@@ -232,7 +234,8 @@ export class Core {
     const feed = this.#feed;
     const asked = !!feed.position;
     const fresh = feed.apply(frame);
-    this.effects.push({ do: "applied", frame, fresh });
+    const replay = "replay" in frame ? frame.replay : fresh && fresh.seq <= this.#head ? this.#head : undefined;
+    this.effects.push({ do: "applied", frame, fresh, replay });
     if (frame.type === "WELCOME") this.#welcome(asked && frame.recovered === null, frame.heartbeatMs);
     if ("notification" in frame) {
       // `rev` says which updates are covered: of later ones the push is still wanted.

@@ -133,7 +133,9 @@ export function poll(dial: Dial): Wire {
   return overHttp(dial, async (signal, sleep, look) => {
     let { position } = dial;
     let welcomed = false;
-    let presented: Promise<void> | undefined;
+    let replay: number | undefined;
+    // No answer of a poll tells how notifications are to be shown.
+    const told = presentation(dial, signal);
     let waitS = Math.round(timing.wait / 1000);
     while (!signal.aborted) {
       const query = new URLSearchParams();
@@ -169,13 +171,21 @@ export function poll(dial: Dial): Wire {
       if (signal.aborted) return;
       const { epoch, lastSeq, rev, more } = answer;
       const unreadCount = more ? null : answer.unreadCount;
-      if (!welcomed || !answer.recovered) {
+      const first = !welcomed;
+      if (first || !answer.recovered) {
         welcomed = true;
         dial.onFrame({ type: "WELCOME", epoch, lastSeq, rev, unreadCount: answer.recovered ? null : unreadCount, recovered: position ? answer.recovered : null });
       }
-      // No answer of a poll tells how notifications are to be shown.
-      if (!presented) presented = present(dial);
-      for (const notification of answer.notifications) dial.onFrame({ type: "NEW_NOTIFICATION", notification });
+      // Before what is replayed, as elsewhere.
+      if (first) {
+        const frame = await told;
+        if (signal.aborted) return;
+        if (frame) dial.onFrame(frame);
+      }
+      // What comes together came while nobody asked, in however many answers.
+      if (first || more || answer.notifications.length > 1) replay ??= lastSeq;
+      for (const notification of answer.notifications) dial.onFrame({ type: "NEW_NOTIFICATION", notification, replay });
+      if (!more) replay = undefined;
       for (const change of answer.changes) dial.onFrame(change);
       if (answer.recovered) dial.onFrame({ type: "SYNCED", epoch, lastSeq, rev, unreadCount });
       position = { epoch, lastSeq, lastRev: rev };
@@ -185,18 +195,26 @@ export function poll(dial: Dial): Wire {
   }, silent);
 }
 
-/** What the preferences say of the app, as the frame that tells it elsewhere; once for a connection. */
-async function present(dial: Dial): Promise<void> {
+/** What the preferences say of the app, as the frame that tells it elsewhere; null: not to be had, so it is as the application has it. */
+async function presentation(dial: Dial, signal: AbortSignal): Promise<ServerFrame | null> {
+  const asked = new AbortController();
+  const cancel = () => asked.abort();
+  signal.addEventListener("abort", cancel);
+  const timer = setTimeout(cancel, dial.timing.connect);
   try {
-    const { channels, sound, vibration } = (await (await dial.http("GET", "/api/notifications/preferences")).json()) as {
-      channels: { in_app?: boolean | Partial<Presentation> };
-    } & Presentation;
+    const answer = await dial.http("GET", "/api/notifications/preferences?view=complete", undefined, { signal: asked.signal });
+    const { channels, sound, vibration } = (await answer.json()) as { channels: { in_app?: boolean | Partial<Presentation> } } & Presentation;
     const near = typeof channels.in_app === "object" ? channels.in_app : {};
-    dial.onFrame({
+    return {
       type: "PRESENTATION", sound: near.sound ?? sound, vibration: near.vibration ?? vibration,
       durationMs: near.durationMs ?? null, autoDismiss: near.autoDismiss ?? null,
-    });
-  } catch { /* as the application has it */ }
+    };
+  } catch {
+    return null;
+  } finally {
+    clearTimeout(timer);
+    signal.removeEventListener("abort", cancel);
+  }
 }
 
 // ---------------------------------------------------------------- tabs without Web Locks

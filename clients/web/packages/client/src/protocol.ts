@@ -90,10 +90,10 @@ export interface Presentation {
 /** Nobody says anything: the server then says nothing, either. */
 export const AS_THE_APP: Presentation = { sound: true, vibration: true, durationMs: null, autoDismiss: null };
 
-/** Frames of the server. SYNCED is never on the wire: the long-polling transport makes it of an answer. */
+/** Frames of the server. SYNCED and `replay` are never on the wire: the long-polling transport makes them of an answer. */
 export type ServerFrame =
   | Welcome
-  | { type: "NEW_NOTIFICATION" | "NOTIFICATION_UPDATED"; notification: Notification; silent?: true }
+  | { type: "NEW_NOTIFICATION" | "NOTIFICATION_UPDATED"; notification: Notification; silent?: true; replay?: number }
   | { type: "NOTIFICATIONS_READ" | "NOTIFICATIONS_SEEN"; notificationIds: string[]; rev: number; readAt?: string }
   | { type: "ALL_NOTIFICATIONS_READ"; upToSeq: number; rev: number; readAt?: string }
   | {

@@ -28,7 +28,10 @@ interface Shown {
   listed: boolean;
 }
 
-/** Show what arrives from now on. @returns ends it and takes all of them off the screen. */
+/** So long what is replayed is gathered, in milliseconds: that it was read meanwhile comes behind it. */
+const GATHER = 250;
+
+/** Show what arrives from now on; of what came while the client was away, one noise for all. @returns ends it and takes all of them off the screen. */
 export function toasts(client: Pick<CarillonClient, "on" | "subscribe" | "getSnapshot">, options: ToastOptions): () => void {
   const shown = new Map<string, Shown>();
   const close = (id: string) => {
@@ -38,10 +41,31 @@ export function toasts(client: Pick<CarillonClient, "on" | "subscribe" | "getSna
     shown.delete(id);
     options.hide(id);
   };
+  const noise = ({ sound, vibration }: Presented) => {
+    if (sound) options.play?.(sound);
+    if (vibration) (options.vibrate ?? (() => globalThis.navigator?.vibrate?.(200)))();
+  };
+  let replayed: Presented[] = []; // not heard yet
+  let heard: number | undefined; // the replay that was
+  let gathering: ReturnType<typeof setTimeout> | undefined;
+  const gathered = () => {
+    const news = new Set(client.getSnapshot().items.filter((item) => !item.read && !item.seen).map((item) => item.id));
+    for (const toast of replayed) {
+      if (toast.replay === heard || !news.has(toast.notification.id)) continue;
+      heard = toast.replay;
+      noise(toast);
+    }
+    replayed = [];
+    gathering = undefined;
+  };
   const arrived = (toast: Presented) => {
-    if (toast.sound) options.play?.(toast.sound);
-    if (toast.vibration) (options.vibrate ?? (() => globalThis.navigator?.vibrate?.(200)))();
-    const { id } = toast.notification;
+    const { id, read } = toast.notification;
+    if (read) return;
+    if (!toast.replay) noise(toast);
+    else if (toast.sound || toast.vibration) {
+      replayed.push(toast);
+      gathering ??= setTimeout(gathered, GATHER);
+    }
     const leaves = toast.autoDismiss ?? options.autoDismiss ?? true;
     const durationMs = toast.durationMs ?? options.durationMs ?? 6_000;
     if (leaves && !durationMs) return; // in the feed alone
@@ -68,6 +92,7 @@ export function toasts(client: Pick<CarillonClient, "on" | "subscribe" | "getSna
   const ends = [client.on("present", arrived), client.subscribe(changed)];
   return () => {
     for (const end of ends) end();
+    clearTimeout(gathering);
     for (const id of [...shown.keys()]) close(id);
   };
 }

@@ -73,7 +73,7 @@ test("preferences: read, changed in part, and not over another device's change",
 
 test("polling: how notifications are to be shown is read where no frame tells it", async () => {
   server.own = { sound: false, channels: { in_app: { sound: "bell", durationMs: 2_000 } } };
-  const client = open({ transports: ["poll"] });
+  const client = open({ transports: ["poll"], timing: { connect: 20_000 } });
   await isOpen(client);
   await eventually("read", () => client.getSnapshot().presentation.sound === "bell");
   assert.deepEqual(client.getSnapshot().presentation, { sound: "bell", vibration: true, durationMs: 2_000, autoDismiss: null });

@@ -431,3 +431,39 @@ test("a WELCOME that left the position unanswered is answered by RESUME", () => 
   world.do((core) => core.frame(world.model.welcome(true)));
   assert.equal(world.core.connection.state, "open");
 });
+
+test("what a connection is told of how notifications are to be shown holds for what is replayed behind it", () => {
+  const world = new World();
+  const plain = { sound: true, vibration: true, durationMs: null, autoDismiss: null };
+  const hear = (...frames: ServerFrame[]) => frames.forEach((frame) => world.do((core) => core.frame(frame)));
+  const told = (durationMs: number): ServerFrame => ({ type: "PRESENTATION", ...plain, durationMs });
+  world.do((core) => core.start());
+  hear(world.model.welcome(null), told(1));
+  world.do((core) => core.closed(4202, ""));
+  world.now += 60_000;
+  world.do((core) => core.tick());
+  const missed = [world.model.note(), world.model.note()];
+  const replayed = world.model.replay(world.feed.position!);
+  // Behind each WELCOME, of those the one that answers RESUME is the second.
+  hear(world.model.welcome(null));
+  assert.deepEqual(world.core.presentation, plain);
+  hear(told(2));
+  assert.equal(world.core.presentation.durationMs, 2);
+  hear(world.model.welcome(true));
+  assert.equal(world.core.presentation.durationMs, 2);
+  hear(told(3));
+  world.effects = [];
+  const shown: number[] = [];
+  for (const frame of replayed) {
+    hear(frame);
+    shown.push(world.core.presentation.durationMs!);
+  }
+  assert.deepEqual(shown, [3, 3]);
+  // On another shard without a WELCOME; what is live then is no replay.
+  hear({ type: "PRESENTATION", ...plain });
+  assert.deepEqual(world.core.presentation, plain);
+  const { id: _, ...live } = world.model.note();
+  hear({ type: "NEW_NOTIFICATION", notification: { id: "live", ...live } });
+  const applied = world.effects.filter((effect) => effect.do === "applied");
+  assert.deepEqual(applied.map(({ fresh, replay }) => [fresh?.seq, replay]), [[missed[0]!.seq, 2], [missed[1]!.seq, 2], [3, undefined]]);
+});

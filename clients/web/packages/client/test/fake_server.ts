@@ -15,7 +15,9 @@ export class FakeServer {
   token = "t1";
   heartbeatMs = 25_000;
   /** What is switched off. */
-  refuse = { websocket: false, sse: false, wait: false };
+  refuse = { websocket: false, sse: false, wait: false, preferences: false };
+  /** Notifications in an answer of /api/sync. */
+  syncLimit = 200;
   /** Takes PING and says nothing. */
   deaf = false;
   /** Answers changes with this. */
@@ -148,6 +150,7 @@ export class FakeServer {
     }
     if (path === "/api/notifications/unread-count") return json(200, { count: this.model.unread, rev: this.model.rev });
     if (path === "/api/notifications/preferences") {
+      if (this.refuse.preferences) return problem(503, "unavailable", true);
       const match = request.headers["if-match"];
       if (match !== undefined && match !== `"${this.version}"`) return problem(412, "version_conflict");
       if (request.method === "PATCH") {
@@ -205,7 +208,11 @@ export class FakeServer {
     }
     const { epoch, seq: lastSeq, rev, unread: unreadCount } = this.model;
     const recovered = this.model.knows(position);
-    const notifications = recovered ? this.model.missed(position) : [];
+    const missed = recovered ? this.model.missed(position) : [];
+    const notifications = missed.slice(0, this.syncLimit);
+    if (notifications.length < missed.length) {
+      return json(200, { epoch, lastSeq: notifications.at(-1)!.seq, rev: position.lastRev, unreadCount, recovered, notifications, changes: [], more: true });
+    }
     json(200, { epoch, lastSeq, rev, unreadCount, recovered, notifications, changes: recovered ? this.model.changes(position) : [], more: false });
   }
 }

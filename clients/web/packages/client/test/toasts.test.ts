@@ -39,6 +39,12 @@ function world(options: Partial<ToastOptions> = {}) {
   return {
     screen, noise, handles, items, stop,
     arrive: (id: string, presentation: Partial<Presentation> = {}) => present({ ...AS_THE_APP, ...presentation, notification: { id } as Notification }),
+    replay: (replay: number, ...ids: string[]) => {
+      for (const id of ids) {
+        items.push({ id, read: false, seen: false });
+        present({ ...AS_THE_APP, notification: items.at(-1) as Notification, replay });
+      }
+    },
     change: () => changed(),
     pass: (ms: number) => mock.timers.tick(ms),
   };
@@ -114,4 +120,36 @@ test("what is read or removed anywhere leaves, the oldest of too many leaves, an
   assert.deepEqual(screen, []);
   arrive("e");
   assert.deepEqual(screen, []);
+});
+
+test("what came while the client was away makes one noise, and the newest of it is on the screen", (t) => {
+  t.after(() => mock.timers.reset());
+  const { screen, noise, replay, arrive, pass } = world({ autoDismiss: false, most: 3 });
+  for (let n = 1; n <= 50; n += 1) {
+    replay(50, `n${n}`);
+    pass(20); // longer than it is gathered
+  }
+  pass(1_000);
+  assert.deepEqual(noise, ["sound true", "vibration"]);
+  assert.deepEqual(screen, ["n48", "n49", "n50"]);
+  arrive("live");
+  assert.equal(noise.length, 4);
+  replay(52, "n51", "n52");
+  pass(1_000);
+  assert.equal(noise.length, 6);
+});
+
+test("what was read, seen or removed while the client was away makes no noise", (t) => {
+  t.after(() => mock.timers.reset());
+  const { screen, noise, items, replay, change, pass } = world({ autoDismiss: false });
+  replay(4, "read", "seen", "removed");
+  // Told behind them.
+  items.splice(0, 3, { id: "read", read: true, seen: true }, { id: "seen", read: false, seen: true });
+  change();
+  pass(1_000);
+  assert.deepEqual(noise, []);
+  assert.deepEqual(screen, ["seen", "removed"]);
+  replay(4, "new");
+  pass(1_000);
+  assert.deepEqual(noise, ["sound true", "vibration"]);
 });
