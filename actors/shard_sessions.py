@@ -21,7 +21,7 @@ from actors.shard_users import User, UserCache
 from carillon import server_frames
 from carillon.clock import Clock
 from carillon.effects import Acknowledged, AcknowledgedRange
-from carillon.errors import BusyError, CarillonError, LinkError
+from carillon.errors import BusyError, CarillonError, LinkError, LinkFrameError
 from carillon.ids import UserKey
 from carillon.messages import (
     Attach,
@@ -209,11 +209,12 @@ class Sessions:
         )  # fmt: skip
         attachment.token_id = message.token_id
         peer.attached[message.conn] = (user, attachment)
+        frame = self._presentation.again(user) if message.reattach and not message.poll else None
+        if frame is not None:
+            effects.insert(
+                0, Send((attachment,), frame)
+            )  # before what is replayed; `run` has WELCOME followed
         self.run(user, effects)
-        if not message.poll:
-            frame = self._presentation.welcome(user, message.reattach)
-            if frame is not None:
-                self.answer(peer.link, message.conn, frame)
         self._schedule(user)
 
     def receive(self, link: Link, message: Any) -> None:
@@ -323,13 +324,16 @@ class Sessions:
             peer.writes.append(Write([conn], frame))
             self._mark(peer)
 
-    def tell(self, user: User, frame: bytes) -> None:
-        """Write a frame that changes no position to all connections of a user; a poll would answer for it."""
-        for attachment in () if user.session is None else user.session.attachments:
-            if not attachment.poll:
-                peer: Peer = attachment.peer
-                peer.writes.append(Write([attachment.conn], frame))
-                self._mark(peer)
+    def tell(self, users: Iterable[User], frame: bytes) -> None:
+        """Write a frame that changes no position to all connections of users; a poll would answer for it."""
+        by_peer: dict[Peer, list[int]] = {}
+        for user in users:
+            for attachment in () if user.session is None else user.session.attachments:
+                if not attachment.poll:
+                    by_peer.setdefault(attachment.peer, []).append(attachment.conn)
+        for peer, conns in by_peer.items():
+            peer.writes.append(Write(conns, frame))
+            self._mark(peer)
 
     def link_closed(self, link: Link) -> None:
         """A gateway or its link is gone: detach its connections; it attaches those it still has again."""
@@ -405,6 +409,8 @@ class Sessions:
             kind = type(effect)
             if kind is Send:
                 self._send(effect)  # type: ignore[arg-type]
+                if effect.epoch:  # type: ignore[union-attr]
+                    self._welcomed(user, effect.to[0])  # type: ignore[union-attr]
             elif kind is Acknowledged:
                 self._acks.acknowledged(user, effect)  # type: ignore[arg-type]
             elif kind is LoadNotifications or kind is LoadChanges:
@@ -421,6 +427,12 @@ class Sessions:
                 self._schedule(user)
             elif kind is AcknowledgedRange:
                 self._acks.ranged(user, effect)  # type: ignore[arg-type]
+
+    def _welcomed(self, user: User, attachment: Attachment) -> None:
+        """WELCOME was written: what presents itself from here on does so as the user wants it."""
+        frame = None if attachment.poll else self._presentation.welcome(user)
+        if frame is not None:
+            self._send(Send((attachment,), frame))
 
     def _close_attachment(self, effect: Close) -> None:
         peer: Peer = effect.to.peer
@@ -470,10 +482,11 @@ class Sessions:
             return
         try:
             peer.link.send_nowait(Deliver(self._shard, self._term(), writes))
-        except BusyError:
-            # The gateway does not read. Drop the link: it comes back with the positions it wrote, and the
-            # sessions replay from there; nothing is lost and nothing piles up here.
-            log.warning("%s: gateway %s does not read: its link is reset", self._shard, peer.link.peer)
+        except (BusyError, LinkFrameError) as exc:
+            # The gateway does not read, or this is more than one message holds. Drop the link: it comes back
+            # with the positions it wrote, and the sessions replay from there; nothing is lost and nothing
+            # piles up here.
+            log.warning("%s: the link of gateway %s is reset: %s", self._shard, peer.link.peer, exc)
             peer.link.close()
         except LinkError as exc:
             log.info("%s: frames for %s were not sent: %s", self._shard, peer.link.peer, exc)

@@ -100,7 +100,7 @@ class TenantPolicy:
     Attributes:
         rules: about its users' preferences; None: there are none, and nothing has to be looked at.
         merge: by type which events are merged; None: none but those that ask for it.
-        text: the document, to see whether another one differs.
+        text: the document, to see whether another one differs; "" if the tenant never stored one.
         topics: to which topics clients may subscribe.
     """
 
@@ -135,7 +135,7 @@ def build(
         default, presence: what holds where the document says nothing.
     """
     if not document:
-        return TenantPolicy(default, {}, presence)
+        return TenantPolicy(default, {}, presence, text=b"" if document is None else b"{}")
     own = _over(default, document)
     if "presence" in document:
         rule = document["presence"]

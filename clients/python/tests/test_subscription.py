@@ -360,6 +360,26 @@ def test_acknowledgements_outlive_connections() -> None:
     assert self.frames_to_send(1.0) == [{"type": "ACK", "notificationIds": ["e1-1"], "rev": 1}]
 
 
+def test_acknowledgements_that_may_be_lost_are_repeated() -> None:
+    """What was told shortly before the connection's last sign, or after it, once more on the next; what was
+    told long before that is surely there."""
+    self = opened(limits=SubscriptionLimits(ack_linger_s=0.0, ack_repeat_s=5.0))
+    for seq, at in ((1, 0.0), (2, 6.0), (3, 10.0)):
+        self.receive(new(seq), at)
+        (item,) = self.take_items()
+        self.done(item, at)
+        told = [{"type": "ACK", "notificationIds": [f"e1-{seq}"], "rev": seq}]
+        assert self.frames_to_send(at)[-1:] == told
+    self.closed(None)
+    for again in ([{"type": "ACK", "notificationIds": ["e1-2", "e1-3"], "rev": 3}], []):
+        self.connecting(20.0)
+        self.receive(welcome(3, 3), 20.0)
+        self.receive(welcome(3, 3, True), 20.0)
+        assert [frame for frame in self.frames_to_send(20.0) if frame["type"] == "ACK"] == again
+        self.receive({"type": "PONG"}, 30.0)  # a sign, long after the acknowledgements
+        self.closed(None)
+
+
 def test_on_receipt() -> None:
     """ack_on_receipt acknowledges what nobody has processed; the position waits nevertheless."""
     self = opened(ack_on_receipt=True)

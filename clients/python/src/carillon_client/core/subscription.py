@@ -57,6 +57,8 @@ class SubscriptionLimits:
         remembered_ids: notifications that are known again if they come twice.
         ack_linger_s: how long an acknowledgement waits for others; far below the window (5 s) after which a
             push is sent for want of one.
+        ack_repeat_s: acknowledgements written so short before the last sign of a connection that ended may be
+            lost with it, and are told again on the next; 0: only those written after it.
     """
 
     reconnect_first_s: float = 1.0
@@ -68,6 +70,7 @@ class SubscriptionLimits:
     max_operations: int = 1000
     remembered_ids: int = 10_000
     ack_linger_s: float = 0.25
+    ack_repeat_s: float = 5.0
 
 
 @dataclass(eq=False)
@@ -139,6 +142,9 @@ class Subscription:
         self._revs: OrderedDict[str, int] = OrderedDict()  # id -> the newest received
         self._newest = 0  # of all of them, on this connection
         self._ack_at: float | None = None
+        self._told: deque[tuple[float, str, int]] = deque(
+            maxlen=ACK_IDS
+        )  # when, id, rev: what was written last
         self._operations: dict[int, Operation] = {}
         self._next_ref = 1
         self._visibility: dict[str, Any] | None = None
@@ -153,6 +159,14 @@ class Subscription:
     def connecting(self, now: float) -> dict[str, str]:
         """A connection begins; returns the position as query members of its URL."""
         self._out.clear()
+        # What the last one was told at its end may never have arrived, and nothing would bring it again.
+        since = self._heard_at - self.limits.ack_repeat_s
+        for told_at, id, rev in self._told:
+            if told_at >= since:
+                self._acks[id] = max(rev, self._acks.get(id, 0))
+        self._told.clear()
+        if self._acks and self._ack_at is None:
+            self._ack_at = now
         self._newest = 0
         self._live = False
         self._heard_at = now
@@ -396,6 +410,7 @@ class Subscription:
                 self._out.append({"type": "ACK", "notificationIds": ids, "rev": rev})
             for id in self._acks.keys() - set(whole):  # an update of it was received and is not processed yet
                 self._out.append({"type": "ACK", "notificationId": id, "rev": self._acks[id]})
+            self._told.extend((now, id, rev) for id, rev in self._acks.items())
             self._acks.clear()
             self._ack_at = None
         frames, self._out = list(self._out), deque()
