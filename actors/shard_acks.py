@@ -127,8 +127,13 @@ class Acknowledgements:
     def acknowledged(self, user: User, effect: Acknowledged) -> None:
         """A device has these notifications."""
         stream, signal, device, rev = user.stream_id, effect.signal, effect.device, effect.rev
+        told = self._told
         for raw in effect.ids:
-            self._put(SignalRow(stream, raw, signal, device, rev))
+            row = SignalRow(stream, raw, signal, device, rev)
+            if raw in told:
+                self._put(row)
+            else:
+                told[raw] = row
         if signal not in _WATCHED:
             self._settled(effect.ids)
         self._bound()
@@ -225,8 +230,11 @@ class Acknowledgements:
             if not self._told:
                 self._told, self._after = self._after, {}
             batch = list(islice(self._told.values(), BATCH))
-            for row in batch:
-                del self._told[row.notification]
+            if len(batch) == len(self._told):
+                self._told = {}
+            else:
+                for row in batch:
+                    del self._told[row.notification]
             try:
                 now_ms = self._clock.now_ms()
                 rest, new = await self._kept.acknowledge(batch, now_ms)

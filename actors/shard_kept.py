@@ -14,11 +14,11 @@ import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from carillon.attention import ACKNOWLEDGED
+from carillon.attention import ACKNOWLEDGED, SILENT
 from carillon.clock import Clock
 from carillon.errors import FencedError
 from carillon.ids import least_uuid7, uuid7_ms
-from carillon.kept_push import KeptPush
+from carillon.kept_push import ACKNOWLEDGED_MARK, KeptPush
 from carillon.metrics import Stats
 from carillon.settings import ShardSettings
 from stores.postgres.shard_rows import SignalRow
@@ -156,6 +156,12 @@ class KeptPushes:
                 if row.notification in self._again:
                     again.append(push)
                     rest.append(row)  # to the row, which is there then
+                    continue
+                if row.signal == SILENT and push.gate is None:  # as `follow` has it; most are so
+                    texts.append((push, ACKNOWLEDGED_MARK + push.text(), True))
+                    if not push.acknowledged:
+                        first.append(push)
+                    ended.append(push)
                     continue
                 what, text = push.follow(row.signal, row.shown_on, now_ms)
                 if push.gate is not None:  # before anything may fail: it is looked at when it is due

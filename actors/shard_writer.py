@@ -364,9 +364,10 @@ class Writer:
             entry.event = row.event
             rev = head[1] - row.back - (changed.get(row.stream_id, 0) if changed else 0)
             self._committed(entry, head[0] - row.back, rev, unread, committed_ms)
-        self._kept.noted([push for push in kept if push.notification in seqs] if kept else kept)
+        whole = len(seqs) == len(rows)
+        self._kept.noted(kept if whole else [push for push in kept if push.notification in seqs])
         for user, entry, push in draft.pushes:
-            if entry.event.id in seqs:
+            if whole or entry.event.id in seqs:
                 self._planned(user, entry.event, seqs[entry.event.id], push, 0)
         if merging is not None:
             self._merged(merging, draft.merged, heads, seqs)

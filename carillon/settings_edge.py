@@ -79,7 +79,7 @@ class IngressSettings:
     policy_wait_s: float = setting(
         2.0,
         "A changed policy is answered once all shards decide by it, or after so long.",
-        low=0.0,
+        low=0.05,
         high=30.0,
         unit="s",
     )

@@ -70,7 +70,7 @@ class ShardSettings:
         5.0, "A changed policy that a shard was not told of holds there within so long.", low=0.05, unit="s"
     )
     ack_flush_s: float = setting(
-        0.1, "Acknowledgements are written in batches this far apart.", low=0.0, unit="s"
+        0.2, "Acknowledgements are written in batches this far apart.", low=0.0, unit="s"
     )
     sweep_s: float = setting(2.0, "How often due outbox rows are claimed.", low=0.05, unit="s")
     sweep_batch: int = setting(500, "Outbox rows claimed at a time.", low=1, high=5000)

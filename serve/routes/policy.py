@@ -77,7 +77,8 @@ async def _spread(services: Services, request: Request) -> bool:
         return False
     if type(held) is PolicyHeld and held.missing:
         log.warning("the policy of %s is not known yet to %s", request.tenant, ", ".join(held.missing))
-    return type(held) is PolicyHeld and not held.missing
+    # Not by none: a router that knows no shard yet has told nobody.
+    return type(held) is PolicyHeld and held.shards > 0 and not held.missing
 
 
 _MEMBERS: Final = {
