@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 MAX_KEYS: Final = 10_000
 """Limits with local state; the oldest goes."""
+MAX_CONNECTIONS: Final = 16
+"""To Redis, of one replica."""
 LEASE_LIFE_S: Final = 1.0
 """What a replica took ahead and did not use within this time is forgotten."""
 
@@ -68,13 +70,14 @@ end
 class _Key:
     """One limit at this replica."""
 
-    __slots__ = ("bucket", "lease", "lease_until", "limit")
+    __slots__ = ("bucket", "lease", "lease_until", "limit", "taking")
 
     def __init__(self, limit: tuple[float, int], clock: Clock) -> None:
         self.limit = limit
         self.bucket = TokenBucket(*limit, clock)  # for times without Redis
         self.lease = 0
         self.lease_until = 0.0
+        self.taking = False  # one ask is under way that takes ahead: for the others, too
 
 
 class Admitted(NamedTuple):
@@ -107,12 +110,15 @@ class RateLimiter:
         self._timeout_s = settings.timeout_s
         self._redis: Any = None
         if settings.url:
-            self._redis = aioredis.Redis.from_url(
+            # Asks beyond the connections wait for one: that many at once do not mean that Redis is away.
+            pool = aioredis.BlockingConnectionPool.from_url(
                 settings.url,
                 socket_timeout=settings.timeout_s,
                 socket_connect_timeout=settings.timeout_s,
-                max_connections=16,
+                max_connections=MAX_CONNECTIONS,
+                timeout=settings.timeout_s,
             )
+            self._redis = aioredis.Redis.from_pool(pool)
             self._script: Any = self._redis.register_script(_SCRIPT)
             self._give_back: Any = self._redis.register_script(_GIVE_BACK)
 
@@ -141,28 +147,46 @@ class RateLimiter:
             key.lease -= urgent + others
             return Admitted(urgent, others)
         if self._redis is not None and now >= self._retry_at:
-            # What was taken ahead is for the urgent ones first.
-            leased = min(key.lease, urgent)
-            left = key.lease - leased
-            wanted = others - min(left, others)
-            ahead = int(rate_per_s * self._lease_s) if wanted else 0
-            try:
-                granted, wait_ms, within = await self._script(
-                    keys=[f"carillon:rate:{key_id}"],
-                    args=[rate_per_s, burst, wanted, ahead, urgent - leased, int(split)],
-                )
-            except (RedisError, OSError, TimeoutError) as exc:
-                self._alone(exc)
-            else:
-                wait_s = max(wait_ms / 1000, 0.001)
-                if not split and granted < wanted:
-                    key.lease = left
-                    return Admitted(leased + within, 0, wait_s)
-                passed = min(others, left + granted)
-                key.lease = left + granted - passed
-                key.lease_until = now + LEASE_LIFE_S
-                return Admitted(leased + within, passed, wait_s)
+            return await self._ask(key, key_id, urgent, others, split=split)
         return Admitted(*key.bucket.admit(urgent, others, split=split))
+
+    async def _ask(self, key: _Key, key_id: str, urgent: int, others: int, *, split: bool) -> Admitted:
+        """Admit with what was taken ahead, which is not enough, and what Redis has.
+
+        Others ask meanwhile: what this one uses of the lease is taken out of it before, and what is left is
+        added to whatever is there then.
+        """
+        rate_per_s, burst = key.limit
+        now = self._clock.monotonic()
+        # What was taken ahead is for the urgent ones first.
+        leased = min(key.lease, urgent)
+        spare = min(key.lease - leased, others)
+        key.lease -= leased + spare
+        wanted = others - spare
+        ahead = int(rate_per_s * self._lease_s) if wanted and not key.taking else 0
+        if ahead:
+            key.taking = True
+        try:
+            granted, wait_ms, within = await self._script(
+                keys=[f"carillon:rate:{key_id}"],
+                args=[rate_per_s, burst, wanted, ahead, urgent - leased, int(split)],
+            )
+        except BaseException as exc:
+            key.lease += leased + spare
+            if not isinstance(exc, (RedisError, OSError, TimeoutError)):
+                raise
+            self._alone(exc)
+            return Admitted(*key.bucket.admit(urgent, others, split=split))
+        finally:
+            if ahead:
+                key.taking = False
+        if granted:
+            key.lease_until = max(key.lease_until, now + LEASE_LIFE_S)
+        # Together with what others took ahead meanwhile.
+        key.lease += spare + granted
+        passed = min(others, key.lease) if split else others if key.lease >= others else 0
+        key.lease -= passed
+        return Admitted(leased + within, passed, max(wait_ms / 1000, 0.001))
 
     async def give_back(self, key_id: str, requests: int) -> None:
         """What `take` admitted did not go out after all: the bucket has it again, for every replica.

@@ -110,6 +110,82 @@ async def test_what_is_taken_ahead_asks_nobody(redis_url: str) -> None:
     await other.close()
 
 
+SLOW = 0.001
+"""Per second: what passes is what is there, however long a test takes."""
+
+
+async def left_in_redis(limiter: RateLimiter, key_id: str) -> int:
+    """Tokens of a limit in Redis; a debt is negative."""
+    return round(float(await limiter._redis.hget(f"carillon:rate:{key_id}", "tokens")))
+
+
+@pytest.mark.parametrize("burst", [20, 40, 1000])
+async def test_asks_at_once_lose_nothing(redis_url: str, burst: int) -> None:
+    """What is in Redis, what was taken ahead and what passed are together the burst after any asks at once:
+    urgent ones, batches that are split or not, and refused ones."""
+    limiter = RateLimiter(RedisSettings(url=redis_url, timeout_s=5.0), 5 / SLOW, Hand())
+    asks = [(0, 1, False), (0, 3, False), (0, 3, True), (1, 0, False), (1, 2, True), (0, 1, True)]
+    used = refused = 0
+    for at_once in (2, 6, 12, 12, 5):
+        now = [asks[n % len(asks)] for n in range(at_once)]
+        admitted = await asyncio.gather(
+            *(limiter.admit("a", SLOW, burst, urgent, others, split=split) for urgent, others, split in now)
+        )
+        for (urgent, others, split), done in zip(now, admitted, strict=True):
+            assert done.urgent <= urgent
+            assert done.others in ((0, others) if not split else range(others + 1))
+            used += urgent + done.others
+            refused += others - done.others
+        lease = limiter._keys["a"].lease
+        assert lease >= 0
+        left = await left_in_redis(limiter, "a")
+        assert left > -burst  # a debt that is forgiven would be missing
+        assert left + lease + used == burst
+    assert bool(refused) == (burst < 50)
+    await limiter.close()
+
+
+async def test_a_refused_batch_leaves_what_was_taken_ahead(redis_url: str) -> None:
+    """Batches larger than what was taken ahead, refused at once, leave all of it to smaller ones; urgent ones
+    have it first."""
+    limiter = RateLimiter(RedisSettings(url=redis_url, timeout_s=5.0), 5 / SLOW, Hand())
+    assert not await limiter.take("a", SLOW, 6, 1)  # takes the other 5 ahead
+    *waits, small = await asyncio.gather(*(limiter.take("a", SLOW, 6, size) for size in (6, 6, 6, 6, 1)))
+    assert all(waits)
+    left = 5 if small else 4
+    assert limiter._keys["a"].lease == left
+    urgent = await limiter.admit("a", SLOW, 6, left + 2, 1, split=False)
+    assert (urgent.urgent, urgent.others) == (left, 0)
+    assert limiter._keys["a"].lease == 0
+    assert await left_in_redis(limiter, "a") == -2
+    await limiter.close()
+
+
+async def test_many_asks_at_once_do_not_mean_that_redis_is_away(redis_url: str) -> None:
+    """More asks at once than connections wait for one another: all of them are counted in Redis."""
+    limiter = RateLimiter(RedisSettings(url=redis_url, timeout_s=5.0), 0.0, Hand())
+    waits = await asyncio.gather(*(limiter.take("a", SLOW, 60, 1) for _ in range(64)))
+    assert limiter._retry_at == 0.0
+    assert sum(not wait for wait in waits) == 60
+    assert await left_in_redis(limiter, "a") == 0
+    await limiter.close()
+
+
+async def test_half_of_a_rate_is_never_refused(redis_url: str) -> None:
+    """500 per second, 16 at once, pass a limit of 1,000 per second with 50 ms of it taken ahead."""
+    clock = Hand()
+    limiter = RateLimiter(RedisSettings(url=redis_url, timeout_s=5.0), 50 / SLOW, clock)
+    refused = 0
+    for _ in range(125):
+        waits = await asyncio.gather(*(limiter.take("a", SLOW, 1000, 1) for _ in range(16)))
+        refused += sum(map(bool, waits))
+        # Redis' clock is not moved by hand: 32 ms of the rate come back instead.
+        clock.now += 0.032
+        await limiter.give_back("a", 32)
+    assert refused == 0
+    await limiter.close()
+
+
 async def test_what_the_tenant_refuses_stays_the_keys(redis_url: str) -> None:
     """While its tenant's limit turns everything away a key's bucket does not drain: whoever asks next, at any
     replica, finds its burst, and no more than that."""
