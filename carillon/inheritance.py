@@ -104,23 +104,54 @@ def patched(document: Document, patch: Document) -> dict[str, Any]:
     """A stored document with a change of a part of it: JSON merge patch (RFC 7396), null takes a member out.
 
     A short form that is changed inside is taken for its long one: `false` of a channel, category or type is
-    `{"enabled": false}`, a digest's `"daily"` is `{"frequency": "daily"}`.
+    `{"enabled": false}`, a digest's `"daily"` is `{"frequency": "daily"}`, and `push` of a stored category or
+    type is `push` of its `channels`.
 
     Args:
         patch: any JSON object; what comes of it may be no valid document.
     """
-    before = dict(document)
-    for section in ("channels", "categories", "types"):
-        change: Any = patch.get(section)
-        if isinstance(change, dict) and section in before:
-            inside = cast("dict[str, Any]", change)
-            before[section] = {
-                name: _expanded(word) if isinstance(inside.get(name), dict) else word
-                for name, word in before[section].items()
-            }
-    if isinstance(patch.get("digest"), dict) and isinstance(before.get("digest"), str):
-        before["digest"] = {"frequency": before["digest"]}
-    return merge_patch(before, patch)
+    before, after = dict(document), dict(patch)
+    words: Any = patch.get("channels")
+    if isinstance(words, dict) and "channels" in before:
+        inside = cast("dict[str, Any]", words)
+        before["channels"] = {
+            name: _expanded(word) if isinstance(inside.get(name), dict) else word
+            for name, word in before["channels"].items()
+        }
+    for section in ("categories", "types"):
+        words = patch.get(section)
+        if isinstance(words, dict) and section in before:
+            before[section], after[section] = dict(before[section]), dict(cast("dict[str, Any]", words))
+            for name in before[section].keys() & after[section].keys():
+                if isinstance(after[section][name], dict):
+                    before[section][name], after[section][name] = _aligned(
+                        _entry(before[section][name]), after[section][name]
+                    )
+    return merge_patch(*_with_long_digest(before, after))
+
+
+def _aligned(entry: dict[str, Any], change: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A stored category or type and its change, both with the channels in one place and a digest in its long
+    form.
+
+    Without that a change could name a channel in one place while the word that counts is in the other.
+    """
+    entry, change = _with_long_digest(entry, change)
+    short = {name: change[name] for name in CHANNELS if name in change}
+    inside: Any = change.get("channels", {})
+    if not short or not (inside is None or isinstance(inside, dict)):
+        return entry, change  # a change that is no valid one is told as it came
+    if inside is None:  # all of them out, and then these in
+        entry = {name: word for name, word in entry.items() if name != "channels"}
+    rest = {name: word for name, word in change.items() if name not in short}
+    return entry, rest | {"channels": short | cast("dict[str, Any]", inside or {})}
+
+
+def _with_long_digest(stored: Document, change: Document) -> tuple[dict[str, Any], dict[str, Any]]:
+    found = dict(stored)
+    if isinstance(change.get("digest"), dict) and isinstance(found.get("digest"), str):
+        found["digest"] = {"frequency": found["digest"]}
+    return found, dict(change)
 
 
 def merge_patch(target: Any, patch: Any) -> Any:

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from carillon.attention import ALWAYS, ANY, AWAY_LEVELS, DEFERRED, SEEN, Attention
 from carillon.decision import URGENT, Verdict, fired, opened
+from carillon.digest import OVERFLOW
 from carillon.external import IN_APP, PUSH, choose
 from carillon.messages import Event
 from carillon.policy import Policy
@@ -181,9 +182,14 @@ def _ruled(
     if archived and IN_APP not in names:
         names.insert(0, IN_APP)  # not asked for, but sockets and feed would have shown it
     rules = tuple(fired(verdict, names))
+    if not choice.channels and rules:
+        # Nothing is there to be collected: it is in the feed, or nowhere.
+        rules = tuple(rule for rule in rules if rule.rule != OVERFLOW)
     priority = None if verdict.priority == event.priority else verdict.priority
     if not choice.channels and not archived:
-        reason = verdict.reason if verdict.reason is not None else "preferences" if rules else None
+        reason = verdict.reason
+        if reason is None and len(opened(names, verdict.off)) < len(names):
+            reason = "preferences"
         return Plan(
             "delivered" if live else "stored", (IN_APP,), None, False, None, None, _less(reason, verdict),
             choice.chain, choice.step, False, verdict.silent, priority, rules,
@@ -193,7 +199,7 @@ def _ruled(
         "priority": priority, "rules": rules,
     }  # fmt: skip
     if not choice.channels:
-        return Plan("suppressed", (), reason="preferences", **common)
+        return Plan("suppressed", (), reason=_closing(event, providers, verdict), **common)
     alone = archived or (event.channels is not None and IN_APP not in event.channels)
     if verdict.until_ms is not None:
         channels = choice.channels if alone else (IN_APP, *choice.channels)
@@ -215,6 +221,17 @@ def _ruled(
         attention, policy,
     )  # fmt: skip
     return replace(found, **common)
+
+
+def _closing(event: Event, providers: Collection[str], verdict: Verdict) -> str:
+    """Why nothing is left of an event that is not wanted in the app: a limit, if preferences alone would have
+    let it leave the system."""
+    if verdict.reason is None:
+        return "preferences"
+    closed = frozenset(verdict.why)
+    asked = opened([PUSH] if event.channels is None else event.channels, closed)
+    outside = choose(asked, opened(event.fallback or (), closed), providers).channels
+    return verdict.reason if outside else "preferences"
 
 
 def _less(reason: str | None, verdict: Verdict) -> str | None:

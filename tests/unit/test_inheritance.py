@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from carillon.inheritance import complete, merge_patch, patched
 from carillon.messages import PRIORITIES
-from carillon.preferences import DEFAULTS, validate
+from carillon.preferences import DEFAULTS, PreferencesError, validate
 from carillon.presentation import of_app, of_push
 from carillon.switches import NOTHING, Preferences, switches
 
@@ -196,3 +196,58 @@ def test_short_forms_are_changed_as_long_ones() -> None:
         "digest": {"frequency": "daily", "at": "09:00"},
     }
     assert patched(user, {"channels": {"push": True}})["channels"] == {"push": True}
+
+
+@settings(max_examples=300)
+@given(
+    DETAILED,
+    st.sampled_from(["categories", "types"]),
+    st.sampled_from(["social", "reply"]),
+    CHANNELS,
+    st.booleans() | st.none(),
+    st.booleans(),
+)
+def test_a_channel_of_a_category_is_changed_in_either_form(
+    user: Document, section: str, name: str, channel: str, word: bool | None, short: bool
+) -> None:
+    """What the change says of the channel holds, null: nothing; whatever form was stored. The rest stays."""
+    before = copy.deepcopy(user)
+    said = {channel: word} if short else {"channels": {channel: word}}
+    after = patched(user, {section: {name: said}})
+    validate(after)
+    assert user == before
+    was, now = getattr(Preferences(user), section).get(name), getattr(Preferences(after), section)[name]
+    expected = {} if was is None else {key: value for key, value in was.channels.items() if key != channel}
+    assert now.channels == (expected if word is None else expected | {channel: word})
+    if was is not None:
+        assert (now.enabled, now.priority, now.digest_set) == (was.enabled, was.priority, was.digest_set)
+        stored: Any = user[section][name]
+        if isinstance(stored, dict):
+            assert after[section][name].get("digest") == stored.get("digest")
+
+
+def test_both_forms_of_a_categorys_channels_are_one() -> None:
+    """Short over long and long over short; null of all of them comes before the words beside it."""
+    long, short = {"channels": {"push": False, "sms": True}}, {"push": False, "sms": True}
+    for stored in (long, short):
+        user = {"categories": {"news": stored}}
+        for change, channels in (
+            ({"push": True}, {"push": True, "sms": True}),
+            ({"channels": {"push": True}}, {"push": True, "sms": True}),
+            ({"push": None}, {"sms": True}),
+            ({"channels": None, "push": True}, {"push": True}),
+        ):
+            found = patched(user, {"categories": {"news": change}})
+            assert found == {"categories": {"news": {"channels": channels}}}, (stored, change)
+    for invalid in ([1], 5):
+        with pytest.raises(PreferencesError):
+            validate(patched({"types": {"a": long}}, {"types": {"a": {"push": True, "channels": invalid}}}))
+
+
+def test_a_digest_inside_of_a_category_is_changed_inside() -> None:
+    """`"daily"` with another time of day is daily at that time."""
+    after = patched(
+        {"categories": {"news": {"digest": "daily"}}}, {"categories": {"news": {"digest": {"at": "09:00"}}}}
+    )
+    validate(after)
+    assert after == {"categories": {"news": {"digest": {"frequency": "daily", "at": "09:00"}}}}

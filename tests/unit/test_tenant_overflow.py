@@ -291,6 +291,7 @@ def test_beyond_the_rate_is_never_silence(
     urgent = priority == URGENT or usual.priority == URGENT
     forced = policy.get("forced") == {"types": {"offer": True}}
     if urgent or forced or over == PASSES:
+        assert found.reason == usual.reason, "nothing is less for it"
         passes = "urgent_passes" if urgent or over == PASSES else "forced_passes"
         assert passes in names
         assert "tenant_limit" not in names
@@ -311,12 +312,59 @@ def test_beyond_the_rate_is_never_silence(
         assert not found.chain
     elif "tenant_limit" in names:
         assert not found.push_now
-        (due_ms,) = [one.until_ms for one in found.rules if one.rule == "overflow"]
-        assert due_ms == (NOW + open_ms if open_ms > 0 else NOW + COLLECT_MS)
+        due = [one.until_ms for one in found.rules if one.rule == "overflow"]
+        assert bool(due) == bool(outside), "a digest is told of where there is one"
         if outside:
+            (due_ms,) = due
+            assert due_ms == (NOW + open_ms if open_ms > 0 else NOW + COLLECT_MS)
             assert (found.digest, found.push_due_ms) == (OVERFLOW, due_ms)
             assert found.reason == "tenant_limit"
     else:
         # Something holds it anyway: it leaves the system when that ends, as it would have.
         assert (found.push_due_ms, found.digest) == (usual.push_due_ms, usual.digest)
         assert not found.push_now
+
+
+def told_of(preferences: str | None, one: Event, providers: tuple[str, ...] = ("fcm",)) -> tuple[Any, ...]:
+    user = None if preferences is None else read_preferences(preferences, None)
+    found = plan(
+        one, Reach.OFFLINE, providers=providers, now_ms=NOW, ack_window_ms=5000, grace_end_ms=NOW,
+        lease_ms=30_000, attention=Attention.VISIBLE, policy=Policy("push_after", 20_000, 0),
+        verdict=judge(one, user, NO_RULES, NOW),
+    )  # fmt: skip
+    return found.status, found.reason, [rule.rule for rule in found.rules]
+
+
+@pytest.mark.parametrize("fcm", [(), ("fcm",)])
+def test_what_passes_was_not_closed_by_preferences(fcm: tuple[str, ...]) -> None:
+    """For the app alone, urgent beyond the rate: nothing is less, and no reason is told."""
+    for over in (PASSES, ALONE, COLLECT_MS):
+        urgent = event(URGENT, over, channels=["in_app"])
+        assert told_of(None, urgent, fcm) == ("stored", None, ["urgent_passes"])
+    louder = '{"categories": {"news": {"priority": "high"}}}'
+    assert told_of(louder, event(channels=["in_app"]), fcm) == ("stored", None, ["priority"])
+    closed = event(URGENT, PASSES)
+    no_push = '{"channels": {"push": false}}'
+    assert told_of(no_push, closed, fcm) == ("stored", "preferences", ["channel_off", "urgent_passes"])
+
+
+def test_who_closed_what_is_suppressed() -> None:
+    """Not wanted in the app, and beyond the rate: the rate's doing, unless there was no push to close."""
+    no_app, neither = '{"channels": {"in_app": false}}', '{"channels": {"in_app": false, "push": false}}'
+    beyond = event(over=ALONE)
+    rules = ["channel_off", "tenant_limit"]
+    assert told_of(no_app, beyond) == ("suppressed", "tenant_limit", rules)
+    assert told_of(no_app, beyond, ()) == ("suppressed", "preferences", rules)
+    assert told_of(no_app, event(over=ALONE, channels=["in_app"])) == ("suppressed", "preferences", rules)
+    assert told_of(neither, beyond) == ("suppressed", "preferences", [*rules[:1], *rules])
+    assert told_of(no_app, event()) == ("queued", None, ["channel_off"])
+
+
+def test_no_digest_is_told_of_where_nothing_leaves_the_system() -> None:
+    """Beyond the rate, for the app alone or without a target: the rate is told, and no digest."""
+    assert told_of(None, event(over=COLLECT_MS))[2] == ["tenant_limit", "overflow"]
+    for one, providers in (
+        (event(over=COLLECT_MS, channels=["in_app"]), ("fcm",)),
+        (event(over=COLLECT_MS), ()),
+    ):
+        assert told_of(None, one, providers) == ("stored", None, ["tenant_limit"])
