@@ -91,11 +91,12 @@ export function preferencesPanel(root, { say, token }) {
       if (!lines.has(name)) lines.set(name, categoryLine(name));
       if (body.children[at] !== lines.get(name)) body.insertBefore(lines.get(name), body.children[at] ?? null);
       const entry = long(doc.categories[name]);
-      field(`category.${name}`).checked = entry.enabled !== false;
+      const of = controlsOf(lines.get(name));
+      of[""].checked = entry.enabled !== false;
       for (const channel of Object.keys(OF_CATEGORY)) {
-        field(`category.${name}.${channel}`).checked = entry.channels?.[channel] ?? entry[channel] ?? isOn(doc.channels[channel]);
+        of[channel].checked = entry.channels?.[channel] ?? entry[channel] ?? isOn(doc.channels[channel]);
       }
-      field(`category.${name}.priority`).value = entry.priority === "critical" ? "urgent" : entry.priority ?? "";
+      of.priority.value = entry.priority === "critical" ? "urgent" : entry.priority ?? "";
     });
     for (const [name, line] of lines) if (!names.includes(name)) line.remove();
   }
@@ -104,11 +105,14 @@ export function preferencesPanel(root, { say, token }) {
     const line = make("tr", "");
     line.dataset.category = name;
     const cells = Object.entries(OF_CATEGORY).map(([channel, label]) => {
-      const box = input(`category.${name}.${channel}`);
+      const box = ofCategory(input(`category.${name}.${channel}`), name, channel);
       box.setAttribute("aria-label", `${name}: ${label}`);
       return make("td", "", box);
     });
-    line.append(make("th", "", check(`category.${name}`, name)), ...cells, make("td", "", select(`category.${name}.priority`, PRIORITIES, `${name}: priority`)));
+    const whole = check(`category.${name}`, name);
+    ofCategory(whole.querySelector("input"), name);
+    const priority = ofCategory(select(`category.${name}.priority`, PRIORITIES, `${name}: priority`), name, "priority");
+    line.append(make("th", "", whole), ...cells, make("td", "", priority));
     return line;
   }
 
@@ -123,7 +127,8 @@ export function preferencesPanel(root, { say, token }) {
     need("in_app.durationMs", "in_app.autoDismiss");
     need("sms.emergencyOnly", "sms");
     for (const line of part("categories").children) {
-      for (const control of line.querySelectorAll("td input, td select")) need(control.name, `category.${line.dataset.category}`);
+      const of = controlsOf(line);
+      for (const control of Object.values(of)) control.disabled ||= control !== of[""] && !of[""].checked;
     }
     field("at").disabled ||= !["daily", "weekly"].includes(field("digest").value);
     field("on").hidden = field("digest").value !== "weekly";
@@ -136,7 +141,7 @@ export function preferencesPanel(root, { say, token }) {
     if (name === "global") return { global: checked };
     if (name in CHANNELS) return { channels: { [name]: { enabled: checked } } };
     if (first === "type") return { types: { [rest[0]]: { enabled: checked } } };
-    if (first === "category") return { categories: ofCategory(rest, checked, value) };
+    if (first === "category") return { categories: saidOfCategory(control) };
     if (name === "in_app.durationMs") {
       return control.checkValidity() ? { channels: { in_app: { durationMs: value === "" ? null : Math.round(value * 1000) } } } : null;
     }
@@ -161,26 +166,19 @@ export function preferencesPanel(root, { say, token }) {
     return null;
   }
 
-  function ofCategory([...words], checked, value) {
-    // A name may have dots in it; what follows it has none.
-    const last = words.at(-1);
-    const inside = words.length > 1 && (last in OF_CATEGORY || last === "priority") ? words.pop() : null;
-    const word = inside === null ? { enabled: checked } : inside === "priority" ? { priority: value || null } : { channels: { [inside]: checked } };
-    return { [words.join(".")]: word };
+  function saidOfCategory({ dataset: { category, inside }, checked, value }) {
+    const word = !inside ? { enabled: checked } : inside === "priority" ? { priority: value || null } : { channels: { [inside]: checked } };
+    return { [category]: word };
   }
 
-  let wanted = null, saving = false;
+  let wanted = [], saving = false;
 
-  /** Save a change; what is changed while another is saved goes together. */
+  /** Save a change; what is changed while another is saved follows in its order: two merge patches are not always one. */
   async function save(patch) {
-    wanted = wanted ? merged(wanted, patch) : patch;
+    wanted.push(patch);
     if (saving) return;
     saving = true;
-    while (wanted) {
-      const next = wanted;
-      wanted = null;
-      await send(next);
-    }
+    while (wanted.length) await send(wanted.shift());
     saving = false;
   }
 
@@ -189,12 +187,14 @@ export function preferencesPanel(root, { say, token }) {
     say("saving …");
     try {
       const answer = await call("PATCH", patch);
-      if (mine !== round || wanted) return; // another user's, or the form is ahead of the answer
+      if (mine !== round) return; // another user's
+      kept = answer;
+      if (wanted.length) return;  // the form is ahead of the answer
       show(answer);
       say("saved: it holds for the next event");
     } catch (error) {
       if (mine !== round) return;
-      wanted = null;
+      wanted = [];
       show(kept);
       say(error.message, true);
     }
@@ -213,7 +213,7 @@ export function preferencesPanel(root, { say, token }) {
     added.push(name);
     showCategories(kept);
     enable();
-    field(`category.${name}`).focus();
+    controlsOf([...part("categories").children].find((line) => line.dataset.category === name))[""].focus();
   });
   root.addEventListener("click", ({ target }) => {
     const { hours, reset } = target.dataset ?? {};
@@ -225,7 +225,8 @@ export function preferencesPanel(root, { say, token }) {
   /** Show the present user's preferences. */
   async function load() {
     const mine = ++round;
-    kept = wanted = null;
+    kept = null;
+    wanted = [];
     added = [];
     enable();
     say("");
@@ -246,14 +247,6 @@ const long = (rule) => (rule && typeof rule === "object" ? rule : rule === undef
 const isOn = (rule) => long(rule).enabled !== false;
 const soundOf = (value) => ({ true: true, false: false })[value] ?? value;
 
-/** Two patches, one after the other, as one. */
-function merged(before, after) {
-  if (!isObject(before) || !isObject(after)) return after;
-  return Object.fromEntries([...new Set([...Object.keys(before), ...Object.keys(after)])].map((name) =>
-    [name, !(name in after) ? before[name] : name in before ? merged(before[name], after[name]) : after[name]]));
-}
-const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
-
 // ---------------------------------------------------------------- controls
 
 function make(tag, className, ...children) {
@@ -263,6 +256,15 @@ function make(tag, className, ...children) {
 }
 
 const input = (name) => Object.assign(document.createElement("input"), { type: "checkbox", name });
+
+/** The name of a category may have dots in it, and look like that of a channel: a control knows whose it is. */
+function ofCategory(control, category, inside = "") {
+  Object.assign(control.dataset, { category, inside });
+  return control;
+}
+
+/** The controls of a category's line by what they are about; "": all of it. */
+const controlsOf = (line) => Object.fromEntries([...line.querySelectorAll("input, select")].map((one) => [one.dataset.inside, one]));
 
 const check = (name, label) => make("label", "check", input(name), label);
 
