@@ -58,6 +58,15 @@ class Previews:
         self._policy = policy
         self._planner = _Foreseer(clock, settings, merges, reach=reach, policy=policy)
 
+    async def stranger(self, key: UserKey, slot: int) -> User | None:
+        """A user without a stream, to plan for and to forget; None: there is a stream.
+
+        Raises:
+            StoreUnavailableError: it cannot be read.
+        """
+        record = await self._store.stranger(key)
+        return None if record is None else User(record, slot)
+
     async def of(self, user: User, event: Event, at_ms: int = 0) -> PlanReply:
         """What would become of an event that is sent now, or at a time to come.
 

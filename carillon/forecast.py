@@ -114,6 +114,11 @@ def later(user: str, at_ms: int, then: dict[str, Any]) -> dict[str, Any]:
     return document | {"sendAt": rfc3339(at_ms), "then": then, "words": words}
 
 
+def of_then(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is planned for the time an event is sent: its own plan, if that time had come when it was made."""
+    return document.get("then", document)
+
+
 def _bare(user: str, status: str, channels: Sequence[str], reason: str | None, rule: Fired) -> dict[str, Any]:
     found = told([rule])
     return {

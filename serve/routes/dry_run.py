@@ -152,5 +152,5 @@ async def preview_topic(
         plans = await _plans(services, parsed._replace(later=later), tenant, deadline)
     good = [msgspec.json.decode(plan.document) for plan in plans if plan.problem is None]
     if start_ms is not None:
-        good = [plan["then"] for plan in good]
+        good = [forecast.of_then(plan) for plan in good]
     return json_response(forecast.summary(topic, count, exact, start_ms, good, len(plans) - len(good)), 200)

@@ -8,7 +8,7 @@ from carillon import explain
 from carillon.attention import Attention
 from carillon.clock import rfc3339
 from carillon.decision import DIGEST, unpack
-from carillon.endings import ending
+from carillon.endings import ending, onward, onward_words
 from carillon.external import EXTERNAL, IN_APP
 from carillon.forecast import device_rules
 from carillon.ids import uuid_text
@@ -27,6 +27,8 @@ from stores.postgres.feed import Act, Found
 
 _TEMPLATE: Final = ("template", "version", "variant")
 _WAITING: Final = ("planned", "sending", "unknown", "failed")
+_PUNCTUAL_MS: Final = 1000
+"""What differs less from its time was sent then."""
 _STATES: Final = {
     "planned": "waits until {due}",
     "sending": "is on its way",
@@ -48,7 +50,7 @@ async def get_explanation(services: Services, request: Request) -> Response:
     came = [] if made is None else [f"It came with the broadcast {uuid_text(made)}."]
     kept = await services.schedules.get(request.tenant, raw)
     if kept is not None:
-        came.append(f"It was sent on {rfc3339(kept.next_ms)}, as its scheduleAt said.")
+        came.append(scheduled_words(kept.next_ms, found.created_ms))
     text = await services.templates.store.exposure(request.tenant, raw)
     if text is not None:
         came.append(f"It has the variant {text[2]} of the template {text[0]}, version {text[1]}.")
@@ -81,6 +83,13 @@ async def get_explanation(services: Services, request: Request) -> Response:
             ),
         }
     )
+
+
+def scheduled_words(due_ms: int, created_ms: int) -> str:
+    """When an event with `scheduleAt` was sent, which may be later than it said."""
+    if abs(created_ms - due_ms) <= _PUNCTUAL_MS:
+        return f"It was sent on {rfc3339(due_ms)}, as its scheduleAt said."
+    return f"It was sent on {rfc3339(created_ms)}; its scheduleAt said {rfc3339(due_ms)}."
 
 
 def _channels(found: Found) -> list[str]:
@@ -133,9 +142,9 @@ async def _devices(services: Services, tenant: str, found: Found) -> list[explai
     """Which devices the tenant's rule for the type leaves out: those that were, or now would be."""
     outside = [d for d in found.deliveries if d["channel"] in EXTERNAL]
     rules = [
-        explain.Fired("left_out", TENANT, told.partition("; falls back")[0], (one["channel"],))
+        explain.Fired("left_out", TENANT, told, (one["channel"],))
         for one in outside
-        if (told := (one["reason"] or "").partition(LEFT_OUT)[2])
+        if (told := onward(one["reason"] or "")[0].partition(LEFT_OUT)[2])
     ]
     waiting = [one["channel"] for one in outside if one["state"] in _WAITING]
     if not waiting or found.row.retracted_ms is not None:
@@ -163,7 +172,8 @@ def _delivery(one: dict[str, Any]) -> dict[str, Any]:
     due = rfc3339(one["due_ms"])
     state: str = _STATES[one["state"]].format(due=due)
     closed = ending(one["channel"], one["state"], one["reason"])
-    because = f" ({one['reason'].partition('; closed by ')[0]})" if one["reason"] else ""
+    own, following = onward(one["reason"] or "")
+    because = f" ({own.partition('; closed by ')[0]})" if own else ""
     digest = one["digest"]
     if digest is not None and one["carrier"] is None and one["state"] == "planned":
         state = f"is collected in a digest due at {due}"
@@ -177,7 +187,10 @@ def _delivery(one: dict[str, Any]) -> dict[str, Any]:
         "digestId": None if digest is None else str(digest),
         "closedBy": closed,
         "words": " ".join(
-            [f"The {one['channel']} {state}{because}.", *([] if closed is None else [closed["words"]])]
+            [
+                f"The {one['channel']} {state}{because}.",
+                *(onward_words(following) if closed is None else [closed["words"]]),
+            ]
         ),
     }
 

@@ -242,6 +242,17 @@ class ShardStore(Amendments, KeptStore, MergeStore, Outbox, UserDocuments):
                 record.targets.append(PushTarget(*t[2:10]))
         return list(records.values())
 
+    async def stranger(self, key: UserKey) -> UserRecord | None:
+        """A user without a stream, as the first event would find it; None: there is a stream. Makes none."""
+        async with self._reading() as connection:
+            row = await connection.fetchrow(self._sql["stranger"], *key)
+            if row is None:
+                return None
+            targets = await connection.fetch(self._sql["load_targets"], [key.tenant], [key.user])
+        found = UserRecord(key, 0, "", 0, 0, 0, 0, None, None, [], preferences=row[0], zone=row[1])
+        found.targets.extend(PushTarget(*t[2:10]) for t in targets)
+        return found
+
     # -- the group commit -------------------------------------------------------------------------------
 
     async def append(

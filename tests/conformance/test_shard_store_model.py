@@ -540,6 +540,8 @@ class Pair:
         else:
             await self.both("delete_target", self.term(), *key, "phone")
         await self.both("load_targets", USERS)
+        for one in USERS:
+            await self.both("stranger", one)
 
     async def log_out(self) -> None:
         if self.streams:

@@ -160,6 +160,23 @@ async def test_a_known_key_is_answered_as_it_would_be(service: Service) -> None:
         assert await rows(service) == before
 
 
+async def test_a_dry_run_makes_no_user(service: Service) -> None:
+    """Alone, for many and for later: no stream is made, and the first real event gets the plan."""
+    count = "select count(*) from streams"
+    plans = [await service.dry(user, title="1") for user in ("new", "newer")]
+    await service.dry("newest", scheduleAt=soon())
+    await service.call("POST", DRY, {"userIds": ["a", "b", "new"], "type": "t", "title": "2"})
+    assert await service.world.db.fetchval(count) == 0
+    for user, plan in zip(("new", "newer"), plans, strict=True):
+        told = await service.event(user, title="1")
+        assert (
+            (told["status"], told["channels"]) == (plan["status"], plan["channels"]) == ("stored", ["in_app"])
+        )
+        assert rules(await service.explain(told)) == rules(plan) == [("no_target", "system")]
+        assert rules(await service.dry(user, title="1")) == rules(plan)  # of a user who is known now
+    assert await service.world.db.fetchval(count) == 2
+
+
 async def test_devices_of_a_type_are_named(service: Service) -> None:
     """Dry run and explanation say which devices a type is not for; one that is for none of them says so."""
     types = {"offer": {"devices": ["ios"]}, "tv": {"devices": ["web"]}}
@@ -190,6 +207,8 @@ async def test_devices_of_a_type_are_named(service: Service) -> None:
 
     why = await eventually(over, what="the end of a push for nobody")
     assert why["deliveries"][0]["reason"] == "no push target; left out: pad (android), phone (ios)"
+    closed = why["deliveries"][0]["closedBy"]
+    assert (closed["rule"], closed["about"]) == ("no_device", "pad (android), phone (ios)")
     assert rules(why)[-1] == ("left_out", "tenant")
     assert why["rules"][-1]["about"] == "pad (android), phone (ios)"
 

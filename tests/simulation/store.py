@@ -353,6 +353,16 @@ class ModelShardStore(ModelAmendments, ModelKept):
 
         return await self._db.run(statement)
 
+    async def stranger(self, key: UserKey) -> UserRecord | None:
+        def statement() -> UserRecord | None:
+            if key in self._db.streams:
+                return None
+            return UserRecord(
+                key, 0, "", 0, 0, 0, 0, None, None, [], self._targets(key), self._db.preferences.get(key)
+            )
+
+        return await self._db.run(statement)
+
     def _targets(self, key: UserKey) -> list[PushTarget]:
         found = [
             target

@@ -208,6 +208,11 @@ def test_what_is_sent_later_is_planned_for_then(situation: dict[str, Any]) -> No
     shard.clock.advance(situation["ahead"] / 1000)
     assert told_now["then"] == shard.foretell(event)
     assert told_now["words"].endswith(told_now["then"]["words"])
+    # Of many, some may be asked when that time has come: theirs is the plan itself.
+    come = shard.foretell(event, at_ms)
+    assert "then" not in come
+    assert forecast.of_then(come) == forecast.of_then(told_now) == told_now["then"]
+    forecast.summary("goals", 2, True, at_ms, [forecast.of_then(come), forecast.of_then(told_now)], 0)
 
 
 @given(SITUATIONS)

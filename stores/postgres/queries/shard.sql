@@ -37,6 +37,13 @@ from both_of b, fence,
              where n.stream_id = b.stream_id and n.read_at is null and n.expires_at is not null
                and n.archived_at is null and n.dismissed_at is null and n.retracted_at is null) e;
 
+-- name: stranger
+-- What is kept of a user who has no stream; no row: there is one. $1 tenant, $2 user.
+select (select p.document::text from preferences p where p.tenant = a.tenant and p.user_id = a.user_id),
+       (select p.timezone from profiles p where p.tenant = a.tenant and p.user_id = a.user_id)
+from (values ($1::text, $2::text)) as a (tenant, user_id)
+where not exists (select from streams s where s.tenant = a.tenant and s.user_id = a.user_id);
+
 -- name: expired
 -- How many unread rows of streams have expired, and when the next one will. $1 streams, $2 now.
 select t.stream_id, e.*
