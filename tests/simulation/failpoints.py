@@ -41,13 +41,13 @@ READS = frozenset(
 ELSEWHERE = frozenset(
     (
         "save_draining", "set_invisible", "change_preferences", "client_secret",
-        "find_locales",
+        "find_locales", "stranger",
     )
 )  # fmt: skip
 """Simulated clusters start no processes, so no nodes are left: tests/actors/test_coordinator.py has these.
 Nobody hides in them (tests/actors/test_invisible.py) or unsubscribes (tests/integration/test_shard_store.py);
 no tenant is asked who may watch whom (test_watch_callback.py) or has texts in several languages
-(test_merging.py)."""
+(test_merging.py). No plan is asked for without effect (tests/integration/test_dry_run.py)."""
 
 MESSAGES = (
     ("ingress", "Publish"), ("router", "Publish"), ("shard", "Outcomes"), ("router", "Outcomes"),
