@@ -33,6 +33,7 @@ from carillon.settings import MergeSettings, ShardSettings
 from stores.postgres.feed import Target
 from stores.postgres.shard_rows import OutboxRow, UserRecord
 from stores.postgres.shard_store import ShardStore
+from tests.unit.test_shard_planning import Looking
 
 SETTINGS = ShardSettings()
 NOW_MS = 1_780_000_000_000
@@ -54,21 +55,6 @@ DOCUMENTS: list[dict[str, Any] | None] = [
     {"doNotDisturbUntil": rfc3339(NOW_MS + HOUR_MS)},
     {"categories": {"news": {"digest": "daily"}}, "types": {"like": {"priority": "urgent"}}},
 ]
-
-
-class Looking:
-    """Stands for a session: where its user looks."""
-
-    def __init__(self, level: Attention) -> None:
-        self.level = level
-
-    def viewed(self) -> list[str]:
-        """Nothing in particular."""
-        return []
-
-    def attention(self, now_ms: int, window_ms: int) -> Attention:
-        """As told."""
-        return self.level
 
 
 class Rowless:

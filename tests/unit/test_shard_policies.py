@@ -45,6 +45,17 @@ async def turn() -> None:
         await asyncio.sleep(0)
 
 
+async def read_once() -> tuple[SlowStore, Policies]:
+    """Policies that know the tenant, as its first user had it read."""
+    store = SlowStore()
+    known = policies(store)
+    first = asyncio.create_task(known.ensure(["t"]))
+    await turn()
+    store.answer(0)
+    await first
+    return store, known
+
+
 async def test_of_a_strange_tenant_nothing_is_read() -> None:
     """Its first user will have it read."""
     store = SlowStore()
@@ -70,12 +81,7 @@ async def test_a_first_read_that_is_under_way_is_not_the_last() -> None:
 
 async def test_many_at_once_are_two_reads() -> None:
     """While one is on its way the others gather."""
-    store = SlowStore()
-    known = policies(store)
-    first = asyncio.create_task(known.ensure(["t"]))
-    await turn()
-    store.answer(0)
-    await first
+    store, known = await read_once()
     told = [asyncio.create_task(known.read_again("t")) for _ in range(50)]
     await turn()
     store.answer(0)
@@ -88,12 +94,7 @@ async def test_many_at_once_are_two_reads() -> None:
 
 async def test_a_read_that_fails_leaves_what_was_known() -> None:
     """And says so to who told of the change; the next one is right."""
-    store = SlowStore()
-    known = policies(store)
-    first = asyncio.create_task(known.ensure(["t"]))
-    await turn()
-    store.answer(0)
-    await first
+    store, known = await read_once()
     store.hold = 7
     told = asyncio.create_task(known.read_again("t"))
     await turn()

@@ -13,13 +13,14 @@ from carillon import explain
 from carillon.attention import ALWAYS, DEFERRED, Attention
 from carillon.budget import Limit, Spent
 from carillon.clock import rfc3339
-from carillon.decision import TenantRules, Verdict, judge, no_rules
+from carillon.decision import Verdict, judge, no_rules
 from carillon.external import CHANNELS, EXTERNAL
 from carillon.messages import Event
 from carillon.plan import Plan, Reach, plan
-from carillon.policy import Policy, build, validate
+from carillon.policy import Policy
 from carillon.settings import WHEN_AWAY
 from carillon.switches import Fired, Preferences
+from tests.unit.test_decision import tenant
 
 NOON = round(datetime(2026, 6, 15, 12, tzinfo=ZoneInfo("Europe/Vienna")).timestamp()) * 1000
 MINUTE, HOUR = 60_000, 3_600_000
@@ -30,12 +31,6 @@ PASSES = ("urgent_passes", "forced_passes")
 
 def event(priority: int = 1, **more: Any) -> Event:
     return Event(bytes(16), "t", "u", 1, "chat", "social", priority, "", NOON, **more)
-
-
-def tenant(**document: Any) -> TenantRules:
-    validate(document)
-    rules = build(document, POLICY).rules
-    return rules if rules is not None else no_rules()
 
 
 def planned(
