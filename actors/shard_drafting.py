@@ -99,7 +99,7 @@ class Drafter:
             asked = merging.asked(event)
             if asked is None:
                 entry.plan = plan(entry, now_ms, spend=first)
-            elif merging.alone(user, asked):
+            elif merging.alone(asked):
                 entry.plan = plan(entry, now_ms, spend=first)
                 merging.begin(user, event, asked, entry.plan)
             else:
@@ -115,8 +115,8 @@ class Drafter:
     async def _write_rows(self, found: Draft) -> None:
         counts, rows, merges = found.counts, found.rows, found.merging is not None
         alike: Plan | None = None  # plans of a batch are mostly one and the same
-        ruled: Plan | None = None
-        kept_text = decision = ""
+        decisions: dict[int, str] = {}  # as text, by the identity of their plans
+        kept_text = ""
         for entry in found.own:
             user, event, decided = entry.user, entry.event, entry.plan
             assert user is not None
@@ -127,8 +127,9 @@ class Drafter:
             rows.append(row)
             row.receipt = entry.receipt
             if decided.rules:
-                if decided is not ruled:
-                    ruled, decision = decided, pack(decided.rules)
+                decision = decisions.get(id(decided))
+                if decision is None:
+                    decision = decisions[id(decided)] = pack(decided.rules)
                 row.decision = decision
                 row.archived, row.priority = decided.archived, decided.priority
                 found.archived = found.archived or decided.archived

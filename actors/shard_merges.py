@@ -18,7 +18,7 @@ from actors.shard_windows import KnownWindows
 from carillon.digest import OVERFLOW, digest_id, key_of
 from carillon.external import IN_APP
 from carillon.ids import uuid_text
-from carillon.merge_begun import Begun, Opening, begun_by_one, pack, slot_of
+from carillon.merge_begun import Begun, Opening, begun_by_one, number_of, pack, slot_of
 from carillon.merge_rules import AGGREGATE, DROP, MergeRule, speaks_languages
 from carillon.merging import (
     DUPLICATE,
@@ -55,11 +55,15 @@ class Asked(NamedTuple):
 
     Attributes:
         members: of its content, {} of one that asks for `drop` alone: it stays as it is.
+        windows: of its asks: stream and key.
+        numbers: of these windows.
     """
 
     asks: tuple[Ask, ...]
     actor: str | None
     members: dict[str, Any]
+    windows: Sequence[tuple[int, str]]
+    numbers: Sequence[int]
 
 
 _NOTHING: Final[dict[str, Any]] = {}
@@ -95,7 +99,7 @@ class Merges:
         rules = self._policy(event.tenant).merge
         return None if rules is None else rules.get(event.type)
 
-    def _asked(self, event: Event, rule: MergeRule | None) -> Asked | None:
+    def _asked(self, stream_id: int, event: Event, rule: MergeRule | None) -> Asked | None:
         try:
             said = said_by(event.content)
             asks = asks_of(event, rule, self._settings, said)
@@ -104,7 +108,14 @@ class Merges:
             members = _NOTHING if asks[-1].how == DROP else decode_content(event.content)
         except (msgspec.MsgspecError, UnicodeError):
             return None  # nothing the ingress wrote: PostgreSQL will say what is wrong with it
-        return Asked(asks, said.actor, members)
+        actor = said.actor_id
+        if not isinstance(actor, str):
+            actor = None
+        if len(asks) == 1:
+            key = asks[0].key
+            return Asked(asks, actor, members, ((stream_id, key),), (number_of(stream_id, key),))
+        windows = [(stream_id, ask.key) for ask in asks]
+        return Asked(asks, actor, members, windows, [number_of(stream_id, key) for _, key in windows])
 
     def renotify_ms(self, rule: MergeRule | None) -> int:
         """How often what grows may disturb."""
@@ -125,6 +136,7 @@ class Merges:
         """
         asked: dict[bytes, Asked] = {}
         wanted: list[tuple[int, str]] = []
+        numbers: list[int] = []
         speaking: set[int] = set()
         tenant: str | None = None
         rules: Mapping[str, MergeRule] | None = None
@@ -135,18 +147,18 @@ class Merges:
             rule = None if rules is None else rules.get(event.type)
             if rule is None and not may_ask(event):
                 continue
-            found = self._asked(event, rule)
+            found = self._asked(user.stream_id, event, rule)
             if found is None:
                 continue
             asked[event.id] = found
-            for ask in found.asks:
-                wanted.append((user.stream_id, ask.key))
-                if ask.rule is not None and speaks_languages(ask.rule):
-                    speaking.add(user.stream_id)
+            wanted += found.windows
+            numbers += found.numbers
+            if speaks_languages(rule):
+                speaking.add(user.stream_id)
         if not asked:
             return None
         merger = Merger(now_ms, self._settings)
-        open_ones = wanted if aside else await self._perhaps_open(wanted, now_ms)
+        open_ones = wanted if aside else await self._perhaps_open(wanted, numbers, now_ms)
         if open_ones:
             await self._know(merger, batch, asked, list(dict.fromkeys(open_ones)), now_ms, aside)
         locales = await self._store.find_locales(sorted(speaking), aside) if speaking else {}
@@ -175,14 +187,16 @@ class Merges:
                     pairs[target, found.actor] = None
         merger.know(windows, await self._store.find_actors(list(pairs), aside) if pairs else ())
 
-    async def _perhaps_open(self, wanted: list[tuple[int, str]], now_ms: int) -> list[tuple[int, str]]:
+    async def _perhaps_open(
+        self, wanted: list[tuple[int, str]], numbers: list[int], now_ms: int
+    ) -> list[tuple[int, str]]:
         """Those of the windows of which Postgres is to be asked."""
         known, most = self.windows, self._settings.learned_windows
         known.under(self._term(), now_ms)
         unlearned = known.unlearned([stream for stream, _ in wanted])
         if unlearned:
             known.learn(unlearned, await self._store.open_windows(unlearned, now_ms, most), most)
-        return known.perhaps(wanted)
+        return known.perhaps(wanted, numbers)
 
     async def preview(self, user: User, event: Event, filed: bool, now_ms: int) -> dict[str, Any] | None:
         """What would become of an event now, as `dryRun` tells it; None if it is not to be merged."""
@@ -236,6 +250,7 @@ class MergingBatch:
         self._asked = asked
         self._now_ms = now_ms
         self._begun: list[tuple[int, str, int]] = []
+        self._dropping: dict[int, list[int]] = {}  # numbers of windows of `drop` alone, by their length
         self._opened: dict[bytes, Decision] = {}
         self._targets: dict[bytes, Target] = {}  # that change, or are made
         self._users: dict[bytes, User] = {}
@@ -247,13 +262,13 @@ class MergingBatch:
         """How an event is to be merged; None: it is not."""
         return self._asked.get(event.id)
 
-    def alone(self, user: User, asked: Asked) -> bool:
+    def alone(self, asked: Asked) -> bool:
         """Whether an event that asks is a notification of its own for sure."""
-        return self._merger.alone(user.stream_id, asked.asks)
+        return self._merger.alone(asked.windows)
 
     def decide(self, user: User, event: Event, *, filed: bool, priority: int) -> Decision:
         """What becomes of an event that asks."""
-        asks, _, members = self._asked[event.id]
+        asks, _, members, *_ = self._asked[event.id]
         return self._merger.decide(user.stream_id, event, asks, dict(members), filed=filed, priority=priority)
 
     def begin(self, user: User, event: Event, asked: Asked, plan: Plan) -> None:
@@ -262,11 +277,15 @@ class MergingBatch:
         if ask.how != DROP or len(asked.asks) > 1:
             self.take(user, event, plan)
             return
-        now_ms, stream_id, key = self._now_ms, user.stream_id, ask.key
-        self._merger.begin_drop(stream_id, event, key)
-        self._begun.append((stream_id, key, now_ms + ask.window_ms))
+        now_ms, number, window_ms = self._now_ms, asked.numbers[0], ask.window_ms
+        self._merger.begin_drop(asked.windows[0], event)
+        begun = self._dropping.get(window_ms)
+        if begun is None:
+            begun = self._dropping[window_ms] = []
+        begun.append(number)
+        notified_ms = now_ms if plan.push_due_ms is None else self._notified_ms(plan)
         self.begun[event.id] = begun_by_one(
-            ask.source, now_ms, self._notified_ms(plan), asked.actor, key, ask.window_ms
+            ask.source, now_ms, notified_ms, asked.actor, ask.key, number, window_ms
         )
 
     def _notified_ms(self, plan: Plan) -> int:
@@ -355,7 +374,10 @@ class MergingBatch:
                     )
                 )  # fmt: skip
         writes.left = self._merger.left
-        self._merges.windows.opened(self._begun)
+        known = self._merges.windows
+        for window_ms, numbers in self._dropping.items():
+            known.began(numbers, self._now_ms + window_ms)
+        known.opened(self._begun)
         for row in writes.updates:
             row.back += counts[row.stream_id]
         for raw, (user, event, plan, due_ms) in self._pushes.items():

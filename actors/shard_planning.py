@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 from actors.shard_entries import Entry, disturbs
 from actors.shard_merges import Merges
 from actors.shard_policies import NO_RULES
 from actors.shard_users import User
-from carillon.attention import Attention
+from carillon.attention import DEFERRED, Attention
 from carillon.budget import Spent
 from carillon.clock import Clock
-from carillon.decision import TenantRules, Verdict, judge, within
+from carillon.decision import TenantRules, Verdict, holds_until_ms, judge, within
 from carillon.digest import OVERFLOW, digest_id, key_of
 from carillon.explain import circumstance
 from carillon.ids import UserKey
 from carillon.messages import Event
 from carillon.notification import target_of
 from carillon.plan import Plan, Reach, plan, wants_push
-from carillon.policy import Policy, TenantPolicy
+from carillon.policy import TenantPolicy
 from carillon.settings import ShardSettings
 from carillon.switches import Preferences
+
+MOST_KNOWN: Final = 10_000
+"""Decisions that are remembered, some 5 MB: beyond it all are forgotten."""
+
+
+class _Known(NamedTuple):
+    """A plan and what it came from: good until then."""
+
+    plan: Plan
+    verdict: Verdict | None
+    until_ms: int
+    mine: Preferences | None
+    policy: TenantPolicy
 
 
 class Planner:
@@ -48,16 +61,17 @@ class Planner:
         self._window_ms = round(settings.ack_window_s * 1000)
         self._lease_ms = round(settings.delivery_lease_s * 1000)
         self._now_ms = 0
-        # What was decided in this millisecond. Objects that keys name by their identity are kept beside.
+        self._until_ms = 0
+        # What was decided, by what counts for it. Objects that keys name by their identity are kept beside.
         self._verdicts: dict[tuple[Any, ...], tuple[Verdict, Preferences | None, TenantRules]] = {}
-        self._plans: dict[tuple[Any, ...], tuple[Plan, Policy]] = {}
+        self._plans: dict[tuple[Any, ...], _Known] = {}
 
     def plan(self, entry: Entry, now_ms: int, *, spend: bool = False) -> Plan:
         """Decide for one event; with `spend` what it takes of the user's limits is noted.
 
-        Events of one millisecond that differ in nothing that counts are decided once. Of one that names no
-        channels, for a user who is there, type, category and priority count, what holds for the user, and
-        where it looks.
+        Events that differ in nothing that counts are decided once: of one that names no channels, for a user
+        who is there, type, category and priority count, what holds for the user, and where it looks. That
+        holds for as long as rules say the same; what is due so long after now is decided anew each time.
         """
         user = entry.user
         assert user is not None
@@ -69,53 +83,72 @@ class Planner:
         entry.receipt = circumstance(user.receipt, reach, attention)
         policy = self._policy(event.tenant)
         if now_ms != self._now_ms:
-            self._now_ms = now_ms
-            self._verdicts.clear()
-            self._plans.clear()
-        verdict: Verdict | None = None
-        shared = reach is Reach.LIVE and event.channels is None and not event.fallback
-        over = event.over
-        if user.preferences is not None or policy.rules is not None or over:
-            mine = user.local if user.preferences is None else user.preferences
-            rules = policy.rules or NO_RULES
-            if not over:
-                verdict = self._judge(event, mine, rules)
+            self._turn(now_ms)
+        rules, mine, over = policy.rules, user.preferences, event.over
+        if mine is None and (rules is not None or over):
+            mine = user.local
+        alike: Any = None
+        if reach is Reach.LIVE and event.channels is None and not event.fallback and not over:
+            alike = (
+                attention, user.providers, event.type, event.category, event.priority, id(mine), id(policy)
+            )  # fmt: skip
+            known = self._plans.get(alike)
+            if known is not None and now_ms < known.until_ms:
+                verdict = known.verdict
+                if verdict is None or within(verdict, user.spent, now_ms):
+                    if spend and verdict is not None:
+                        self._spend(user, known.plan, verdict, reach)
+                    return known.plan
+        verdict = None
+        if mine is not None or rules is not None or over:
+            verdict = None if over else self._judge(event, mine, rules or NO_RULES)
             if verdict is None or not within(verdict, user.spent, now_ms):
-                shared = False
-                verdict = judge(event, mine, rules, now_ms, user.spent)
-        rule = policy.of(event.type)
-        alike = attention, user.providers, event.priority, id(rule), id(verdict)
-        known = self._plans.get(alike) if shared else None
-        if known is not None:
-            found = known[0]
-        else:
-            found = plan(
-                event,
-                reach,
-                providers=user.providers,
-                now_ms=now_ms,
-                ack_window_ms=self._window_ms,
-                grace_end_ms=grace_end_ms,
-                lease_ms=self._lease_ms,
-                attention=attention,
-                policy=rule,
-                verdict=verdict,
-            )
-            if shared:
-                self._plans[alike] = found, rule
-        if spend and verdict is not None and verdict.spends and disturbs(found, reach):
+                alike = None
+                verdict = judge(event, mine, rules or NO_RULES, now_ms, user.spent)
+        found = plan(
+            event,
+            reach,
+            providers=user.providers,
+            now_ms=now_ms,
+            ack_window_ms=self._window_ms,
+            grace_end_ms=grace_end_ms,
+            lease_ms=self._lease_ms,
+            attention=attention,
+            policy=policy.of(event.type),
+            verdict=verdict,
+        )
+        if alike is not None:
+            lasts = verdict is not None and (found.push_due_ms is None or found.gate == DEFERRED)
+            until_ms = holds_until_ms(mine, now_ms) if lasts else now_ms + 1
+            self._plans[alike] = _Known(found, verdict, until_ms, mine, policy)
+        if spend and verdict is not None:
+            self._spend(user, found, verdict, reach)
+        return found
+
+    def _spend(self, user: User, found: Plan, verdict: Verdict, reach: Reach) -> None:
+        """Note what a plan takes of the limits of its user."""
+        if verdict.spends and disturbs(found, reach):
             if user.spent is None:
                 user.spent = Spent()
             for name, limit in verdict.spends:
-                user.spent.spend(name, limit, now_ms)
-        if spend and found.digest == OVERFLOW:
+                user.spent.spend(name, limit, self._now_ms)
+        if found.digest == OVERFLOW:
             if user.spent is None:
                 user.spent = Spent()
             user.spent.digest_ms = found.push_due_ms or 0
-        return found
+
+    def _turn(self, now_ms: int) -> None:
+        """Time has passed: forget what may not hold any more, or what is too much to remember."""
+        if not self._now_ms <= now_ms < self._until_ms or len(self._plans) + len(self._verdicts) > MOST_KNOWN:
+            self._verdicts.clear()
+            self._plans.clear()
+            self._until_ms = holds_until_ms(None, now_ms)
+        self._now_ms = now_ms
 
     def _judge(self, event: Event, mine: Preferences | None, rules: TenantRules) -> Verdict:
-        """`judge` of a user who spent nothing: the same for all events of this moment that are alike."""
+        """`judge` of a user who spent nothing: the same for all events of this time that are alike."""
+        if mine is not None and mine.dnd_until_ms > self._now_ms:
+            return judge(event, mine, rules, self._now_ms)  # it ends at any moment
         alike = id(mine), id(rules), event.type, event.category, event.priority
         known = self._verdicts.get(alike)
         if known is None:

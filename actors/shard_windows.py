@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from carillon.merge_begun import DAY_MS, HASH_BITS, hash_of
+from carillon.merge_begun import DAY_MS, number_of
 
 
 class _Age:
@@ -95,27 +95,32 @@ class KnownWindows:
 
     def opened(self, windows: Iterable[tuple[int, str, int]]) -> None:
         """These, each with its end (ms), are about to be written, or are there."""
-        now_ms, ages = self._now_ms, self._ages
+        by_end: dict[int, list[int]] = {}
         for stream, key, ends_ms in windows:
-            size = (ends_ms - now_ms).bit_length()
-            age = ages.get(size)
-            if age is None:
-                age = ages[size] = _Age(1 << size, now_ms)
-                self._sets += [age.young, age.old]
-            age.young.add(stream << HASH_BITS | hash_of(key))
+            by_end.setdefault(ends_ms, []).append(number_of(stream, key))
+        for ends_ms, numbers in by_end.items():
+            self.began(numbers, ends_ms)
+
+    def began(self, numbers: Iterable[int], ends_ms: int) -> None:
+        """Windows by their numbers, all with one end, are about to be written, or are there."""
+        ages = self._ages
+        size = (ends_ms - self._now_ms).bit_length()
+        age = ages.get(size)
+        if age is None:
+            age = ages[size] = _Age(1 << size, self._now_ms)
+            self._sets += [age.young, age.old]
+        age.young.update(numbers)
         if sum(map(len, self._sets)) > self._most:
             # Windows that leave may be open still.
             self._turn([max(ages, key=lambda size: len(ages[size].young) + len(ages[size].old))])
             self._forget()
 
-    def perhaps(self, windows: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
-        """Those that may be open."""
+    def perhaps(self, windows: Sequence[tuple[int, str]], numbers: Sequence[int]) -> list[tuple[int, str]]:
+        """Those that may be open; `numbers` are theirs."""
         learned, sets = self._learned, self._sets
         found: list[tuple[int, str]] = []
-        for window in windows:
-            stream, key = window
-            if stream in learned:
-                number = stream << HASH_BITS | hash_of(key)
+        for window, number in zip(windows, numbers, strict=True):
+            if window[0] in learned:
                 for some in sets:
                     if number in some:
                         break

@@ -26,6 +26,7 @@ URGENT: Final = 3
 """`Event.priority` that nothing silences."""
 DIGEST: Final = "digest"
 FEED: Final = "feed"
+MINUTE_MS: Final = 60_000
 _OUTSIDE: Final = frozenset(CHANNELS) - {IN_APP}
 
 
@@ -118,6 +119,17 @@ def judge(
 def within(verdict: Verdict, spent: Spent | None, now_ms: int) -> bool:
     """Whether a verdict that was found for nothing spent holds for who spent this: no limit is used up."""
     return spent is None or not verdict.spends or _over(verdict.spends, spent, now_ms) is None
+
+
+def holds_until_ms(user: Preferences | None, now_ms: int) -> int:
+    """Until when `judge` says the same of a user who spent nothing.
+
+    Windows and digests begin and end with a minute of the user's clock, and clocks differ by whole minutes.
+    """
+    minute_ms = now_ms - now_ms % MINUTE_MS + MINUTE_MS
+    if user is not None and now_ms < user.dnd_until_ms < minute_ms:
+        return user.dnd_until_ms
+    return minute_ms
 
 
 def weigh(

@@ -15,6 +15,7 @@ DAY_MS: Final = 86_400_000
 """No window is longer (`MAX_WINDOW_S` of carillon/event_rules.py, the settings of `merge`)."""
 HASH_BITS: Final = 44
 """Of a key, in a slot."""
+_HASH_MASK: Final = (1 << HASH_BITS) - 1
 _HASH_DIGITS: Final = HASH_BITS // 4
 _encode: Final = msgspec.json.Encoder().encode
 _decode: Final = msgspec.json.Decoder(list[str | int | None]).decode
@@ -69,12 +70,12 @@ def pack(opening: Opening) -> str:
 
 
 def begun_by_one(
-    source: str, at_ms: int, notified_ms: int, actor: str | None, key: str, window_ms: int
+    source: str, at_ms: int, notified_ms: int, actor: str | None, key: str, number: int, window_ms: int
 ) -> Begun:
-    """What a notification says that began one window."""
+    """What a notification says that began one window; `number` is the window's."""
     who = "null" if actor is None else _encode(actor).decode()
     text = f'["{source}",{at_ms},{notified_ms - at_ms},{who},"{key}",{window_ms}]'
-    return Begun(text, slot_of(key, at_ms + window_ms))
+    return Begun(text, (at_ms + window_ms) // DAY_MS << HASH_BITS | number & _HASH_MASK)
 
 
 def unpack(text: str) -> Opening:
@@ -91,6 +92,11 @@ def unpack(text: str) -> Opening:
 def hash_of(key: str) -> int:
     """A part of a key's digest: enough to tell the windows of one user apart, nearly always."""
     return int(key[-_HASH_DIGITS:], 16)
+
+
+def number_of(stream: int, key: str) -> int:
+    """A window of all windows as one number, which ends with its key's hash."""
+    return stream << HASH_BITS | int(key[-_HASH_DIGITS:], 16)
 
 
 def slot_of(key: str, ends_ms: int) -> int:

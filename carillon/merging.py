@@ -23,16 +23,16 @@ notification, whose row says what there is to say until then (carillon/merge_beg
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from carillon.clock import rfc3339
 from carillon.decision import URGENT
-from carillon.event_rules import is_array
+from carillon.event_rules import DEDUPES, is_array
 from carillon.ids import uuid_text
 from carillon.merge_begun import Opening, slot_of
 from carillon.merge_rules import ACCUMULATE, AGGREGATE, COUNT, DROP, REPLACE, MergeRule, data_of, render
@@ -119,33 +119,40 @@ def asks_of(event: Event, rule: MergeRule | None, limits: MergeSettings, said: S
     like twice is one, and those of different actors are gathered.
     """
     dedupe, aggregate = event.dedupe, event.aggregate
+    if dedupe is None and aggregate is None and rule is not None and rule.how in DEDUPES:
+        # What most events that are merged at all do: nothing else is looked at.
+        return (_by_content(event, rule.how, rule.window_ms, TENANT, rule, limits, said),)
     asks: list[Ask] = []
     if dedupe is not None:
-        asks.append(_alike(event, dedupe.merge, dedupe.key, dedupe.window_ms, EVENT, rule, limits, said))
+        how, key, window_ms = dedupe.merge, dedupe.key, dedupe.window_ms
+        if key is None:
+            asks.append(_by_content(event, how, window_ms, EVENT, rule, limits, said))
+        else:
+            window_ms = window_ms or round(limits.dedupe_window_s * 1000)
+            asks.append(Ask(how, f"{how}:{_digest(key)}", key, window_ms, EVENT, rule))
     if dedupe is None or dedupe.merge == DROP:
         if aggregate:
             asks.append(_about(event, 0, EVENT, rule, limits, said))
         elif rule is not None and rule.how == AGGREGATE and aggregate is None:
             asks.append(_about(event, rule.window_ms, TENANT, rule, limits, said))
         elif dedupe is None and rule is not None and rule.how is not None and rule.how != AGGREGATE:
-            asks.append(_alike(event, rule.how, None, rule.window_ms, TENANT, rule, limits, said))
+            asks.append(_by_content(event, rule.how, rule.window_ms, TENANT, rule, limits, said))
     return tuple(asks)
 
 
-def _alike(
+def _by_content(
     event: Event,
     how: str,
-    key: str | None,
     window_ms: int,
     source: str,
     rule: MergeRule | None,
     limits: MergeSettings,
     said: Said,
 ) -> Ask:
-    window_ms = window_ms or round(limits.dedupe_window_s * 1000)
-    if key is not None:
-        return Ask(how, f"{how}:{_digest(key)}", key, window_ms, source, rule)
-    content = _digest([event.type, said.title, said.body, said.target_type, said.target_id])
+    told = [event.type, said.title, said.body, said.target_type, said.target_id]
+    content = blake2b(_encode(told), digest_size=16).hexdigest()
+    if not window_ms:
+        window_ms = round(limits.dedupe_window_s * 1000)
     return Ask(how, f"{how}:{content}", content, window_ms, source, rule)
 
 
@@ -166,7 +173,7 @@ def _about(
 
 
 def _digest(value: Any) -> str:
-    return hashlib.blake2b(_encode(value), digest_size=16).hexdigest()
+    return blake2b(_encode(value), digest_size=16).hexdigest()
 
 
 @dataclass(slots=True)
@@ -293,21 +300,16 @@ class Merger:
                 if w.opening.actor is not None:
                     self._actors.add((w.row.id, w.opening.actor))
 
-    def alone(self, stream_id: int, asks: Iterable[Ask]) -> bool:
+    def alone(self, windows: Iterable[tuple[int, str]]) -> bool:
         """Whether an event is a notification of its own for sure: none of its windows is there."""
-        windows, dropping = self._windows, self._dropping
-        for ask in asks:
-            window = (stream_id, ask.key)
-            if window in windows or window in dropping:
-                return False
-        return True
+        return self._windows.keys().isdisjoint(windows) and self._dropping.keys().isdisjoint(windows)
 
-    def begin_drop(self, stream_id: int, event: Event, key: str) -> None:
+    def begin_drop(self, window: tuple[int, str], event: Event) -> None:
         """An event that is `alone` begins a window of `drop` and no other.
 
         Nothing is ever merged into it, so that no more needs to be known of it.
         """
-        self._dropping[stream_id, key] = event
+        self._dropping[window] = event
 
     def _stored(self, w: Window) -> Target:
         row = w.row

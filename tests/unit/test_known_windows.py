@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.shard_windows import KnownWindows
+from carillon.merge_begun import number_of
 
 DAY_MS = 86_400_000
 NOW = 1_800_000_000_000
@@ -23,6 +24,11 @@ steps = st.lists(
     ),
     max_size=60,
 )
+
+
+def perhaps(known: KnownWindows, windows: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    """Those that may be open."""
+    return known.perhaps(windows, [number_of(*window) for window in windows])
 
 
 @given(steps, st.integers(1, 5), st.integers(1, 4))
@@ -53,7 +59,7 @@ def test_what_is_open_is_perhaps_open(
             if unlearned:
                 rows = [(*w, end) for w, end in stored.items() if w[0] in unlearned and end > now_ms]
                 known.learn(unlearned, rows[:learned], learned)
-            assert stored.get(window, 0) <= now_ms or known.perhaps([window]) == [window]
+            assert stored.get(window, 0) <= now_ms or perhaps(known, [window]) == [window]
 
 
 def test_what_is_not_open_is_not_asked_of() -> None:
@@ -63,7 +69,7 @@ def test_what_is_not_open_is_not_asked_of() -> None:
     assert known.unlearned([7, 7]) == [7]
     known.learn([7], [(7, KEYS[0], NOW + 1000)], 10)
     assert known.unlearned([7]) == []
-    assert known.perhaps([(7, KEYS[0]), (7, KEYS[1])]) == [(7, KEYS[0])]
+    assert perhaps(known, [(7, KEYS[0]), (7, KEYS[1])]) == [(7, KEYS[0])]
 
 
 def test_what_ended_long_ago_is_forgotten() -> None:
@@ -75,7 +81,7 @@ def test_what_ended_long_ago_is_forgotten() -> None:
     known.under(1, NOW + 100_000)
     known.under(1, NOW + 240_000)
     assert known.unlearned([7]) == []
-    assert known.perhaps([(7, KEYS[0]), (7, KEYS[1])]) == [(7, KEYS[1])]
+    assert perhaps(known, [(7, KEYS[0]), (7, KEYS[1])]) == [(7, KEYS[1])]
 
 
 def test_a_stream_with_many_windows_is_learned_after_a_day() -> None:
@@ -84,11 +90,11 @@ def test_a_stream_with_many_windows_is_learned_after_a_day() -> None:
     known.under(1, NOW)
     known.learn([7], [(7, key, NOW + DAY_MS) for key in KEYS[:3]], 3)
     assert known.unlearned([7]) == []
-    assert known.perhaps([(7, KEYS[5])]) == [(7, KEYS[5])]
+    assert perhaps(known, [(7, KEYS[5])]) == [(7, KEYS[5])]
     known.under(1, NOW + DAY_MS - 1)
     assert known.unlearned([7]) == []
-    assert known.perhaps([(7, KEYS[5])]) == [(7, KEYS[5])]
+    assert perhaps(known, [(7, KEYS[5])]) == [(7, KEYS[5])]
     known.opened([(7, KEYS[4], NOW + DAY_MS + 60_000)])
     known.under(1, NOW + DAY_MS)
     assert known.unlearned([7]) == []
-    assert known.perhaps([(7, KEYS[4]), (7, KEYS[5])]) == [(7, KEYS[4])]
+    assert perhaps(known, [(7, KEYS[4]), (7, KEYS[5])]) == [(7, KEYS[4])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, cast
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from actors.shard_entries import Entry, answered
@@ -41,6 +41,8 @@ DOCUMENTS = [
     None,
     {"types": {"like": {"channels": {"push": False}}, "chat": {"priority": "critical"}}},
     {"quietHours": {"start": "00:00", "end": "23:59"}},
+    {"quietHours": {"start": "13:47", "end": "13:48"}, "digest": "hourly"},
+    {"doNotDisturbUntil": "2001-09-09T01:46:45.500Z"},
 ]
 NAMES = ["ann", "bob", "cat"]
 CONTENT = '{"type":"x","title":"t"}'
@@ -69,7 +71,7 @@ EVENTS = st.lists(
         st.sampled_from([None] * 6 + [["push"], ["in_app"]]),
         st.sampled_from([None] * 6 + [["push"]]),
         st.sampled_from([Reach.LIVE] * 6 + [Reach.GRACE, Reach.OFFLINE]),
-        st.sampled_from([0] * 20 + [1, 40_000]),  # ms since the one before
+        st.sampled_from([0] * 20 + [1, 1, 2500, 20_000, 40_000, 720_000, -1, -30_000]),  # ms since the last
     ),
     min_size=20,
     max_size=40,
@@ -96,10 +98,15 @@ def _user(name: str, document: Any, providers: frozenset[str], level: Attention)
 
 
 @given(st.sampled_from([BARE, BARE, RULED, FEED_ONLY]), USERS, EVENTS)
+@example(  # do-not-disturb ends within a minute
+    BARE,
+    {"ann": (DOCUMENTS[-1], frozenset({"fcm"}), Attention.UNKNOWN)},
+    [("ann", "chat", 1, None, None, Reach.LIVE, later) for later in (0, 2600)],
+)
 def test_events_of_one_moment_are_decided_as_each_would_be_alone(
     document: dict[str, Any], people: dict[str, Any], events: list[Any]
 ) -> None:
-    """Whatever was decided before in this millisecond, a plan is that of the pure functions."""
+    """Whatever was decided before, and whatever the clock does, a plan is that of the pure functions."""
     tenant = build(document, DEFAULT)
     users = {name: _user(name, *known) for name, known in people.items()}
     reached: list[Reach] = []
@@ -107,10 +114,10 @@ def test_events_of_one_moment_are_decided_as_each_would_be_alone(
         ManualClock(),
         SETTINGS,
         cast("Merges", None),
-        reach=lambda user: (reached[-1], 5_000_000),
+        reach=lambda user: (reached[-1], 1_000_000_500_000),
         policy=lambda name: tenant,
     )
-    now_ms = 1_000_000
+    now_ms = 1_000_000_003_000  # 01:46:43, in UTC
     for name, kind, priority, channels, fallback, reach, later in events:
         now_ms += later
         reached.append(reach)
@@ -138,7 +145,7 @@ def test_events_of_one_moment_are_decided_as_each_would_be_alone(
             providers=user.providers,
             now_ms=now_ms,
             ack_window_ms=round(SETTINGS.ack_window_s * 1000),
-            grace_end_ms=5_000_000,
+            grace_end_ms=1_000_000_500_000,
             lease_ms=round(SETTINGS.delivery_lease_s * 1000),
             attention=people[name][2] if looks else Attention.UNKNOWN,
             policy=tenant.of(kind),
