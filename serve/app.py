@@ -69,8 +69,8 @@ class IngressApp:
     Args:
         services: what handlers work with.
 
-    Memory: at most `ingress.max_in_flight` requests are worked on at once; one more is answered 503 with
-    Retry-After before its body is read.
+    Memory: at most `ingress.max_in_flight` requests are worked on at once, `ingress.tenant_in_flight` of one
+    tenant; one more is answered 503 with Retry-After before its body is read.
     """
 
     def __init__(self, services: Services) -> None:
@@ -132,15 +132,14 @@ class IngressApp:
                 if known is None:
                     authorization = headers.get(b"authorization")
                     known = await services.auth.service(authorization, EVENTS_SCOPE)
-                response = await publish(
-                    services,
-                    body,
-                    headers.get(b"idempotency-key"),
-                    known.tenant,
-                    started + self._timeout_s,
-                    request_id,
-                    known.limits,
-                )
+                key, deadline = headers.get(b"idempotency-key"), started + self._timeout_s
+                services.shares.enter(known.tenant)
+                try:
+                    response = await publish(
+                        services, body, key, known.tenant, deadline, request_id, known.limits
+                    )
+                finally:
+                    services.shares.leave(known.tenant)
         except Exception as exc:
             response = _failed(exc, request_id, "POST", HOT_PATH)
         finally:
@@ -162,11 +161,15 @@ class IngressApp:
                 and not scope["query_string"]
                 and (known := self._known_key(headers)) is not None
             ):
-                body = await read_body(receive, headers, self._limit)
-                key = headers.get(b"idempotency-key")
-                response = await publish(
-                    services, body, key, known.tenant, started + self._timeout_s, request_id, known.limits
-                )
+                key, deadline = headers.get(b"idempotency-key"), started + self._timeout_s
+                services.shares.enter(known.tenant)
+                try:
+                    body = await read_body(receive, headers, self._limit)
+                    response = await publish(
+                        services, body, key, known.tenant, deadline, request_id, known.limits
+                    )
+                finally:
+                    services.shares.leave(known.tenant)
             else:
                 response = await self._dispatch(scope, headers, receive, request_id, started)
         except ClientGoneError:
@@ -261,7 +264,12 @@ class IngressApp:
             request.tenant, request.user, request.identity = who.tenant, who.user, who
         else:
             assert route.door == OPEN
-        return await route.handler(services, request)
+            return await route.handler(services, request)
+        services.shares.enter(request.tenant)
+        try:
+            return await route.handler(services, request)
+        finally:
+            services.shares.leave(request.tenant)
 
     def _cors(self, headers: list[Header], origin: bytes) -> None:
         """CORS for /api. Tokens are not ambient, so any origin may ask unless the settings name some; there

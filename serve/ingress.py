@@ -35,6 +35,7 @@ from serve.connections import Connections
 from serve.door import DoorProtocol, protocol_of
 from serve.services import Services
 from serve.stream_in import StreamIn
+from serve.tenant_shares import TenantShares
 from stores.archive_export import ArchiveExport
 from stores.cached_feed import CachedFeed
 from stores.postgres.audience import AudienceReader
@@ -156,6 +157,7 @@ class Ingress:
                 SegmentStore(self._pool, settings.postgres.connect_timeout_s),
                 AudienceReader(self._pool, settings.postgres.connect_timeout_s),
                 DigestReader(self._pool, settings.postgres.connect_timeout_s),
+                TenantShares(settings.ingress.tenant_in_flight),
                 connections=self.connections,
                 url=self.url,
                 cluster_tag=tag,

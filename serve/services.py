@@ -13,6 +13,7 @@ from carillon.metrics import Stats
 from carillon.settings import Settings
 from serve.auth import Authenticator
 from serve.connections import Connections
+from serve.tenant_shares import TenantShares
 from stores.cached_feed import CachedFeed
 from stores.postgres.audience import AudienceReader
 from stores.postgres.broadcasts import BroadcastStore
@@ -82,6 +83,7 @@ class Services:
     segments: SegmentStore
     audiences: AudienceReader
     digests: DigestReader
+    shares: TenantShares
     in_flight: int = 0
     draining: bool = False
     connections: Connections | None = None

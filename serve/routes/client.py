@@ -191,12 +191,14 @@ async def get_sync(services: Services, request: Request) -> Response:
     )
     gone = asyncio.ensure_future(request.gone())
     services.in_flight -= 1  # it takes no work, and is bounded by `ingress.max_streams`
+    services.shares.leave(request.tenant)
     try:
         await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             raise ClientGoneError("the caller hung up")
     finally:
         services.in_flight += 1
+        services.shares.again(request.tenant)
         gone.cancel()
         work.cancel()
         await asyncio.gather(work, gone, return_exceptions=True)

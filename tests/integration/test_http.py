@@ -707,6 +707,35 @@ async def test_cors_list(postgres_dsn: str) -> None:
         await world.stop()
 
 
+async def test_a_tenant_leaves_room_for_others(postgres_dsn: str) -> None:
+    """Beyond tenant_in_flight requests a tenant's next are 503; another's are served, and its own soon."""
+    world = await World(postgres_dsn, ingress={"max_in_flight": 10, "tenant_in_flight": 2}).start()
+    try:
+        held: list[Any] = []
+
+        def hold(link: Any, message: Any, request: int) -> bool:
+            if type(message) is not Publish or message.events[0].tenant != "acme":
+                return False
+            held.append((link, message, request))
+            return True
+
+        world.router.answer = hold
+        waiting = [asyncio.ensure_future(world.event(EVENT)) for _ in range(2)]
+        await eventually(lambda: len(held) == 2)
+        told = problem(await world.event(EVENT), 503, "unavailable")
+        assert "of this tenant" in told["detail"]
+        problem(
+            await world.http.get("/v1/users/ada/preferences", headers=world.service()), 503, "unavailable"
+        )
+        assert (await world.event(EVENT, headers=world.service(world.other_key))).status_code == 202
+        for link, message, request in held:
+            link.reply_nowait(request, Outcomes([Outcome(e.id, 1, "stored", []) for e in message.events]))
+        assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [202, 202]
+        assert (await world.http.get(preferences, headers=world.service())).status_code == 200
+    finally:
+        await world.stop()
+
+
 async def test_back_pressure(postgres_dsn: str) -> None:
     """Beyond max_in_flight requests are 503 with Retry-After; health and metrics still answer."""
     world = await World(postgres_dsn, ingress={"max_in_flight": 2}).start()
