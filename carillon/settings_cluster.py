@@ -38,7 +38,7 @@ class ClusterSettings:
         unit="s",
     )
     spare_process: bool = setting(
-        False, "Keep an idle process of Ray on each node (80 MB), for the next actor that starts there."
+        False, "Keep an idle process of Ray on each node (110 MB), for the next actor that starts there."
     )
     spare_delay_s: float = setting(
         3.0, "So long after an actor joined, its node's spare process is looked after.", low=0.0, unit="s"

@@ -36,6 +36,10 @@ START: Final = {
 }
 """What makes a new process start sooner."""
 
+PRELOAD: Final = {"RAY_preload_python_modules": "actors.ray_preload"}
+"""Has a node's spare processes import our modules before they are needed (`cluster.spare_process`;
+ray_cluster.yaml sets it, too)."""
+
 QUIET: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Nothing collects these here; Carillon's own figures are at /metrics.
@@ -76,7 +80,12 @@ def client_environment(token_file: Path | str | None, loopback: bool) -> dict[st
 
 
 def head_environment(
-    token_file: Path | str, loopback: bool, short_folder: Path, ports: tuple[int, int, int, int]
+    token_file: Path | str,
+    loopback: bool,
+    short_folder: Path,
+    ports: tuple[int, int, int, int],
+    *,
+    spare: bool = False,
 ) -> dict[str, str]:
     """Variables of the head that `up` starts; its workers inherit them.
 
@@ -88,16 +97,22 @@ def head_environment(
             Serve keeps for when no replica answers (HTTP and gRPC). Serve opens that one's so that others
             may share it (SO_REUSEPORT): of two systems with the same one each would get some of the other's
             requests.
+        spare: the nodes keep spare processes.
     """
     haproxy = short_folder / "h"
-    return client_environment(token_file, loopback) | {
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[2]),
-        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports[3]),
-    }
+    preload = PRELOAD if spare else {}
+    return (
+        client_environment(token_file, loopback)
+        | preload
+        | {
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[0]),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[2]),
+            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports[3]),
+        }
+    )

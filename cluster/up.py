@@ -204,7 +204,9 @@ class System:
                 command += ["--host", self.settings.cluster.advertise_host or outward_address()]
             host = "0.0.0.0"  # where HAProxy binds its own
             ports = free_port(host), free_port(host), free_port(host), free_port(host)
-            environment = head_environment(token, self._loopback, short, ports)
+            environment = head_environment(
+                token, self._loopback, short, ports, spare=self.settings.cluster.spare_process
+            )
             (short / "h").mkdir(exist_ok=True)
             for attempt in range(1, _HEAD_TRIES + 1):
                 self.head = LineChild(

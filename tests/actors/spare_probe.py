@@ -20,10 +20,13 @@ DEADLINE_S = 60.0
 
 
 class Plain:
-    """Tells its process."""
+    """Tells its process, and whether that has imported what a shard needs."""
 
     async def pid(self) -> int:
         return os.getpid()
+
+    async def had(self) -> bool:
+        return "actors.shard" in sys.modules
 
 
 def processes() -> set[int]:
@@ -36,6 +39,21 @@ def until_ready(node: str) -> None:
     while not idle_processes(node):
         assert time.monotonic() < deadline, "no spare process came up"
         time.sleep(0.1)
+
+
+def until_imported(before: set[int]) -> None:
+    """Wait until a process that was not there before has mapped the last library that is preloaded."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not any("cryptography" in _maps(pid) for pid in processes() - before):
+        assert time.monotonic() < deadline, "the spare process imported nothing"
+        time.sleep(0.1)
+
+
+def _maps(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return ""
 
 
 def killed(actor: object, pid: int) -> int:
@@ -60,14 +78,19 @@ def main() -> None:
     node = head_node()
     actor = ray.remote(Plain).options(num_cpus=0, max_restarts=-1).remote()
     pid = ray.get(actor.pid.remote())
+    none = processes()
     first = ensure_spare(node)
     until_ready(node)
+    until_imported(none)
+    had = [ray.get(actor.had.remote())]
     there = ensure_spare(node)
     before = processes()
     taken = killed(actor, pid) in before
+    had.append(ray.get(actor.had.remote()))
     again = ensure_spare(node)
     unknown = ensure_spare("0" * 56)
-    print(json.dumps({"first": first, "there": there, "taken": taken, "again": again, "unknown": unknown}))
+    found = {"first": first, "there": there, "taken": taken, "again": again, "unknown": unknown, "had": had}
+    print(json.dumps(found))
     ray.shutdown()
 
 

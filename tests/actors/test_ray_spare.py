@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-from cluster.ray_env import QUIET, ROOT
+from cluster.ray_env import PRELOAD, QUIET, ROOT
 
 
 def test_a_restarted_actor_takes_the_process_that_was_ready() -> None:
@@ -15,7 +15,7 @@ def test_a_restarted_actor_takes_the_process_that_was_ready() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "tests.actors.spare_probe"],
         cwd=ROOT,
-        env=os.environ | QUIET,  # no processes that Ray starts ahead by itself
+        env=os.environ | QUIET | PRELOAD,  # no processes that Ray starts ahead by itself
         capture_output=True,
         text=True,
         timeout=180,
@@ -28,4 +28,5 @@ def test_a_restarted_actor_takes_the_process_that_was_ready() -> None:
         "taken": True,
         "again": True,  # it is taken, so another one is started
         "unknown": False,
+        "had": [False, True],  # our modules: the first process, which had an actor at once, and the spare one
     }

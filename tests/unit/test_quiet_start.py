@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from actors.quiet_start import import_quietly
+from actors.ray_preload import MODULES
+from actors.ray_shell import GatewayActor, RouterActor, ShardActor
+from carillon.settings import Settings
 from cluster.ray_env import ROOT, client_environment
 
 NOTES_ITS_NICENESS = """
@@ -58,6 +61,15 @@ def test_a_shard_imports_nothing_that_it_may_not_need() -> None:
     loaded = {name.partition(".")[0] for name in run.stdout.split()}
     assert "asyncpg" in loaded
     assert not loaded & {"httpx", "jwt", "cryptography", "redis", "fsspec", "jinja2", "ray"}
+
+
+def test_a_spare_process_imports_what_actors_need() -> None:
+    """Nothing is left to import for a shard, a gateway or a router that starts in it."""
+    settings = Settings().with_values(redis={"url": "redis://127.0.0.1:1/0"})
+    needed = {"actors.ray_shell"}
+    for shell in (ShardActor, GatewayActor, RouterActor):
+        needed |= {shell.path.partition(":")[0], *shell.needs(settings)}
+    assert set(MODULES) == needed
 
 
 def test_bytecode_is_kept() -> None:

@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import yaml
 
-from cluster.ray_env import ROOT, SERVE_SWITCHES
+from cluster.ray_env import PRELOAD, PRIORITY, ROOT, SERVE_SWITCHES
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +51,17 @@ def test_node_types_fit_together(document: dict[str, Any]) -> None:
 
 def test_environment_has_the_serve_switches(document: dict[str, Any]) -> None:
     """Nodes get exactly the Serve switches that `make up` uses: they must not differ between nodes."""
+    assert _environment(document, "RAY_SERVE_") == SERVE_SWITCHES
+
+
+def test_environment_has_the_start_switches(document: dict[str, Any]) -> None:
+    """And those for actors' priority, and for spare processes that have our modules."""
+    assert _environment(document, "RAY_worker_", "RAY_preload_") == PRIORITY | PRELOAD
+
+
+def _environment(document: dict[str, Any], *begins: str) -> dict[str, str]:
     written = "\n".join(document["setup_commands"])
-    lines = dict(line.split("=", 1) for line in written.splitlines() if line.startswith("RAY_SERVE_"))
-    assert lines == SERVE_SWITCHES
+    return dict(line.split("=", 1) for line in written.splitlines() if line.startswith(begins))
 
 
 def test_every_start_reads_the_environment(document: dict[str, Any]) -> None:
