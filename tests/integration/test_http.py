@@ -724,9 +724,8 @@ async def test_a_tenant_leaves_room_for_others(postgres_dsn: str) -> None:
         await eventually(lambda: len(held) == 2)
         told = problem(await world.event(EVENT), 503, "unavailable")
         assert "of this tenant" in told["detail"]
-        problem(
-            await world.http.get("/v1/users/ada/preferences", headers=world.service()), 503, "unavailable"
-        )
+        preferences = "/v1/users/ada/preferences"
+        problem(await world.http.get(preferences, headers=world.service()), 503, "unavailable")
         assert (await world.event(EVENT, headers=world.service(world.other_key))).status_code == 202
         for link, message, request in held:
             link.reply_nowait(request, Outcomes([Outcome(e.id, 1, "stored", []) for e in message.events]))
