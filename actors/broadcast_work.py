@@ -175,26 +175,32 @@ class Work:
         """Read users of the next chunks and what decides about them; make streams where they are missing."""
         shared, tenant = self._shared, self.one.tenant
         limit = shared.settings.broadcast.chunk_max
-        started = shared.clock.monotonic()
         asked = pending[: self._slots_of_page]
-        page = await shared.store.users(tenant, self.one.recipients, asked, limit)
-        self._widen((shared.clock.monotonic() - started) * 1000)
-        self._contexts = await self._read_contexts(page)
-        streams = self._contexts.streams
-        without = [one for one in self._left(page) if one.user not in streams]
-        if without:
-            made = await shared.store.make_streams(
-                shared.shard_store.shard, self.term, tenant, without,
-                [os.urandom(6).hex() for _ in without],
-            )  # fmt: skip
-            if not made:
-                raise FencedError("streams could not be made")
-            streams.update(made)
-            if len(made) < len(without):
-                raise UnavailableError("streams were made by somebody else meanwhile", 0.1)
+        # In its turn, as chunks are written: beside another shard's, PostgreSQL would fill two processors.
+        async with shared.store.turn(self._turn):
+            started = shared.clock.monotonic()
+            page = await shared.store.users(tenant, self.one.recipients, asked, limit)
+            self._widen((shared.clock.monotonic() - started) * 1000)
+            self._contexts = await self._read_contexts(page)
+            await self._make_streams(
+                [one for one in self._left(page) if one.user not in self._contexts.streams]
+            )
         self._ahead = page
         self._asked = len(asked)
         self._last_page = len(page) < limit
+
+    async def _make_streams(self, users: Sequence[SlotUser]) -> None:
+        if not users:
+            return
+        shared = self._shared
+        made = await shared.store.make_streams(
+            shared.shard_store.shard, self.term, self.one.tenant, users, [os.urandom(6).hex() for _ in users]
+        )
+        if not made:
+            raise FencedError("streams could not be made")
+        self._contexts.streams.update(made)
+        if len(made) < len(users):
+            raise UnavailableError("streams were made by somebody else meanwhile", 0.1)
 
     async def _read_contexts(self, page: Sequence[SlotUser]) -> Contexts:
         if not page:

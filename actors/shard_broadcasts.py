@@ -95,12 +95,16 @@ class Broadcasts:
             Decider(self._all.shard), self._clock, self._stats, self._all, self._term, self._owns,
             self._due_now,
         )  # fmt: skip
+        waits = True
         while True:
-            await asyncio.sleep(self._settings.look_s)
+            if waits:
+                await asyncio.sleep(self._settings.look_s)
+            waits = True
             try:
                 await self._look()
                 while self._works and not self._looked_long_ago():
                     await self._round()
+                waits = not self._works  # in the midst of one there is nothing to wait for
                 if self._clock.monotonic() >= self._prune_at:
                     self._prune_at = self._clock.monotonic() + _PRUNE_S
                     await self._store.prune(self._clock.now_ms() - round(self._settings.keep_s * 1000))

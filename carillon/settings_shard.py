@@ -286,20 +286,20 @@ class BroadcastSettings:
         unit="s",
     )
     chunk_min: int = setting(
-        150,
+        60,
         "Fewest users that one transaction notifies: each costs PostgreSQL as much as about forty users.",
         low=1,
         high=1000,
     )
-    chunk_max: int = setting(500, "Most users that one transaction notifies.", low=1, high=1000)
+    chunk_max: int = setting(250, "Most users that one transaction notifies.", low=1, high=1000)
     chunk_ms: float = setting(
-        6.0,
+        3.0,
         "Chunks grow and shrink so that one takes about so long: a commit of single events may wait for it.",
         low=1.0,
         unit="ms",
     )
     busy_share: float = setting(
-        0.9,
+        0.8,
         "Part of its time that a shard spends on broadcasts while it appends single events. With none "
         "it does not rest.",
         low=0.01,
@@ -307,8 +307,8 @@ class BroadcastSettings:
     )
     parallel: int = setting(
         1,
-        "Chunks that all shards write at a time: processors stay free for single events. One for each two "
-        "of PostgreSQL's; 0: no bound.",
+        "Chunks that all shards read or write at a time: processors stay free for single events. One for "
+        "each two of PostgreSQL's; 0: no bound.",
         low=0,
         high=1024,
     )

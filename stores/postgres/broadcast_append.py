@@ -19,8 +19,8 @@ from carillon.messages import Event
 from stores.postgres.named import load_queries
 
 COUNTS: Final = ("stored", "delivered", "queued", "deferred", "suppressed", "failed")
-_TURNS: Final = 0x4341_5249_0000
-"""Advisory locks from here on ("CARI" in front) are turns of chunks."""
+TURNS: Final = 0x4341_5249_0000
+"""Advisory locks from here on ("CARI" in front) are turns of broadcasts."""
 _FIRST: Final = 17
 """Number of the first parameter behind those of `append`."""
 
@@ -140,7 +140,7 @@ class BroadcastAppend:
         expires_s = None if event.expires_ms is None else event.expires_ms / 1000
         more: list[Any] = []
         if progress is not None:
-            lock = None if progress.turn is None else _TURNS + progress.turn
+            lock = None if progress.turn is None else TURNS + progress.turn
             more += *mark_parameters(progress.broadcast, progress.marks, progress.counts), lock
         if rows.pushes:
             more += _push_parameters(rows, delivery_ids, now_ms)

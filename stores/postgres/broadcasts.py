@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 from uuid import UUID
@@ -28,7 +28,7 @@ from carillon.broadcasts import (
 from carillon.errors import FencedError, IdempotencyConflictError, StoreUnavailableError, UnavailableError
 from carillon.ids import SLOTS
 from stores.postgres.audience import AudienceReader, audience_queries
-from stores.postgres.broadcast_append import COUNTS, BroadcastAppend, mark_parameters, numbered
+from stores.postgres.broadcast_append import COUNTS, TURNS, BroadcastAppend, mark_parameters, numbered
 from stores.postgres.named import load_queries
 from stores.postgres.pool import Store, acquired
 
@@ -392,6 +392,16 @@ class BroadcastStore(Store):
                 text, tenant, [one.slot for one in users], [one.user for one in users], 1, *_rest(audience)
             )
         return [SlotUser(row[0], row[1]) for row in rows]
+
+    @contextlib.asynccontextmanager
+    async def turn(self, number: int | None) -> AsyncIterator[None]:
+        """Be alone with what is done inside, among all who take turns of this number; None: no waiting."""
+        if number is None:
+            yield
+            return
+        async with acquired(self._pool, self._timeout_s) as connection, connection.transaction():
+            await connection.fetch(self.sql["take_turn"], TURNS + number)
+            yield
 
     async def contexts(self, tenant: str, users: Sequence[SlotUser], dense: bool = False) -> Contexts | None:
         """What decides about users.

@@ -107,6 +107,10 @@ cross join lateral (
     where s.tenant = $1 and s.slot = p.slot and s.user_id >= p.first and s.user_id <= p.last
 ) s limit $6
 
+-- name: take_turn
+-- Until the end of the transaction. $1 lock.
+select pg_advisory_xact_lock($1);
+
 -- name: contexts
 -- What decides about users, a row for each thing that there is. $1 tenant, $3 users. By slot, as the page was read: all of
 -- its streams lie side by side in that index.
