@@ -176,15 +176,11 @@ class Work:
         shared, tenant = self._shared, self.one.tenant
         limit = shared.settings.broadcast.chunk_max
         asked = pending[: self._slots_of_page]
-        # In its turn, as chunks are written: beside another shard's, PostgreSQL would fill two processors.
-        async with shared.store.turn(self._turn):
-            started = shared.clock.monotonic()
-            page = await shared.store.users(tenant, self.one.recipients, asked, limit)
-            self._widen((shared.clock.monotonic() - started) * 1000)
-            self._contexts = await self._read_contexts(page)
-            await self._make_streams(
-                [one for one in self._left(page) if one.user not in self._contexts.streams]
-            )
+        started = shared.clock.monotonic()
+        page = await shared.store.users(tenant, self.one.recipients, asked, limit)
+        self._widen((shared.clock.monotonic() - started) * 1000)
+        self._contexts = await self._read_contexts(page)
+        await self._make_streams([one for one in self._left(page) if one.user not in self._contexts.streams])
         self._ahead = page
         self._asked = len(asked)
         self._last_page = len(page) < limit
@@ -205,13 +201,14 @@ class Work:
     async def _read_contexts(self, page: Sequence[SlotUser]) -> Contexts:
         if not page:
             return Contexts({}, {})
-        store, tenant = self._shared.store, self.one.tenant
+        store, tenant, turn = self._shared.store, self.one.tenant, self._turn
+        # In its turn, as chunks are written: beside another shard's, PostgreSQL would fill two processors.
         if self._dense:
-            found = await store.contexts(tenant, page, True)
+            found = await store.contexts(tenant, page, True, turn)
             if found is not None:
                 return found
             self._dense = False  # most users of a slot are not meant: these alone are looked up from now on
-        found = await store.contexts(tenant, page)
+        found = await store.contexts(tenant, page, turn=turn)
         assert found is not None
         return found
 

@@ -102,8 +102,10 @@ class Broadcasts:
             waits = True
             try:
                 await self._look()
-                while self._works and not self._looked_long_ago():
+                while self._works:
                     await self._round()
+                    if self._looked_long_ago():
+                        break
                 waits = not self._works  # in the midst of one there is nothing to wait for
                 if self._clock.monotonic() >= self._prune_at:
                     self._prune_at = self._clock.monotonic() + _PRUNE_S

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 from uuid import UUID
@@ -393,22 +393,15 @@ class BroadcastStore(Store):
             )
         return [SlotUser(row[0], row[1]) for row in rows]
 
-    @contextlib.asynccontextmanager
-    async def turn(self, number: int | None) -> AsyncIterator[None]:
-        """Be alone with what is done inside, among all who take turns of this number; None: no waiting."""
-        if number is None:
-            yield
-            return
-        async with acquired(self._pool, self._timeout_s) as connection, connection.transaction():
-            await connection.fetch(self.sql["take_turn"], TURNS + number)
-            yield
-
-    async def contexts(self, tenant: str, users: Sequence[SlotUser], dense: bool = False) -> Contexts | None:
+    async def contexts(
+        self, tenant: str, users: Sequence[SlotUser], dense: bool = False, turn: int | None = None
+    ) -> Contexts | None:
         """What decides about users.
 
         Args:
             users: a page, in the order of slots and users within each.
             dense: hardly anybody stands between them who is not meant.
+            turn: it is read when nobody else reads or writes a chunk in this turn; None: at once.
 
         Returns:
             Other users may be among the streams. None: with `dense`, too many were.
@@ -423,8 +416,14 @@ class BroadcastStore(Store):
             more = [first[slot] for slot in slots], list(last.values()), most
         else:
             slots = sorted({one.slot for one in users})
+        text = self._contexts[dense]
         async with acquired(self._pool, self._timeout_s) as connection:
-            rows = await connection.fetch(self._contexts[dense], tenant, slots, names, *more)
+            if turn is None:
+                rows = await connection.fetch(text, tenant, slots, names, *more)
+            else:
+                async with connection.transaction():
+                    await connection.fetch(self.sql["take_turn"], TURNS + turn)
+                    rows = await connection.fetch(text, tenant, slots, names, *more)
         found = Contexts({}, {})
         streams, others = found
         for user, stream_id, provider, preferences, zone in rows:

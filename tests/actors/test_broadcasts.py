@@ -109,6 +109,21 @@ async def test_everybody_gets_it_once(world: World) -> None:
     assert await world.pool.fetchval("select count(*) from broadcast_slots") == 0
 
 
+async def test_it_goes_on_whatever_looks_take(postgres_dsn: str) -> None:
+    """Looks that are due again when they end, and the fewest connections, stop nothing."""
+    kit = Kit(postgres_dsn)
+    kit.settings = kit.settings.with_values(
+        broadcast={"look_s": 0.0001, "chunk_min": 7, "chunk_max": 40}, postgres={"shard_pool_size": 2}
+    )
+    async with kit:
+        world = await World(kit).open()
+        users = await world.people(100)
+        record = await world.ended(await world.send())
+        assert (record.state, record.counts.stored) == ("done", 100)
+        assert await world.have() == dict.fromkeys(users, 1)
+        await world.pool.close()
+
+
 async def test_a_list_makes_users(world: World) -> None:
     """Users who were never heard of get a stream with it; nobody else gets it."""
     await world.people(5)
