@@ -34,12 +34,12 @@ MODULES: Final = (
 
 
 def preload() -> None:
-    """Import `MODULES` if the process has no actor yet."""
+    """Import `MODULES` for as long as the process has no actor."""
     step_back(NICENESS)
     time.sleep(LOOK_AFTER_S)
-    if not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is not None:
-        return
     for name in MODULES:
+        if not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is not None:
+            return
         importlib.import_module(name)
 
 

@@ -374,10 +374,8 @@ class MergingBatch:
                     )
                 )  # fmt: skip
         writes.left = self._merger.left
-        known = self._merges.windows
-        for window_ms, numbers in self._dropping.items():
-            known.began(numbers, self._now_ms + window_ms)
-        known.opened(self._begun)
+        dropping = {self._now_ms + window_ms: numbers for window_ms, numbers in self._dropping.items()}
+        self._merges.windows.opened(self._begun, dropping)
         for row in writes.updates:
             row.back += counts[row.stream_id]
         for raw, (user, event, plan, due_ms) in self._pushes.items():

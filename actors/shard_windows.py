@@ -8,7 +8,7 @@ and term.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from carillon.merge_begun import DAY_MS, number_of
 
@@ -93,27 +93,31 @@ class KnownWindows:
                 self._learned.add(stream)
         self.opened(windows)
 
-    def opened(self, windows: Iterable[tuple[int, str, int]]) -> None:
-        """These, each with its end (ms), are about to be written, or are there."""
-        by_end: dict[int, list[int]] = {}
-        for stream, key, ends_ms in windows:
-            by_end.setdefault(ends_ms, []).append(number_of(stream, key))
-        for ends_ms, numbers in by_end.items():
-            self.began(numbers, ends_ms)
+    def opened(
+        self, windows: Iterable[tuple[int, str, int]], numbers: Mapping[int, Iterable[int]] = {}
+    ) -> None:
+        """These, each with its end (ms), are about to be written, or are there.
 
-    def began(self, numbers: Iterable[int], ends_ms: int) -> None:
-        """Windows by their numbers, all with one end, are about to be written, or are there."""
-        ages = self._ages
-        size = (ends_ms - self._now_ms).bit_length()
-        age = ages.get(size)
-        if age is None:
-            age = ages[size] = _Age(1 << size, self._now_ms)
-            self._sets += [age.young, age.old]
-        age.young.update(numbers)
+        Args:
+            numbers: more of them, by their end (ms).
+        """
+        for stream, key, ends_ms in windows:
+            self._age(ends_ms).young.add(number_of(stream, key))
+        for ends_ms, some in numbers.items():
+            self._age(ends_ms).young.update(some)
         if sum(map(len, self._sets)) > self._most:
             # Windows that leave may be open still.
+            ages = self._ages
             self._turn([max(ages, key=lambda size: len(ages[size].young) + len(ages[size].old))])
             self._forget()
+
+    def _age(self, ends_ms: int) -> _Age:
+        size = (ends_ms - self._now_ms).bit_length()
+        age = self._ages.get(size)
+        if age is None:
+            age = self._ages[size] = _Age(1 << size, self._now_ms)
+            self._sets += [age.young, age.old]
+        return age
 
     def perhaps(self, windows: Sequence[tuple[int, str]], numbers: Sequence[int]) -> list[tuple[int, str]]:
         """Those that may be open; `numbers` are theirs."""

@@ -106,7 +106,10 @@ class IngressSettings:
     )
     max_in_flight: int = setting(4096, "Requests at once before 503.", low=1)
     tenant_in_flight: int = setting(
-        3072, "Requests of one tenant at once before its next is answered 503; others have the rest.", low=1
+        3072,
+        "Requests of one tenant at once before its next is answered 503; others have the rest of "
+        "`ingress.max_in_flight` (as many or more are no bound).",
+        low=1,
     )
     max_connections: int = setting(
         10_000, "Connections to a replica's own door, streams not counted; one more is cut off.", low=1

@@ -294,7 +294,8 @@ class BroadcastSettings:
     chunk_max: int = setting(250, "Most users that one transaction notifies.", low=1, high=1000)
     chunk_ms: float = setting(
         3.0,
-        "Chunks grow and shrink so that one takes about so long: a commit of single events may wait for it.",
+        "Chunks grow and shrink so that one takes about so long, its wait for a turn included: a commit of "
+        "single events may wait for it.",
         low=1.0,
         unit="ms",
     )

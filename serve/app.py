@@ -105,6 +105,8 @@ class IngressApp:
         """Send what is made while it is sent, until the caller hangs up."""
         gone = asyncio.ensure_future(_hung_up(receive))
         self.services.in_flight += 1
+        if response.tenant:
+            self.services.shares.again(response.tenant)
         try:
             if scope["method"] != "HEAD":
                 async with contextlib.aclosing(response.parts) as parts:
@@ -115,6 +117,8 @@ class IngressApp:
             await send({"type": "http.response.body", "body": b""})
         finally:
             self.services.in_flight -= 1
+            if response.tenant:
+                self.services.shares.leave(response.tenant)
             gone.cancel()
             await asyncio.gather(gone, return_exceptions=True)
 
@@ -267,9 +271,12 @@ class IngressApp:
             return await route.handler(services, request)
         services.shares.enter(request.tenant)
         try:
-            return await route.handler(services, request)
+            response = await route.handler(services, request)
         finally:
             services.shares.leave(request.tenant)
+        if type(response) is StreamedResponse:
+            response.tenant = request.tenant  # counted again while it is sent
+        return response
 
     def _cors(self, headers: list[Header], origin: bytes) -> None:
         """CORS for /api. Tokens are not ambient, so any origin may ask unless the settings name some; there

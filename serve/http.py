@@ -67,13 +67,17 @@ class StreamedResponse(Response):
     Args:
         parts: of the body, each sent when the caller took the one before. What it raises ends the connection:
             trouble belongs into the body.
+
+    Attributes:
+        tenant: whose request it answers; "" if nobody asked who it is.
     """
 
-    __slots__ = ("parts",)
+    __slots__ = ("parts", "tenant")
 
     def __init__(self, parts: AsyncGenerator[bytes], content_type: bytes = JSON) -> None:
         super().__init__(content_type=content_type)
         self.parts = parts
+        self.tenant = ""
 
 
 class LateResponse(Response):

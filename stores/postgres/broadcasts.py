@@ -422,7 +422,8 @@ class BroadcastStore(Store):
                 rows = await connection.fetch(text, tenant, slots, names, *more)
             else:
                 async with connection.transaction():
-                    await connection.fetch(self.sql["take_turn"], TURNS + turn)
+                    idle_ms = str(round(self._timeout_s * 1000))
+                    await connection.fetch(self.sql["take_turn"], TURNS + turn, idle_ms)
                     rows = await connection.fetch(text, tenant, slots, names, *more)
         found = Contexts({}, {})
         streams, others = found

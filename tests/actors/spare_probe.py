@@ -41,12 +41,20 @@ def until_ready(node: str) -> None:
         time.sleep(0.1)
 
 
-def until_imported(before: set[int]) -> None:
-    """Wait until a process that was not there before has mapped the last library that is preloaded."""
+def until_imported(sibling: int) -> None:
+    """Wait until another process of the same raylet has mapped the last library that is preloaded."""
     deadline = time.monotonic() + DEADLINE_S
-    while not any("cryptography" in _maps(pid) for pid in processes() - before):
+    raylet = _parent(sibling)
+    while not any(_parent(pid) == raylet and "cryptography" in _maps(pid) for pid in processes() - {sibling}):
         assert time.monotonic() < deadline, "the spare process imported nothing"
         time.sleep(0.1)
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def _maps(pid: int) -> str:
@@ -78,10 +86,9 @@ def main() -> None:
     node = head_node()
     actor = ray.remote(Plain).options(num_cpus=0, max_restarts=-1).remote()
     pid = ray.get(actor.pid.remote())
-    none = processes()
     first = ensure_spare(node)
     until_ready(node)
-    until_imported(none)
+    until_imported(pid)
     had = [ray.get(actor.had.remote())]
     there = ensure_spare(node)
     before = processes()

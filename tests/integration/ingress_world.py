@@ -35,6 +35,7 @@ from serve.ingress import Ingress
 from stores.postgres.pool import open_pool
 from stores.postgres.tenants import TenantStore
 from tests.actors.fakes import FakeCoordinator, FakeShard, actor_config, fast_settings
+from tests.support import eventually
 
 
 class FakeRouter:
@@ -165,6 +166,8 @@ class World:
         if self.ingress is not None:
             await self.http.aclose()
             await self.ingress.stop()
+            inside = self.ingress.app.services.shares._inside
+            await eventually(lambda: not inside, what="no request is counted any more")
         await self.pool.close()
         await self.gateway.close()
         await self.shard.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,8 +16,10 @@ from carillon.clock import rfc3339
 from carillon.ids import SLOTS, Uuid7Source, parse_uuid, slot_of, uuid_text
 from cluster.cli import main
 from cluster.embedded import EmbeddedPostgres
+from stores.postgres.broadcast_append import TURNS
 from stores.postgres.broadcasts import BroadcastStore
 from tests.integration.ingress_world import World
+from tests.support import eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -335,3 +338,28 @@ async def test_a_tenant_has_so_many(world: World) -> None:
         assert (await post(world, body)).status_code == 202
     finally:
         services.settings = before
+
+
+async def test_a_turn_that_nobody_ends_is_over(postgres_dsn: str) -> None:
+    """Who took the turn and is not heard of (a node without power) keeps nobody from reading for long."""
+    pool = await asyncpg.create_pool(postgres_dsn, min_size=1, max_size=3)
+    store = BroadcastStore(pool)
+    page = [SlotUser(1, "u1")]
+    assert await store.contexts("acme", page, turn=0) is not None
+    silent = await asyncpg.connect(postgres_dsn)
+    await silent.execute("begin")
+    await silent.fetch(store.sql["take_turn"], TURNS, "0")  # for ever
+    reading = asyncio.create_task(store.contexts("acme", page, turn=0))
+    other = await store.contexts("acme", page, turn=1)
+    assert other is not None
+    waits = (
+        "select exists (select from pg_locks where locktype = 'advisory' and not granted"
+        " and ((classid::bigint << 32) | objid::bigint) = $1)"
+    )
+    async with pool.acquire() as connection:
+        await eventually(lambda: connection.fetchval(waits, TURNS), what="it waits for its turn")
+    await silent.fetch(store.sql["take_turn"], TURNS, "100")
+    assert await reading is not None
+    with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, ConnectionError):
+        await silent.close(timeout=5)
+    await pool.close()

@@ -78,6 +78,9 @@ class Transports(Kit):
             await socket.close()
         await self.http.aclose()
         await self.ingress.stop()
+        assert self.ingress.app is not None
+        inside = self.ingress.app.services.shares._inside
+        await eventually(lambda: not inside, what="no request is counted any more")
         await self.gateway_actor.stop()
         await self.router_actor.stop()
         for shard in self.shards:

@@ -108,8 +108,9 @@ cross join lateral (
 ) s limit $6
 
 -- name: take_turn
--- Until the end of the transaction. $1 lock.
-select pg_advisory_xact_lock($1);
+-- Until the end of the transaction, which ends with its connection if nothing is asked on it for long: whoever has the
+-- turn may have lost its node. $1 lock, $2 how long, in ms.
+select set_config('idle_in_transaction_session_timeout', $2, true), pg_advisory_xact_lock($1);
 
 -- name: contexts
 -- What decides about users, a row for each thing that there is. $1 tenant, $3 users. By slot, as the page was read: all of
