@@ -176,10 +176,13 @@ class Work:
         shared, tenant = self._shared, self.one.tenant
         limit = shared.settings.broadcast.chunk_max
         asked = pending[: self._slots_of_page]
-        started = shared.clock.monotonic()
-        page = await shared.store.users(tenant, self.one.recipients, asked, limit)
-        self._widen((shared.clock.monotonic() - started) * 1000)
-        self._contexts = await self._read_contexts(page)
+        # In its turn, as chunks are written: beside another shard's, PostgreSQL would fill two processors.
+        # Not where few of those looked at fit: that may take long.
+        async with shared.store.turn(None if self._filtered else self._turn) as connection:
+            started = shared.clock.monotonic()
+            page = await shared.store.users(tenant, self.one.recipients, asked, limit, connection)
+            self._widen((shared.clock.monotonic() - started) * 1000)
+            self._contexts = await self._read_contexts(page, connection)
         await self._make_streams([one for one in self._left(page) if one.user not in self._contexts.streams])
         self._ahead = page
         self._asked = len(asked)
@@ -198,17 +201,18 @@ class Work:
         if len(made) < len(users):
             raise UnavailableError("streams were made by somebody else meanwhile", 0.1)
 
-    async def _read_contexts(self, page: Sequence[SlotUser]) -> Contexts:
+    async def _read_contexts(
+        self, page: Sequence[SlotUser], connection: asyncpg.Connection | None
+    ) -> Contexts:
         if not page:
             return Contexts({}, {})
-        store, tenant, turn = self._shared.store, self.one.tenant, self._turn
-        # In its turn, as chunks are written: beside another shard's, PostgreSQL would fill two processors.
+        store, tenant = self._shared.store, self.one.tenant
         if self._dense:
-            found = await store.contexts(tenant, page, True, turn)
+            found = await store.contexts(tenant, page, True, connection)
             if found is not None:
                 return found
             self._dense = False  # most users of a slot are not meant: these alone are looked up from now on
-        found = await store.contexts(tenant, page, turn=turn)
+        found = await store.contexts(tenant, page, connection=connection)
         assert found is not None
         return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 from uuid import UUID
@@ -348,22 +348,55 @@ class BroadcastStore(Store):
         ]
         return pending, {slot for slot, _ in pending if slot in known}
 
+    @contextlib.asynccontextmanager
+    async def turn(self, number: int | None) -> AsyncIterator[asyncpg.Connection | None]:
+        """A connection on which one reads alone, among all who read or write chunks in turns of this number.
+
+        It is ended if nothing is asked on it for longer than the store waits for a connection: whoever has
+        the turn may have lost its node.
+
+        Args:
+            number: None: there are no turns, and no connection is given.
+        """
+        if number is None:
+            yield None
+            return
+        async with acquired(self._pool, self._timeout_s) as connection, connection.transaction():
+            idle_ms = str(round(self._timeout_s * 1000))
+            await connection.fetch(self.sql["take_turn"], TURNS + number, idle_ms)
+            yield connection
+
+    @contextlib.asynccontextmanager
+    async def _on(self, connection: asyncpg.Connection | None) -> AsyncIterator[asyncpg.Connection]:
+        """A connection that is given, or one of the pool."""
+        if connection is not None:
+            yield connection  # errors are translated where it was acquired
+            return
+        async with acquired(self._pool, self._timeout_s) as own:
+            yield own
+
     async def users(
-        self, tenant: str, recipients: Recipients, pending: Sequence[tuple[int, str]], limit: int
+        self,
+        tenant: str,
+        recipients: Recipients,
+        pending: Sequence[tuple[int, str]],
+        limit: int,
+        connection: asyncpg.Connection | None = None,
     ) -> list[SlotUser]:
         """A page of users of slots, in the order of `pending` and of the users within a slot.
 
         Args:
             pending: slots, each with its last user before.
             limit: fewer users than that mean that all these slots are at their end.
+            connection: of `turn`; not of use for segments, which take several statements.
         """
         audience = recipients.audience
         if audience is None:
             return members(tenant, recipients.users, pending, limit)
         text = self._paging.get(audience.kind)
         if text is not None:
-            async with acquired(self._pool, self._timeout_s) as connection:
-                rows = await connection.fetch(
+            async with self._on(connection) as own:
+                rows = await own.fetch(
                     text, tenant, [slot for slot, _ in pending], [last for _, last in pending], limit,
                     *_rest(audience),
                 )  # fmt: skip
@@ -394,14 +427,18 @@ class BroadcastStore(Store):
         return [SlotUser(row[0], row[1]) for row in rows]
 
     async def contexts(
-        self, tenant: str, users: Sequence[SlotUser], dense: bool = False, turn: int | None = None
+        self,
+        tenant: str,
+        users: Sequence[SlotUser],
+        dense: bool = False,
+        connection: asyncpg.Connection | None = None,
     ) -> Contexts | None:
         """What decides about users.
 
         Args:
             users: a page, in the order of slots and users within each.
             dense: hardly anybody stands between them who is not meant.
-            turn: it is read when nobody else reads or writes a chunk in this turn; None: at once.
+            connection: of `turn`.
 
         Returns:
             Other users may be among the streams. None: with `dense`, too many were.
@@ -416,15 +453,8 @@ class BroadcastStore(Store):
             more = [first[slot] for slot in slots], list(last.values()), most
         else:
             slots = sorted({one.slot for one in users})
-        text = self._contexts[dense]
-        async with acquired(self._pool, self._timeout_s) as connection:
-            if turn is None:
-                rows = await connection.fetch(text, tenant, slots, names, *more)
-            else:
-                async with connection.transaction():
-                    idle_ms = str(round(self._timeout_s * 1000))
-                    await connection.fetch(self.sql["take_turn"], TURNS + turn, idle_ms)
-                    rows = await connection.fetch(text, tenant, slots, names, *more)
+        async with self._on(connection) as own:
+            rows = await own.fetch(self._contexts[dense], tenant, slots, names, *more)
         found = Contexts({}, {})
         streams, others = found
         for user, stream_id, provider, preferences, zone in rows:

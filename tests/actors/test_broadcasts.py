@@ -551,9 +551,9 @@ async def test_a_segment_of_few(world: World) -> None:
     async def uncounted(one: Any) -> int:
         raise StoreUnavailableError("this takes too long")
 
-    async def watched(tenant: str, recipients: Any, pending: Any, limit: int) -> Any:
+    async def watched(tenant: str, recipients: Any, pending: Any, *more: Any) -> Any:
         asked.append(len(pending))
-        return await users(tenant, recipients, pending, limit)
+        return await users(tenant, recipients, pending, *more)
 
     store.estimate = uncounted
     store.users = watched

@@ -345,13 +345,17 @@ async def test_a_turn_that_nobody_ends_is_over(postgres_dsn: str) -> None:
     pool = await asyncpg.create_pool(postgres_dsn, min_size=1, max_size=3)
     store = BroadcastStore(pool)
     page = [SlotUser(1, "u1")]
-    assert await store.contexts("acme", page, turn=0) is not None
+
+    async def read(number: int) -> Any:
+        async with store.turn(number) as connection:
+            return await store.contexts("acme", page, connection=connection)
+
+    assert await read(0) is not None
     silent = await asyncpg.connect(postgres_dsn)
     await silent.execute("begin")
     await silent.fetch(store.sql["take_turn"], TURNS, "0")  # for ever
-    reading = asyncio.create_task(store.contexts("acme", page, turn=0))
-    other = await store.contexts("acme", page, turn=1)
-    assert other is not None
+    reading = asyncio.create_task(read(0))
+    assert await read(1) is not None
     waits = (
         "select exists (select from pg_locks where locktype = 'advisory' and not granted"
         " and ((classid::bigint << 32) | objid::bigint) = $1)"
