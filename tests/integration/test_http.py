@@ -707,19 +707,30 @@ async def test_cors_list(postgres_dsn: str) -> None:
         await world.stop()
 
 
+def _hold_events(world: World) -> list[Any]:
+    """Let the router answer no event of "acme"; what it holds."""
+    held: list[Any] = []
+
+    def hold(link: Any, message: Any, request: int) -> bool:
+        if type(message) is not Publish or message.events[0].tenant != "acme":
+            return False
+        held.append((link, message, request))
+        return True
+
+    world.router.answer = hold
+    return held
+
+
+def _answer_held(held: list[Any]) -> None:
+    for link, message, request in held:
+        link.reply_nowait(request, Outcomes([Outcome(e.id, 1, "stored", []) for e in message.events]))
+
+
 async def test_a_tenant_leaves_room_for_others(postgres_dsn: str) -> None:
     """Beyond tenant_in_flight requests a tenant's next are 503; another's are served, and its own soon."""
     world = await World(postgres_dsn, ingress={"max_in_flight": 10, "tenant_in_flight": 2}).start()
     try:
-        held: list[Any] = []
-
-        def hold(link: Any, message: Any, request: int) -> bool:
-            if type(message) is not Publish or message.events[0].tenant != "acme":
-                return False
-            held.append((link, message, request))
-            return True
-
-        world.router.answer = hold
+        held = _hold_events(world)
         waiting = [asyncio.ensure_future(world.event(EVENT)) for _ in range(2)]
         await eventually(lambda: len(held) == 2)
         told = problem(await world.event(EVENT), 503, "unavailable")
@@ -727,8 +738,7 @@ async def test_a_tenant_leaves_room_for_others(postgres_dsn: str) -> None:
         preferences = "/v1/users/ada/preferences"
         problem(await world.http.get(preferences, headers=world.service()), 503, "unavailable")
         assert (await world.event(EVENT, headers=world.service(world.other_key))).status_code == 202
-        for link, message, request in held:
-            link.reply_nowait(request, Outcomes([Outcome(e.id, 1, "stored", []) for e in message.events]))
+        _answer_held(held)
         assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [202, 202]
         assert (await world.http.get(preferences, headers=world.service())).status_code == 200
     finally:
@@ -739,21 +749,12 @@ async def test_back_pressure(postgres_dsn: str) -> None:
     """Beyond max_in_flight requests are 503 with Retry-After; health and metrics still answer."""
     world = await World(postgres_dsn, ingress={"max_in_flight": 2}).start()
     try:
-        held: list[Any] = []
-
-        def hold(link: Any, message: Any, request: int) -> bool:
-            if type(message) is not Publish:
-                return False
-            held.append((link, message, request))
-            return True
-
-        world.router.answer = hold
+        held = _hold_events(world)
         waiting = [asyncio.ensure_future(world.event(EVENT)) for _ in range(2)]
         await eventually(lambda: len(held) == 2)
         problem(await world.event(EVENT), 503, "unavailable")
         assert (await world.http.get("/healthz")).status_code == 200
-        for link, message, request in held:
-            link.reply_nowait(request, Outcomes([Outcome(e.id, 1, "stored", []) for e in message.events]))
+        _answer_held(held)
         assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [202, 202]
     finally:
         await world.stop()
